@@ -29,7 +29,7 @@ def load_tokenizer(base: str | os.PathLike):
     if not (is_clip or files & {"tokenizer.json", "spiece.model"}):
         raise FileNotFoundError(
             f"No tokenizer in {folder}: it must hold vocab.json and merges.txt, or tokenizer.json, or spiece.model, "
-            f"and holds {', '.join(sorted(files)) or 'nothing'}. Give a pipeline folder of the layout that diffusers saves."
+            f"and holds {', '.join(sorted(files)) or 'nothing'}. Give a pipeline folder as diffusers saves it."
         )
     from transformers import AutoTokenizer, CLIPTokenizer  # takes seconds, which a wrong path need not
 
@@ -43,9 +43,9 @@ def default_ranks(tokenizer) -> tuple[int, int]:
 
     The rank is the token id. SentencePiece sorts a T5 vocabulary by frequency, so that 10000 to 32000 are rarer still,
     but they are long words and fragments of other languages. A byte-pair vocabulary (CLIP) holds the bytes, then one
-    token per merge in the order of learning, the most frequent pair first, then the special tokens. Its last fifth, 39525 to
-    49406 of CLIP's 49408, holds the merges learned last: the rarest words, with the customary `sks` (48136) among
-    them. A share instead of fixed ranks also fits vocabularies of a few thousand tokens.
+    token per merge in the order of learning, the most frequent pair first, then the special tokens. Its last fifth,
+    39525 to 49406 of CLIP's 49408, holds the merges learned last: the rarest words, with the customary `sks` (48136)
+    among them. A share instead of fixed ranks also fits vocabularies of a few thousand tokens.
     """
     special = set(tokenizer.all_special_ids)
     hi = 1 + max(rank for rank in tokenizer.get_vocab().values() if rank not in special)

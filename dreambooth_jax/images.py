@@ -242,18 +242,18 @@ def _captions(
     items: Sequence[_Item], captions: str, template: str, identifier: str, class_noun: str, source
 ) -> list[str]:
     own = [" ".join((item.caption or "").split()) if captions == "auto" else "" for item in items]
-    missing = [item.name for item, text in zip(items, own) if not text]
+    missing = [item.name for item, text in zip(items, own, strict=True) if not text]
     if any(own) and missing:
         raise ValueError(
             f"{source}: {len(missing)} of {len(items)} images have no caption while the others have one: "
             f"{', '.join(missing)}. Give every image a .txt file or a metadata.jsonl line, or set captions='template'."
         )
-    return [_fill(text or template, identifier, class_noun, item.name) for item, text in zip(items, own)]
+    return [_fill(text or template, identifier, class_noun, item.name) for item, text in zip(items, own, strict=True)]
 
 
 def _fill(caption: str, identifier: str, class_noun: str, where: str) -> str:
     """Replaces {identifier} and {class_noun}; anything else in braces is an error."""
-    values = dict(zip(CAPTION_FIELDS, (identifier, class_noun)))
+    values = dict(zip(CAPTION_FIELDS, (identifier, class_noun), strict=True))
     try:
         fields = {field for _, field, _, _ in string.Formatter().parse(caption) if field is not None}
     except ValueError as error:
@@ -279,7 +279,7 @@ def _read_squares(
     for item in items:
         try:
             image = decode_image(item.read())
-        except Exception as error:  # noqa: BLE001 - whatever a decoder trips over belongs on the list
+        except Exception as error:  # whatever a decoder trips over belongs on the list
             bad[item.name] = _reason(error)
             continue
         if min(image.size) < resolution:

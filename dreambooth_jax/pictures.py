@@ -63,7 +63,7 @@ def contact_sheet(
     font = ImageFont.load_default(max(12, w // 20))
     full = width * (w + gap) - gap
     strips = [_row_strip([_text_strip(text, w, font) for text in columns], gap, full)] if columns else []
-    for label, row in zip(labels, rows):
+    for label, row in zip(labels, rows, strict=True):
         strips += [_text_strip(label, full, font), _row_strip(row, gap, full)]
     framed = [np.pad(strip, ((gap, 0), (gap, gap), (0, 0)), constant_values=255) for strip in strips]
     return np.pad(np.concatenate(framed), ((0, gap), (0, 0), (0, 0)), constant_values=255)

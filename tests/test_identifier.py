@@ -147,7 +147,7 @@ def test_bad_ranks(tokenizer):
 
 
 def test_missing_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No tokenizer in .*holds nothing"):
+    with pytest.raises(FileNotFoundError, match=r"No tokenizer in .*holds nothing"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "vocab.json").write_text("{}")

@@ -190,7 +190,7 @@ def test_every_bad_file_is_listed_with_its_reason(tmp_path):
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="No image folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"No image folder .*nowhere"):
         read(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no images"):
         read(tmp_path)
@@ -327,7 +327,7 @@ def write_tfds(data_dir, encoded, texts, text_key="caption"):
     features = tfds.features.FeaturesDict({"image": tfds.features.Image(), text_key: tfds.features.Text()})
     folder = data_dir / "pets" / "small" / "1.0.0"
     folder.mkdir(parents=True)
-    records = [features.serialize_example({"image": a, text_key: b}) for a, b in zip(encoded, texts)]
+    records = [features.serialize_example({"image": a, text_key: b}) for a, b in zip(encoded, texts, strict=True)]
     writer = ArrayRecordWriter(str(folder / "pets-train.array_record-00000-of-00001"), "group_size:1")
     for record in records:
         writer.write(record)
