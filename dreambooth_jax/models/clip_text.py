@@ -1,0 +1,137 @@
+"""CLIPTextModel: the text encoder of Stable Diffusion (arXiv 2103.00020, section 2.4)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dreambooth_jax.models.layers import attention
+from dreambooth_jax.models.spec import UnsupportedConfig, read_spec
+
+Tokens = Float[Array, "b l c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextSpec:
+    """The implemented fields of text_encoder/config.json."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "CLIPTextSpec":
+        """Raises UnsupportedConfig, naming the fields, for anything not implemented."""
+        ignored = {name: (config.get(name),) for name in _WITHOUT_EFFECT}
+        spec = read_spec(cls, config, _NEUTRAL | ignored)
+        if spec.hidden_act not in ACTIVATIONS:
+            raise UnsupportedConfig(f"hidden_act = {spec.hidden_act!r}; implemented: {sorted(ACTIVATIONS)}")
+        return spec
+
+
+_NEUTRAL = {"attention_dropout": (0, 0.0), "dropout": (0, 0.0), "use_attention_mask": (False,), "model_type": ("clip_text_model",)}
+# Special token ids concern pooling, which Stable Diffusion does not use; the rest is bookkeeping of the file's writer.
+_WITHOUT_EFFECT = (
+    "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
+    "projection_dim transformers_version return_dict output_attentions output_hidden_states chunk_size_feed_forward "
+    "is_encoder_decoder id2label label2id problem_type tie_word_embeddings"
+).split()
+
+
+def quick_gelu(x: Array) -> Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, spec: CLIPTextSpec, **kw):
+        self.token_embedding = nnx.Embed(spec.vocab_size, spec.hidden_size, **kw)
+        self.position_embedding = nnx.Embed(spec.max_position_embeddings, spec.hidden_size, **kw)
+
+    def __call__(self, ids: Int[Array, "b l"]) -> Tokens:
+        return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, channels: int, heads: int, causal: bool, **kw):
+        self.heads, self.causal = heads, causal
+        self.q_proj = nnx.Linear(channels, channels, **kw)
+        self.k_proj = nnx.Linear(channels, channels, **kw)
+        self.v_proj = nnx.Linear(channels, channels, **kw)
+        self.out_proj = nnx.Linear(channels, channels, **kw)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        heads = (*x.shape[:2], self.heads, -1)
+        q, k, v = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v, causal=self.causal).reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    def __init__(self, channels: int, hidden: int, activation: str, **kw):
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nnx.Linear(channels, hidden, **kw)
+        self.fc2 = nnx.Linear(hidden, channels, **kw)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, spec, causal: bool, **kw):
+        norm = {"epsilon": spec.layer_norm_eps, "use_fast_variance": False, **kw}
+        self.layer_norm1 = nnx.LayerNorm(spec.hidden_size, **norm)
+        self.self_attn = SelfAttention(spec.hidden_size, spec.num_attention_heads, causal, **kw)
+        self.layer_norm2 = nnx.LayerNorm(spec.hidden_size, **norm)
+        self.mlp = MLP(spec.hidden_size, spec.intermediate_size, spec.hidden_act, **kw)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nnx.Module):
+    """The residual tower that CLIP's text and image models share. `spec` has the sizes, `causal` masks the future."""
+
+    def __init__(self, spec, *, causal: bool, **kw):
+        self.layers = nnx.List([EncoderLayer(spec, causal, **kw) for _ in range(spec.num_hidden_layers)])
+
+    def __call__(self, x: Tokens) -> Tokens:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class TextTransformer(nnx.Module):
+    def __init__(self, spec: CLIPTextSpec, **kw):
+        self.embeddings = Embeddings(spec, **kw)
+        self.encoder = Encoder(spec, causal=True, **kw)
+        self.final_layer_norm = nnx.LayerNorm(
+            spec.hidden_size, epsilon=spec.layer_norm_eps, use_fast_variance=False, **kw
+        )
+
+    def __call__(self, ids: Int[Array, "b l"]) -> Tokens:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+
+class CLIPTextModel(nnx.Module):
+    """Token ids [b, l], l <= max_position_embeddings -> normed last hidden states [b, l, hidden_size].
+
+    Stable Diffusion 2.x conditions on the penultimate layer: its folders hold one layer less, so the last state is it.
+    """
+
+    def __init__(self, spec: CLIPTextSpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.text_model = TextTransformer(spec, dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: Int[Array, "b l"]) -> Tokens:
+        return self.text_model(ids)

@@ -1,0 +1,326 @@
+"""UNet2DConditionModel: the denoiser of Stable Diffusion 1.x and 2.x (arXiv 2112.10752, section 3.3 and appendix B)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dreambooth_jax.models.layers import (
+    Downsample2D,
+    GroupNorm,
+    Image,
+    ResnetBlock2D,
+    Upsample2D,
+    attention,
+    conv,
+)
+from dreambooth_jax.models.spec import UnsupportedConfig, per_block, read_spec
+
+Tokens = Float[Array, "b l c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetSpec:
+    """The implemented fields of unet/config.json. `attention_head_dim` is the number of heads: the format's
+    historic misnomer, which every Stable Diffusion 1.x and 2.x file follows."""
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    upcast_attention: bool = False  # always so here: see layers.attention
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "UNetSpec":
+        """Raises UnsupportedConfig, naming the fields, for anything not implemented."""
+        spec = read_spec(cls, config, _NEUTRAL)
+        for name, allowed in (("down_block_types", _DOWN_TYPES), ("up_block_types", _UP_TYPES)):
+            unknown = [kind for kind in getattr(spec, name) if kind not in allowed]
+            if unknown:
+                raise UnsupportedConfig(f"{name}: {unknown} not implemented; implemented: {list(allowed)}")
+        blocks = len(spec.block_out_channels)
+        for name in ("down_block_types", "up_block_types"):
+            per_block(getattr(spec, name), blocks, name)
+        return dataclasses.replace(
+            spec,
+            **{
+                name: per_block(getattr(spec, name), blocks, name)
+                for name in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
+            },
+        )
+
+    @property
+    def downscale(self) -> int:
+        """Latent height and width must be multiples of this."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+_DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
+_UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
+_NEUTRAL = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None,),
+    "addition_embed_type_num_heads": (64,),
+    "addition_time_embed_dim": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dropout": (0, 0.0),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1, 1.0),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_out_scale_factor": (1, 1.0),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+
+
+def timestep_embedding(t: Float[Array, "b"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Float[Array, "b e"]:
+    """Sinusoidal embedding of the timestep (arXiv 2006.11239), in float32."""
+    half = dim // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], -1)
+
+
+class TimestepEmbedding(nnx.Module):
+    def __init__(self, dim: int, out: int, **kw):
+        self.linear_1 = nnx.Linear(dim, out, **kw)
+        self.linear_2 = nnx.Linear(out, out, **kw)
+
+    def __call__(self, x):
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention from `x` to `context`; queries, keys and values have no bias."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, **kw):
+        self.heads = heads
+        self.to_q = nnx.Linear(channels, channels, use_bias=False, **kw)
+        self.to_k = nnx.Linear(context_dim, channels, use_bias=False, **kw)
+        self.to_v = nnx.Linear(context_dim, channels, use_bias=False, **kw)
+        self.to_out = nnx.List([nnx.Linear(channels, channels, **kw)])
+
+    def __call__(self, x: Tokens, context: Tokens) -> Tokens:
+        q, k, v = (_split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out[0](attention(q, k, v).reshape(x.shape))
+
+
+def _split_heads(x: Tokens, heads: int) -> Float[Array, "b l n d"]:
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+class GEGLU(nnx.Module):
+    """x * gelu(gate), both halves of one projection (arXiv 2002.05202)."""
+
+    def __init__(self, channels: int, hidden: int, **kw):
+        self.proj = nnx.Linear(channels, 2 * hidden, **kw)
+
+    def __call__(self, x: Tokens) -> Tokens:
+        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return hidden * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, channels: int, **kw):
+        # net.1 of the reference is dropout: it has no parameters, and its place in the list keeps the names.
+        self.net = nnx.List([GEGLU(channels, 4 * channels, **kw), None, nnx.Linear(4 * channels, channels, **kw)])
+
+    def __call__(self, x: Tokens) -> Tokens:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, cross-attention to the text states, feed-forward; each pre-normed and residual."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, **kw):
+        self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.attn1 = Attention(channels, channels, heads, **kw)
+        self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.attn2 = Attention(channels, context_dim, heads, **kw)
+        self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.ff = FeedForward(channels, **kw)
+
+    def __call__(self, x: Tokens, context: Tokens) -> Tokens:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the pixels of a feature map, between two projections."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, *, groups: int, linear: bool, **kw):
+        project = nnx.Linear if linear else lambda cin, cout, **kw: conv(cin, cout, 1, **kw)
+        self.norm = GroupNorm(channels, groups, 1e-6, **kw)
+        self.proj_in = project(channels, channels, **kw)
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(channels, context_dim, heads, **kw) for _ in range(depth)]
+        )
+        self.proj_out = project(channels, channels, **kw)
+
+    def __call__(self, x: Image, context: Tokens) -> Image:
+        tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens.reshape(x.shape))
+
+
+class Stage(nnx.Module):
+    """The residual blocks of one resolution, each followed by a transformer where the block type has one."""
+
+    def __init__(
+        self, channels_in, channels: int, *, transformer: dict | None, resnet: dict, down=False, up=False, **kw
+    ):
+        self.resnets = nnx.List([ResnetBlock2D(cin, channels, **resnet, **kw) for cin in channels_in])
+        self.attentions = transformer and nnx.List([Transformer2DModel(channels, **transformer, **kw) for _ in channels_in])
+        self.downsamplers = nnx.List([Downsample2D(channels, padding=1, **kw)]) if down else None
+        self.upsamplers = nnx.List([Upsample2D(channels, **kw)]) if up else None
+
+    def layer(self, index: int, x: Image, temb: Array, context: Tokens) -> Image:
+        x = self.resnets[index](x, temb)
+        return self.attentions[index](x, context) if self.attentions else x
+
+
+class MidBlock(nnx.Module):
+    def __init__(self, channels: int, *, transformer: dict, resnet: dict, **kw):
+        self.resnets = nnx.List([ResnetBlock2D(channels, channels, **resnet, **kw) for _ in range(2)])
+        self.attentions = nnx.List([Transformer2DModel(channels, **transformer, **kw)])
+
+    def __call__(self, x: Image, temb: Array, context: Tokens) -> Image:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Predicts the noise (or velocity) in latents `x` at timestep `t`, given text states.
+
+    Args:
+        spec: from `UNetSpec.from_config`.
+        dtype: of the computation; parameters are float32.
+        remat: recompute each residual-and-transformer layer in the backward pass instead of storing its activations.
+    """
+
+    def __init__(self, spec: UNetSpec, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+        kw = {"dtype": dtype, "rngs": rngs}
+        widths, groups = spec.block_out_channels, spec.norm_num_groups
+        temb_dim = 4 * widths[0]
+        resnet = {"groups": groups, "eps": spec.norm_eps, "temb_dim": temb_dim}
+
+        def transformer(level: int) -> dict:
+            return {
+                "context_dim": spec.cross_attention_dim[level],
+                "heads": spec.attention_head_dim[level],
+                "depth": spec.transformer_layers_per_block[level],
+                "linear": spec.use_linear_projection,
+                "groups": groups,
+            }
+
+        self.spec, self.dtype, self.remat = spec, dtype, remat
+        self.conv_in = conv(spec.in_channels, widths[0], 3, **kw)
+        self.time_embedding = TimestepEmbedding(widths[0], temb_dim, **kw)
+
+        last = len(widths) - 1
+        skips = [widths[0]]
+        self.down_blocks = nnx.List([])
+        for level, width in enumerate(widths):
+            layers = spec.layers_per_block[level]
+            cross = spec.down_block_types[level].startswith("CrossAttn")
+            block = Stage(
+                [skips[-1]] + [width] * (layers - 1),
+                width,
+                transformer=transformer(level) if cross else None,
+                resnet=resnet,
+                down=level < last,
+                **kw,
+            )
+            skips += [width] * (layers + (level < last))
+            self.down_blocks.append(block)
+
+        self.mid_block = MidBlock(widths[-1], transformer=transformer(last), resnet=resnet, **kw)
+
+        below = widths[-1]
+        self.up_blocks = nnx.List([])
+        for position, kind in enumerate(spec.up_block_types):
+            level = last - position
+            width = widths[level]
+            channels_in = []
+            for _ in range(spec.layers_per_block[level] + 1):
+                channels_in.append(below + skips.pop())
+                below = width
+            cross = transformer(level) if kind.startswith("CrossAttn") else None
+            self.up_blocks.append(Stage(channels_in, width, transformer=cross, resnet=resnet, up=level > 0, **kw))
+
+        self.conv_norm_out = GroupNorm(widths[0], groups, spec.norm_eps, **kw)
+        self.conv_out = conv(widths[0], spec.out_channels, 3, **kw)
+
+    def __call__(
+        self, x: Float[Array, "b h w in"], t: Float[Array, "b"], context: Float[Array, "b l e"]
+    ) -> Float[Array, "b h w out"]:
+        """x: noisy latents; t: timesteps in [0, T), whole or fractional; context: text states.
+
+        Raises:
+            ValueError: height or width is no multiple of `spec.downscale`.
+        """
+        if x.shape[1] % self.spec.downscale or x.shape[2] % self.spec.downscale:
+            raise ValueError(f"latents of {x.shape[1]}x{x.shape[2]}: both must be multiples of {self.spec.downscale}")
+        spec, layer = self.spec, nnx.remat(Stage.layer, static_argnums=1) if self.remat else Stage.layer
+        t = jnp.broadcast_to(t, x.shape[:1])
+        embedded = timestep_embedding(
+            t, spec.block_out_channels[0], flip_sin_to_cos=spec.flip_sin_to_cos, freq_shift=spec.freq_shift
+        )
+        temb = self.time_embedding(embedded.astype(self.dtype))
+        x, context = x.astype(self.dtype), context.astype(self.dtype)
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            for index in range(len(block.resnets)):
+                x = layer(block, index, x, temb, context)
+                skips.append(x)
+            if block.downsamplers:
+                x = block.downsamplers[0](x)
+                skips.append(x)
+        mid = nnx.remat(MidBlock.__call__) if self.remat else MidBlock.__call__
+        x = mid(self.mid_block, x, temb, context)
+        for block in self.up_blocks:
+            for index in range(len(block.resnets)):
+                x = layer(block, index, jnp.concatenate([x, skips.pop()], -1), temb, context)
+            if block.upsamplers:
+                x = block.upsamplers[0](x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

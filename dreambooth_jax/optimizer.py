@@ -1,0 +1,75 @@
+"""Optimizers from optax, over flat trainable params."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adafactor")
+
+
+def learning_rate(kind: str, peak: float, *, warmup: int, steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup` updates to `peak`, then constant, or linear or cosine decay to 0 at `steps`.
+
+    Raises:
+        ValueError: unknown kind, or a warm-up that is as long as the run.
+    """
+    if kind not in SCHEDULES:
+        raise ValueError(f"lr_schedule = {kind!r}; implemented: {', '.join(SCHEDULES)}")
+    if warmup >= steps:
+        raise ValueError(f"lr_warmup_steps = {warmup} leaves nothing of {steps} steps")
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, steps - warmup),
+        "cosine": optax.cosine_decay_schedule(peak, steps - warmup),
+    }[kind]
+    # The first update already moves: 1/warmup of the peak.
+    return optax.join_schedules([lambda count: peak * (count + 1) / max(warmup, 1), after], [warmup]) if warmup else after
+
+
+def scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformation:
+    """Multiplies each named update by `factor(name)`: a per-module learning-rate multiplier."""
+
+    def update(updates: Mapping[str, jax.Array], state, params=None):
+        return {name: value * factor(name) for name, value in updates.items()}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    name: str,
+    rate: optax.Schedule,
+    *,
+    weight_decay: float = 1e-2,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float | None = 1.0,
+    multiplier: Callable[[str], float] | None = None,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235) after clipping by the global norm.
+
+    Args:
+        name: "adamw" or "adafactor".
+        rate: update count -> learning rate.
+        weight_decay: decoupled; multiplied by the learning rate in both.
+        b1, b2, eps: AdamW's.
+        clip_norm: of the gradient over everything trained; None for no clipping.
+        multiplier: parameter name -> factor on its learning rate.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer = {name!r}; implemented: {', '.join(OPTIMIZERS)}")
+    core = (
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+        if name == "adamw"
+        # Adafactor adds its decay after the learning rate; scaling it here keeps the field's meaning the same.
+        else optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
+    )
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    return optax.chain(*clip, core, *([scale_by_name(multiplier)] if multiplier else []))

@@ -1,0 +1,65 @@
+"""Flat params: the one currency of the library.
+
+A model's parameters are a plain dict `{"down_blocks.0.resnets.1.conv1.kernel": array}`. Names are the module's attribute
+path, and modules carry the attribute names of the files people have, so that reading, writing, freezing, LoRA targets
+and sharding rules address one namespace. `functional` turns an `nnx.Module` into pure functions of such a dict.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+Params = dict[str, jax.Array]
+
+
+class Functional(NamedTuple):
+    """A module split into its parameter shapes and pure functions over flat params.
+
+    Attributes:
+        shapes: name -> ShapeDtypeStruct of every parameter.
+        init: (key) -> flat params with the module's own initialisers, for training from scratch.
+        apply: (flat params, *args, method="__call__") -> output.
+    """
+
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., Any]
+
+
+def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
+    """Splits the module that `build` makes, without allocating its parameters.
+
+    Args:
+        build: rngs -> module. The module holds only `nnx.Param`s: no dropout, no running statistics.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    # Paths keep their integer list indices: as strings they would sort "10" before "2" and permute the layers.
+    paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
+    shapes = {".".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(state)}
+
+    def init(key: jax.Array) -> Params:
+        fresh = nnx.to_flat_state(nnx.state(build(nnx.Rngs(params=key))))
+        return {".".join(map(str, path)): variable.get_value() for path, variable in fresh}
+
+    def apply(params: Mapping[str, jax.Array], *args, method: str = "__call__"):
+        module = nnx.merge(graph, nnx.from_flat_state([(path, params[name]) for name, path in paths.items()]))
+        return getattr(module, method)(*args)
+
+    return Functional(shapes, init, apply)
+
+
+def with_prefix(prefix: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"conv_in.bias": x}` -> `{"unet.conv_in.bias": x}` for prefix "unet."."""
+    return {prefix + name: value for name, value in params.items()}
+
+
+def under_prefix(prefix: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries whose name starts with `prefix`, without it: the inverse of `with_prefix`."""
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def count(params: Mapping[str, Any]) -> int:
+    """Number of scalars in all tensors."""
+    return sum(value.size for value in params.values())

@@ -1,0 +1,165 @@
+"""Deterministic samplers of the probability-flow ODE with classifier-free guidance.
+
+With x0 the model's estimate of the clean image, DDIM, Euler and DPM-Solver++(2M) are all linear in what they know:
+
+    x_{i+1} = a_i x_i + b_i x0_i + c_i x0_{i-1}
+
+so a sampler is a table of coefficients, computed once in float64, and one scan over it:
+
+* DDIM (arXiv 2010.02502, equation 12, eta = 0): a = sigma'/sigma, b = alpha' - alpha sigma'/sigma, c = 0.
+* Euler on dx/ds = (x - x0)/s of the variance-exploding form s = sigma/alpha (arXiv 2206.00364, algorithm 1): the same
+  coefficients, at other timesteps and ending at s = 0.
+* DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): x' = sigma'/sigma x - alpha' (e^{-h} - 1) D, with h the step in
+  lambda = log(alpha/sigma) and D = x0_i + (x0_i - x0_{i-1}) / (2 r).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dreambooth_jax.loss import Predict
+from dreambooth_jax.schedule import Schedule, predicted_x0
+
+METHODS = ("ddim", "dpm++", "euler")
+_DEFAULT_SPACING = {"ddim": "leading", "dpm++": "linspace", "euler": "linspace"}
+
+
+class Table(NamedTuple):
+    """What a sampler does, one row per step, and the scale of the noise that it starts from."""
+
+    t: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    init_scale: float
+
+
+def sampler_table(schedule: Schedule, method: str, steps: int) -> Table:
+    """The coefficients of `method` in `steps` model calls, float64, equal to those of diffusers' schedulers.
+
+    Raises:
+        ValueError: unknown method or spacing, or more steps than training timesteps.
+    """
+    if method not in METHODS:
+        raise ValueError(f"sampler = {method!r}; implemented: {', '.join(METHODS)}")
+    if not 1 <= steps <= schedule.T:
+        raise ValueError(f"{steps} sampling steps: expected 1 to {schedule.T}, the number of training timesteps")
+    spacing = schedule.spacing or _DEFAULT_SPACING[method]
+    build = {"ddim": _ddim, "dpm++": _dpm, "euler": _euler}[method]
+    return build(schedule, spacing, steps)
+
+
+def _timesteps(schedule: Schedule, spacing: str, steps: int) -> np.ndarray:
+    """Descending timesteps, not yet rounded (arXiv 2305.08891, table 2)."""
+    if spacing == "linspace":
+        return np.linspace(0, schedule.T - 1, steps)[::-1]
+    if spacing == "leading":
+        return (np.arange(steps) * (schedule.T // steps))[::-1] + schedule.steps_offset
+    if spacing == "trailing":
+        return schedule.T - np.arange(steps) * (schedule.T / steps) - 1
+    raise ValueError(f"timestep_spacing = {spacing!r}; implemented: leading, linspace, trailing")
+
+
+def _first_order(t, alpha, sigma, alpha_end: float, sigma_end: float, init_scale: float = 1.0) -> Table:
+    next_alpha, next_sigma = np.append(alpha[1:], alpha_end), np.append(sigma[1:], sigma_end)
+    a = next_sigma / sigma
+    return Table(t, alpha, sigma, a, next_alpha - alpha * a, np.zeros_like(a), init_scale)
+
+
+def _ddim(schedule: Schedule, spacing: str, steps: int) -> Table:
+    t = np.round(_timesteps(schedule, spacing, steps)).astype(int)
+    if schedule.final_alpha_one:
+        end = (1.0, 0.0)
+    else:
+        end = (schedule.alpha[0], schedule.sigma[0])
+    # diffusers steps by T // steps rather than to the next timestep of the list; the two differ for linspace only.
+    earlier = t - schedule.T // steps
+    inside = earlier >= 0
+    next_alpha = np.where(inside, schedule.alpha[earlier], end[0])
+    next_sigma = np.where(inside, schedule.sigma[earlier], end[1])
+    alpha, sigma = schedule.alpha[t], schedule.sigma[t]
+    a = next_sigma / sigma
+    return Table(t, alpha, sigma, a, next_alpha - alpha * a, np.zeros_like(a), 1.0)
+
+
+def _euler(schedule: Schedule, spacing: str, steps: int) -> Table:
+    t = _timesteps(schedule, spacing, steps)
+    t = np.round(t) if spacing == "trailing" else t
+    if schedule.alpha[-1] == 0:
+        raise ValueError("sampler = 'euler' starts at finite noise; this zero-SNR schedule needs ddim")
+    s = np.interp(t, np.arange(schedule.T), schedule.sigma / schedule.alpha)
+    alpha, sigma = 1 / np.hypot(1, s), s / np.hypot(1, s)
+    return _first_order(t, alpha, sigma, 1.0, 0.0, init_scale=1.0 if spacing == "leading" else sigma[0])
+
+
+def _dpm(schedule: Schedule, spacing: str, steps: int) -> Table:
+    if spacing == "linspace":
+        t = np.round(np.linspace(0, schedule.T - 1, steps + 1)[::-1][:-1])
+    elif spacing == "leading":
+        t = (np.arange(steps + 1) * (schedule.T // (steps + 1))).round()[::-1][:-1] + schedule.steps_offset
+    else:
+        t = np.round(_timesteps(schedule, spacing, steps))
+    t = t.astype(int)
+    if schedule.alpha[t[0]] == 0:
+        raise ValueError("sampler = 'dpm++' starts at finite noise; this zero-SNR schedule needs ddim")
+    alpha, sigma = schedule.alpha[t], schedule.sigma[t]
+    table = _first_order(t, alpha, sigma, 1.0, 0.0)
+    # Second order from the second step on; the last step goes to lambda = infinity, where only the first is defined.
+    lam = np.log(alpha) - np.log(sigma)
+    h = np.diff(lam)
+    gain = np.zeros(steps)
+    gain[1:-1] = -alpha[2:] * np.expm1(-h[1:]) / (2 * h[:-1] / h[1:])
+    return table._replace(b=table.b + gain, c=-gain)
+
+
+def make_sampler(
+    predict: Predict, schedule: Schedule, *, method: str = "ddim", steps: int = 50
+) -> Callable[..., Float[Array, "b ..."]]:
+    """Builds `sample(params, noise, cond, uncond, guidance) -> x0`, to be jitted by the caller.
+
+    Args:
+        predict: (params, x_t, t, cond) -> prediction like x_t.
+        schedule: the model's noise levels.
+        method: one of `METHODS`.
+        steps: model calls.
+
+    The returned function takes
+        params: of `predict`;
+        noise: standard normal, [b, ...];
+        cond, uncond: pytrees with leading axis b; `uncond` holds the negative prompts, or is None for no guidance;
+        guidance: scale w of uncond + w (cond - uncond) (arXiv 2207.12598, equation 6 with w = 1 + w'); scalar.
+    Both conditions go through the model in one batch of 2b.
+    """
+    table = sampler_table(schedule, method, steps)
+    rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), table._replace(init_scale=None))
+
+    def sample(params: Any, noise: Float[Array, "b ..."], cond: Any, uncond: Any, guidance: Float[Array, ""] | float):
+        both = cond if uncond is None else jax.tree.map(lambda *pair: jnp.concatenate(pair), uncond, cond)
+
+        def guided(x, t):
+            if uncond is None:
+                return predict(params, x, jnp.full(len(x), t), both).astype(jnp.float32)
+            output = predict(params, jnp.concatenate([x, x]), jnp.full(2 * len(x), t), both).astype(jnp.float32)
+            without, with_ = jnp.split(output, 2)
+            return without + guidance * (with_ - without)
+
+        def body(carry, row):
+            x, before = carry
+            x0 = predicted_x0(schedule.prediction, guided(x, row.t), x, row.alpha, row.sigma)
+            return (row.a * x + row.b * x0 + row.c * before, x0), None
+
+        start = noise * jnp.float32(table.init_scale)
+        return jax.lax.scan(body, (start, jnp.zeros_like(noise)), rows)[0][0]
+
+    return sample
+
+
+def noise_for_seeds(seeds: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Standard normal noise [b, *shape], image i from `seeds[i]` alone: the same in any batch, on any device."""
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds, jnp.uint32))

@@ -1,0 +1,89 @@
+"""Where arrays live: one mesh with axes ("data", "fsdp"), parameters placed by (regex, rule) lists over their names.
+
+Batches are split over both axes, parameters and everything shaped like them (optimizer moments, EMA) over "fsdp".
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+Rule = Callable[[tuple[int, ...], int], PartitionSpec]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices; -1 for one of the axes takes what the other leaves.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices; names the sizes that would.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh data={data}, fsdp={fsdp}: give positive sizes, and -1 at most once")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        divisors = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
+        raise ValueError(f"mesh data={data} x fsdp={fsdp} does not cover {len(devices)} devices; each axis must be one of {divisors}, their product {len(devices)}")
+    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 2)
+
+
+def replicate(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """Every device holds all of it."""
+    return PartitionSpec()
+
+
+def split_largest(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """Splits the largest axis that `fsdp` divides (the last of equals); replicates when there is none."""
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if not divisible or fsdp == 1:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: (shape[axis], axis))
+    return PartitionSpec(*(None,) * largest, "fsdp")
+
+
+# First match wins. Vectors are not worth a collective each.
+RULES: tuple[tuple[str, Rule], ...] = (
+    (r"\.(bias|scale)$", replicate),
+    (r".*", split_largest),
+)
+
+
+def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], rules=RULES) -> NamedSharding:
+    """Where the parameter `name` of `shape` lives, by the first rule whose regex is found in the name."""
+    rule = next(rule for pattern, rule in rules if re.search(pattern, name))
+    return NamedSharding(mesh, rule(shape, mesh.shape["fsdp"]))
+
+
+def state_shardings(mesh: Mesh, params: dict[str, Any], tree: Any, rules=RULES) -> Any:
+    """Shardings for any tree that holds values named and shaped like `params` (moments, EMA, the params themselves);
+    whatever is shaped otherwise (counters, factored moments) is replicated."""
+
+    def place(path, leaf) -> NamedSharding:
+        name = next((str(part.key) for part in reversed(path) if isinstance(part, jax.tree_util.DictKey)), None)
+        if name in params and params[name].shape == leaf.shape:
+            return param_sharding(mesh, name, leaf.shape, rules)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
+    """Splits a leading axis of `size` over as many devices as divide it: both mesh axes, one of them, or none.
+
+    A batch smaller than the mesh is thus computed by several devices alike: wasteful, never wrong.
+    """
+    choices = [AXES, AXES[:1], AXES[1:], ()]
+    fitting = [axes for axes in choices if size % math.prod(mesh.shape[axis] for axis in axes) == 0]
+    best = max(fitting, key=lambda axes: math.prod(mesh.shape[axis] for axis in axes))
+    return NamedSharding(mesh, PartitionSpec(best) if best else PartitionSpec())
