@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 import tarfile
 
 import numpy as np
@@ -240,3 +241,15 @@ def test_special_tokens_stand_where_clip_has_them(tokenizer):
 def test_a_word_the_format_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Ünder"):
         write_tokenizer(tmp_path, ["dog", "Ünder"])
+
+
+def test_the_example_subjects_are_there_and_small():
+    folder = pathlib.Path(__file__).parents[1] / "examples" / "subjects"
+    subjects = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    assert subjects == ["backpack", "car", "cat", "dog", "robot", "teapot"]
+    assert set(subjects) <= set(SUBJECT_NOUNS)
+    for subject in subjects:
+        pictures = sorted((folder / subject).glob("*.jpg"))
+        assert len(pictures) == 5
+        assert {Image.open(picture).size for picture in pictures} == {(256, 256)}
+    assert sum(picture.stat().st_size for picture in folder.rglob("*.jpg")) < 1_000_000

@@ -121,14 +121,14 @@ def cut_out(image: Image.Image, longest: int) -> UInt8[np.ndarray, "h w 4"]:
     return np.asarray(image)
 
 
-def _main_colour(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def main_colour(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     """[h, w] in [0, 1]: how far a pixel belongs to the sprite's commonest hue (or to its greys, if those prevail)."""
     hsv = np.asarray(Image.fromarray(rgb).convert("HSV")).astype(np.float32)
     hue, saturation, value = hsv[..., 0] / 256, hsv[..., 1] / 255, hsv[..., 2] / 255
-    coloured = (saturation > 0.25) & (value > 0.4)
+    coloured = (saturation > 0.3) & (value > 0.4)
     seen = alpha > 128
-    if np.sum(coloured & seen) < 0.3 * np.sum(seen):
-        return np.clip((0.4 - saturation) / 0.2, 0, 1) * np.clip((value - 0.35) / 0.2, 0, 1)
+    if np.sum(coloured & seen) < 0.35 * np.sum(seen):
+        return np.clip((0.5 - saturation) / 0.15, 0, 1) * np.clip((value - 0.4) / 0.2, 0, 1)
     histogram, _ = np.histogram(hue[coloured & seen], bins=24, range=(0, 1))
     centre = (np.argmax(histogram + np.roll(histogram, 1) + np.roll(histogram, -1)) + 0.5) / 24
     distance = np.abs((hue - centre + 0.5) % 1 - 0.5)
@@ -138,7 +138,7 @@ def _main_colour(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 def tint(rgba: UInt8[np.ndarray, "h w 4"], colour: tuple[int, int, int]) -> UInt8[np.ndarray, "h w 4"]:
     """Dyes the main colour of a sprite: its parts of other colours, its shading and its lights stay."""
     rgb, alpha = rgba[..., :3], rgba[..., 3]
-    mask = _main_colour(rgb, alpha)
+    mask = main_colour(rgb, alpha)
     light = rgb.astype(np.float32).max(axis=-1) * 0.6 + rgb.mean(axis=-1) * 0.4
     typical = np.median(light[(mask > 0.5) & (alpha > 128)]) if np.any((mask > 0.5) & (alpha > 128)) else 160.0
     shade = (light / max(typical, 1.0))[..., None]
