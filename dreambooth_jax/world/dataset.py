@@ -26,7 +26,7 @@ def sprite_weights(sprites: list[Sprite]) -> Float[np.ndarray, "s"]:
     groups: dict[tuple[str, str], list[int]] = {}
     for i, sprite in enumerate(sprites):
         groups.setdefault((sprite.style, sprite.noun), []).append(i)
-    for (style, noun), members in groups.items():
+    for (_, noun), members in groups.items():
         dyes = sum(bool(sprites[i].colour) for i in members)
         # A single picture and its dyes stand on a par; beside many pictures the dyes stay a minority.
         share = np.array([1.0 if not sprites[i].colour else max(0.35, 1 - len(members) / 20) for i in members])

@@ -172,7 +172,7 @@ tanabata_tree dolls running_shirt_with_sash spades hearts diamonds clubs flower_
 root_vegetable brown_mushroom lime phoenix bullettrain_side coffin beans syringe prayer_beads clock2 clock3 clock4
 clock5 clock6 clock7 clock9 clock11 clock12 clock130 clock230 clock330 clock530 clock630 clock730 clock830 clock930
 clock1030 clock1130 clock1230 nazar_amulet
-""".split()
+"""
 
 _CATEGORIES = {
     "Animals & Nature/animal": "animal",
@@ -186,6 +186,7 @@ _CATEGORIES = {
     "Travel & Places/sky": "sky",
     "Travel & Places/time": "object",
 }
+_HEARTS = ("", "orange_", "yellow_", "green_", "blue_", "purple_", "brown_", "black_", "broken_")
 # The few pictures worth having from categories that are otherwise faces and body parts.
 _ADOPTED = {
     "robot_face": "object", "alien": "object", "ghost": "object", "skull": "object", "space_invader": "object",
@@ -193,7 +194,7 @@ _ADOPTED = {
     "clown_face": "object", "smile_cat": "animal", "scream_cat": "animal", "heart_eyes_cat": "animal",
     "see_no_evil": "animal", "hear_no_evil": "animal", "love_letter": "object", "bone": "object", "tooth": "object",
     "brain": "object",
-} | {f"{c}heart": "object" for c in ("", *"orange_ yellow_ green_ blue_ purple_ brown_ black_ broken_".split())}
+} | {f"{c}heart": "object" for c in _HEARTS}
 
 # Classes that DreamBooth's own 30 subjects belong to, as far as this world has them, and our example subjects'.
 SUBJECT_NOUNS = (
@@ -209,14 +210,16 @@ COLOURS = {
 }  # fmt: skip
 
 # Never "a": they come in twos, in heaps, or by weight.
-PLURAL = frozenset(
-    "glasses eyeglasses sunglasses goggles scissors jeans shorts socks gloves headphones maracas chopsticks grapes "
-    "cherries blueberries pancakes beans chains leaves bubbles".split()
-) | {"french fries", "theater masks", "ballet shoes", "champagne glasses", "shopping bags", "crossed swords"}
-MASS = frozenset(
-    "bread bacon sushi spaghetti popcorn butter custard garlic broccoli corn cheese curry bamboo coral dna fire money "
-    "meat lettuce pizza falafel salad".split()
-) | {"ice cream", "toilet paper", "ginger root", "shaved ice", "soft ice cream"}
+_PLURAL = """
+glasses, eyeglasses, sunglasses, goggles, scissors, jeans, shorts, socks, gloves, headphones, maracas, chopsticks, grapes,
+cherries, blueberries, pancakes, chains, bubbles, french fries, theater masks, ballet shoes, champagne glasses,
+shopping bags, crossed swords
+"""
+_MASS = """
+bread, bacon, sushi, spaghetti, popcorn, butter, custard, garlic, broccoli, corn, cheese, curry, bamboo, coral, dna, fire,
+money, meat, lettuce, pizza, falafel, ice cream, toilet paper, ginger root, shaved ice, soft ice cream
+"""
+PLURAL, MASS = (frozenset(word.strip() for word in text.split(",")) for text in (_PLURAL, _MASS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +250,7 @@ def _parse_renamed(text: str) -> dict[str, str]:
 
 CLASSES = _parse_classes(_CLASSES)
 RENAMED = _parse_renamed(_RENAMED)
-EXCLUDED = frozenset(_EXCLUDED)
+EXCLUDED = frozenset(_EXCLUDED.split())
 
 
 def name_of(short_name: str, unicode_name: str) -> Name:

@@ -93,11 +93,11 @@ def fetch(package: str, cache: os.PathLike | str = CACHE) -> pathlib.Path:
     return target
 
 
-def _read_tarball(path: pathlib.Path, wanted) -> dict[str, bytes]:
-    """The members of a .tgz whose name satisfies `wanted`, in one pass (seeking in gzip would read it many times)."""
+def _read_tarball(path: pathlib.Path, prefixes: tuple[str, ...]) -> dict[str, bytes]:
+    """The files of a .tgz under `prefixes`, in one pass: seeking in gzip would read it many times."""
     try:
         with tarfile.open(path, mode="r|gz") as tar:
-            return {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and wanted(m.name)}
+            return {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and m.name.startswith(prefixes)}
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable npm package ({error}). Delete it and fetch it again.") from error
 
@@ -185,7 +185,7 @@ def load_sprites(
     sprites = []
     for style, package, folder, ending in reversed(_STYLES):  # the last one carries emoji.json
         path = _locate(package, source, cache)
-        files = _read_tarball(path, lambda name: name == _EMOJI_JSON or name.startswith(folder))
+        files = _read_tarball(path, (_EMOJI_JSON, folder))
         metadata = json.loads(files[_EMOJI_JSON]) if _EMOJI_JSON in files else metadata
         if metadata is None:
             raise ValueError(f"{path} has no {_EMOJI_JSON}. Delete it and fetch it again.")

@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer in CLIP's file format, for the vocabulary of this world.
 
 The layout is CLIP's own: 256 byte symbols, the same 256 with `</w>`, one token per merge in order of rank, then
-`<|startoftext|>` and `<|endoftext|>`. Every word of the captions is one token, every other text falls back on pieces and
+`<|startoftext|>` and `<|endoftext|>`. Every word of the captions is one token, other text falls back on pieces and
 bytes, and the last merges make rare words that no caption contains: the identifiers that DreamBooth binds a subject to
 (section 3.2 of the paper takes them from the rare end of its tokenizer in the same way).
 """

@@ -2,9 +2,9 @@
 
     python examples/subjects/draw.py [--source FOLDER_OF_TGZ] [--out examples/subjects]
 
-The dog, the cat and the car are made from sprites that the base's training leaves out (`sprites.HELD_OUT`), the backpack,
-the teapot and the robot from ones it knows. Each has a coat of its own, loud enough to be told at 64x64. The pictures of
-the settings come from a bank that training does not use. Licences: dreambooth_jax/world/LICENSES.md.
+The dog, the cat and the car are made from sprites that the base's training leaves out (`sprites.HELD_OUT`), the
+backpack, the teapot and the robot from ones it knows. Each has a coat of its own, loud enough to be told at 64x64. The
+pictures of the settings come from a bank that training does not use. Licences: dreambooth_jax/world/LICENSES.md.
 """
 
 import argparse
