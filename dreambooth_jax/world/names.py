@@ -211,13 +211,13 @@ COLOURS = {
 
 # Never "a": they come in twos, in heaps, or by weight.
 _PLURAL = """
-glasses, eyeglasses, sunglasses, goggles, scissors, jeans, shorts, socks, gloves, headphones, maracas, chopsticks, grapes,
-cherries, blueberries, pancakes, chains, bubbles, french fries, theater masks, ballet shoes, champagne glasses,
+glasses, eyeglasses, sunglasses, goggles, scissors, jeans, shorts, socks, gloves, headphones, maracas, chopsticks,
+grapes, cherries, blueberries, pancakes, chains, bubbles, french fries, theater masks, ballet shoes, champagne glasses,
 shopping bags, crossed swords
 """
 _MASS = """
-bread, bacon, sushi, spaghetti, popcorn, butter, custard, garlic, broccoli, corn, cheese, curry, bamboo, coral, dna, fire,
-money, meat, lettuce, pizza, falafel, ice cream, toilet paper, ginger root, shaved ice, soft ice cream
+bread, bacon, sushi, spaghetti, popcorn, butter, custard, garlic, broccoli, corn, cheese, curry, bamboo, coral, dna,
+fire, money, meat, lettuce, pizza, falafel, ice cream, toilet paper, ginger root, shaved ice, soft ice cream
 """
 PLURAL, MASS = (frozenset(word.strip() for word in text.split(",")) for text in (_PLURAL, _MASS))
 
