@@ -67,11 +67,11 @@ def init_state(trainable: Params, optimizer: optax.GradientTransformation, *, em
 def pick(n: int, count: int, key: Key[Array, ""], step: Int[Array, ""]) -> Int[Array, "count"]:
     """Which of `n` examples step `step` uses: every example once per epoch, each epoch in an order of its own."""
     number = step * count + jnp.arange(count)
-
-    def one(number):
-        return jax.random.permutation(jax.random.fold_in(key, number // n), n)[number % n]
-
-    return jax.vmap(one)(number)
+    first = number[0] // n
+    # `count` numbers in a row touch at most this many epochs, however they lie.
+    epochs = first + jnp.arange((count - 1) // n + 2)
+    orders = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), n))(epochs)
+    return orders[number // n - first, number % n]
 
 
 def draw(data: Data, schedule: Schedule, batch_size: int, key: Key[Array, ""], step: Int[Array, ""]) -> Corrupted:
@@ -184,7 +184,8 @@ def run_steps(step: Callable, capacity: int) -> Callable:
             state, metrics = step(state, frozen, data, key)
             return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), log, metrics)
 
-        empty = Metrics(*(jnp.zeros(capacity) for _ in Metrics._fields))
+        shapes = jax.eval_shape(step, state, frozen, data, key)[1]
+        empty = jax.tree.map(lambda one: jnp.zeros((capacity, *one.shape), one.dtype), shapes)
         return jax.lax.fori_loop(0, count, body, (state, empty))
 
     return run

@@ -163,7 +163,7 @@ def test_the_background_is_the_colour_it_is_called(sprites):
 
 
 def test_classes_that_people_fine_tune_come_up_more_often(sprites):
-    weights = sprite_weights(sprites)
+    weights = sprite_weights(sprites, 4.0)
     nouns = np.array([sprite.noun for sprite in sprites])
     share = {noun: weights[nouns == noun].sum() for noun in ("dog", "teapot", "anchor")}
     assert weights.sum() == pytest.approx(1)

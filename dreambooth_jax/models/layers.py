@@ -1,5 +1,7 @@
 """Layers shared by the UNet and the autoencoder. Images are [batch, height, width, channels] inside."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,10 +10,61 @@ from jaxtyping import Array, Float
 Image = Float[Array, "b h w c"]
 
 
-def conv(cin: int, cout: int, size: int, *, stride: int = 1, padding: int | None = None, **kw) -> nnx.Conv:
-    """A square convolution padded as PyTorch does: `padding` on every side (default: keeps the size at stride 1)."""
-    pad = (size - 1) // 2 if padding is None else padding
-    return nnx.Conv(cin, cout, (size, size), strides=stride, padding=((pad, pad), (pad, pad)), **kw)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolve(x: Image, kernel: Float[Array, "k k c d"], stride: int, padding: int) -> Image:
+    """A convolution padded by `padding` on every side, as PyTorch does."""
+    return _convolve(x, kernel, stride, padding)
+
+
+def _convolve(x: Image, kernel: Array, stride: int, padding: int) -> Image:
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=dims)
+
+
+def _gradients(x: Image, kernel: Array, out: Image, stride: int, padding: int) -> tuple[Image, Array]:
+    return jax.vjp(lambda x, kernel: _convolve(x, kernel, stride, padding), x, kernel)[1](out)
+
+
+def _gradients_on_cpu(x: Image, kernel: Array, out: Image, stride: int, padding: int) -> tuple[Image, Array]:
+    """The same gradients as plain stride-1 NHWC convolutions: the only ones that XLA's CPU backend runs fast inside
+    loops and with strides (jax issue 12868); those that it derives itself are ten times slower there."""
+    size = kernel.shape[0]
+    full = x.shape[1] + 2 * padding - size + 1, x.shape[2] + 2 * padding - size + 1
+    gaps = [(0, whole - (part - 1) * stride - 1, stride - 1) for whole, part in zip(full, out.shape[1:3], strict=True)]
+    out = jax.lax.pad(out, jnp.zeros((), out.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
+    dx = _convolve(out, kernel[::-1, ::-1].swapaxes(2, 3), 1, size - 1 - padding)
+    dkernel = _convolve(x.transpose(3, 1, 2, 0), out.transpose(1, 2, 0, 3), 1, padding).transpose(1, 2, 0, 3)
+    return dx, dkernel
+
+
+def _convolve_backward(stride: int, padding: int, saved: tuple[Image, Array], out: Image) -> tuple[Image, Array]:
+    def on(gradients):
+        return functools.partial(gradients, stride=stride, padding=padding)
+
+    return jax.lax.platform_dependent(*saved, out, cpu=on(_gradients_on_cpu), default=on(_gradients))
+
+
+convolve.defvjp(
+    lambda x, kernel, stride, padding: (_convolve(x, kernel, stride, padding), (x, kernel)), _convolve_backward
+)
+
+
+class Conv(nnx.Module):
+    """A square convolution; `padding` defaults to what keeps the size at stride 1."""
+
+    def __init__(
+        self, cin: int, cout: int, size: int, *, stride: int = 1, padding: int | None = None, dtype, rngs: nnx.Rngs
+    ):
+        self.stride, self.padding = stride, (size - 1) // 2 if padding is None else padding
+        self.dtype = dtype
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (size, size, cin, cout)))
+        self.bias = nnx.Param(jnp.zeros(cout))
+
+    def __call__(self, x: Image) -> Image:
+        kernel, bias = self.kernel.astype(self.dtype), self.bias.astype(self.dtype)
+        if kernel.shape[0] == 1:
+            return x @ kernel[0, 0] + bias
+        return convolve(x, kernel, self.stride, self.padding) + bias
 
 
 class GroupNorm(nnx.Module):
@@ -32,7 +85,11 @@ class GroupNorm(nnx.Module):
 
 
 def attention(
-    query: Float[Array, "b q n d"], key: Float[Array, "b k n d"], value: Float[Array, "b k n d"], *, causal: bool = False
+    query: Float[Array, "b q n d"],
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    *,
+    causal: bool = False,
 ) -> Float[Array, "b q n d"]:
     """softmax(QK^T / sqrt(d)) V, scores and softmax in float32 (so that `upcast_attention` always holds)."""
     return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
@@ -43,11 +100,11 @@ class ResnetBlock2D(nnx.Module):
 
     def __init__(self, cin: int, cout: int, *, groups: int, eps: float, temb_dim: int | None = None, **kw):
         self.norm1 = GroupNorm(cin, groups, eps, **kw)
-        self.conv1 = conv(cin, cout, 3, **kw)
+        self.conv1 = Conv(cin, cout, 3, **kw)
         self.time_emb_proj = None if temb_dim is None else nnx.Linear(temb_dim, cout, **kw)
         self.norm2 = GroupNorm(cout, groups, eps, **kw)
-        self.conv2 = conv(cout, cout, 3, **kw)
-        self.conv_shortcut = conv(cin, cout, 1, **kw) if cin != cout else None
+        self.conv2 = Conv(cout, cout, 3, **kw)
+        self.conv_shortcut = Conv(cin, cout, 1, **kw) if cin != cout else None
 
     def __call__(self, x: Image, temb: Float[Array, "b e"] | None = None) -> Image:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -62,7 +119,7 @@ class Downsample2D(nnx.Module):
 
     def __init__(self, channels: int, *, padding: int, **kw):
         self.symmetric = padding > 0
-        self.conv = conv(channels, channels, 3, stride=2, padding=padding, **kw)
+        self.conv = Conv(channels, channels, 3, stride=2, padding=padding, **kw)
 
     def __call__(self, x: Image) -> Image:
         return self.conv(x if self.symmetric else jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))
@@ -72,7 +129,7 @@ class Upsample2D(nnx.Module):
     """Nearest-neighbour doubling, then a convolution."""
 
     def __init__(self, channels: int, **kw):
-        self.conv = conv(channels, channels, 3, **kw)
+        self.conv = Conv(channels, channels, 3, **kw)
 
     def __call__(self, x: Image) -> Image:
         return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))

@@ -1,7 +1,7 @@
 """Reading a model's config.json into a frozen spec, refusing whatever is not implemented."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Spec = TypeVar("Spec")
@@ -11,41 +11,65 @@ class UnsupportedConfig(ValueError):
     """A config.json asks for something that this library does not implement."""
 
 
-def read_spec(cls: type[Spec], config: Mapping[str, Any], neutral: Mapping[str, tuple]) -> Spec:
+def read_spec(
+    cls: type[Spec],
+    config: Mapping[str, Any],
+    neutral: Mapping[str, tuple],
+    problems_of: Callable[[Spec], list[str]] = lambda spec: [],
+) -> Spec:
     """Builds `cls` from a config.json.
 
     Args:
         cls: a frozen dataclass; its fields are the implemented config fields, with the reference's defaults.
         config: the parsed config.json. Names starting with "_" are bookkeeping and pass.
         neutral: fields of the format that are not implemented -> the values at which they do nothing.
+        problems_of: lists what is wrong with the values of implemented fields.
 
     Raises:
         UnsupportedConfig: naming every unknown field and every field set to an unimplemented value.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
-    problems = []
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    values, problems = {}, []
     for name, value in config.items():
-        if name in known or name.startswith("_"):
+        if name in defaults and (value is not None or not defaults[name]):
+            values[name] = _frozen(value)
+        elif name in defaults:
+            problems.append(f"{name} = None (it needs a value)")
+        elif name.startswith("_"):
             continue
-        if name not in neutral:
+        elif name not in neutral:
             problems.append(f"{name} = {value!r} (unknown field)")
         elif value not in neutral[name]:
             problems.append(f"{name} = {value!r} (implemented: {' or '.join(map(repr, neutral[name]))})")
+    spec = cls(**values)
+    problems += problems_of(spec)
     if problems:
         kind = config.get("_class_name", config.get("architectures", cls.__name__))
         raise UnsupportedConfig(f"{kind}: this config is not supported: " + "; ".join(problems))
-    values = {name: _frozen(config[name]) for name in known & config.keys()}
-    return cls(**values)
+    return spec
 
 
 def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def per_block(value, count: int, name: str) -> tuple:
-    """A config value given once or per block, as a tuple of `count`."""
-    if not isinstance(value, tuple):
-        return (value,) * count
-    if len(value) != count:
-        raise UnsupportedConfig(f"{name} has {len(value)} entries for {count} blocks: {value!r}")
-    return value
+def not_among(spec, allowed: Mapping[str, Sequence[str]]) -> list[str]:
+    """A problem for each field whose value, or an entry of it, is not one of those `allowed` by name."""
+    problems = []
+    for name, choices in allowed.items():
+        value = getattr(spec, name)
+        if not set(value if isinstance(value, tuple) else (value,)) <= set(choices):
+            problems.append(f"{name} = {value!r} (implemented: {' or '.join(map(repr, choices))})")
+    return problems
+
+
+def not_per_block(spec, names: Sequence[str], blocks: int) -> list[str]:
+    """A problem for each field among `names` that lists another number of values than there are blocks."""
+    values = {name: getattr(spec, name) for name in names}
+    wrong = {name: v for name, v in values.items() if isinstance(v, tuple) and len(v) != blocks}
+    return [f"{name} = {value!r} ({len(value)} entries for {blocks} blocks)" for name, value in wrong.items()]
+
+
+def per_block(value, blocks: int) -> tuple:
+    """A config value given once or per block, as a tuple of `blocks`."""
+    return value if isinstance(value, tuple) else (value,) * blocks

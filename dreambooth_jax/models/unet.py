@@ -10,15 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.layers import (
+    Conv,
     Downsample2D,
     GroupNorm,
     Image,
     ResnetBlock2D,
     Upsample2D,
     attention,
-    conv,
 )
-from dreambooth_jax.models.spec import UnsupportedConfig, per_block, read_spec
+from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
 
 Tokens = Float[Array, "b l c"]
 
@@ -48,21 +48,9 @@ class UNetSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "UNetSpec":
         """Raises UnsupportedConfig, naming the fields, for anything not implemented."""
-        spec = read_spec(cls, config, _NEUTRAL)
-        for name, allowed in (("down_block_types", _DOWN_TYPES), ("up_block_types", _UP_TYPES)):
-            unknown = [kind for kind in getattr(spec, name) if kind not in allowed]
-            if unknown:
-                raise UnsupportedConfig(f"{name}: {unknown} not implemented; implemented: {list(allowed)}")
+        spec = read_spec(cls, config, _NEUTRAL, _problems)
         blocks = len(spec.block_out_channels)
-        for name in ("down_block_types", "up_block_types"):
-            per_block(getattr(spec, name), blocks, name)
-        return dataclasses.replace(
-            spec,
-            **{
-                name: per_block(getattr(spec, name), blocks, name)
-                for name in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
-            },
-        )
+        return dataclasses.replace(spec, **{name: per_block(getattr(spec, name), blocks) for name in _PER_BLOCK})
 
     @property
     def downscale(self) -> int:
@@ -72,6 +60,15 @@ class UNetSpec:
 
 _DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
+_PER_BLOCK = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
+
+
+def _problems(spec: UNetSpec) -> list[str]:
+    types = not_among(spec, {"down_block_types": _DOWN_TYPES, "up_block_types": _UP_TYPES})
+    names = ("down_block_types", "up_block_types", *_PER_BLOCK)
+    return types + not_per_block(spec, names, len(spec.block_out_channels))
+
+
 _NEUTRAL = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None,),
@@ -108,7 +105,9 @@ _NEUTRAL = {
 }
 
 
-def timestep_embedding(t: Float[Array, "b"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Float[Array, "b e"]:
+def timestep_embedding(
+    t: Float[Array, "b"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> Float[Array, "b e"]:
     """Sinusoidal embedding of the timestep (arXiv 2006.11239), in float32."""
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
@@ -187,7 +186,7 @@ class Transformer2DModel(nnx.Module):
     """Transformer blocks over the pixels of a feature map, between two projections."""
 
     def __init__(self, channels: int, context_dim: int, heads: int, depth: int, *, groups: int, linear: bool, **kw):
-        project = nnx.Linear if linear else lambda cin, cout, **kw: conv(cin, cout, 1, **kw)
+        project = nnx.Linear if linear else lambda cin, cout, **kw: Conv(cin, cout, 1, **kw)
         self.norm = GroupNorm(channels, groups, 1e-6, **kw)
         self.proj_in = project(channels, channels, **kw)
         self.transformer_blocks = nnx.List(
@@ -209,7 +208,9 @@ class Stage(nnx.Module):
         self, channels_in, channels: int, *, transformer: dict | None, resnet: dict, down=False, up=False, **kw
     ):
         self.resnets = nnx.List([ResnetBlock2D(cin, channels, **resnet, **kw) for cin in channels_in])
-        self.attentions = transformer and nnx.List([Transformer2DModel(channels, **transformer, **kw) for _ in channels_in])
+        self.attentions = transformer and nnx.List(
+            [Transformer2DModel(channels, **transformer, **kw) for _ in channels_in]
+        )
         self.downsamplers = nnx.List([Downsample2D(channels, padding=1, **kw)]) if down else None
         self.upsamplers = nnx.List([Upsample2D(channels, **kw)]) if up else None
 
@@ -252,7 +253,7 @@ class UNet2DConditionModel(nnx.Module):
             }
 
         self.spec, self.dtype, self.remat = spec, dtype, remat
-        self.conv_in = conv(spec.in_channels, widths[0], 3, **kw)
+        self.conv_in = Conv(spec.in_channels, widths[0], 3, **kw)
         self.time_embedding = TimestepEmbedding(widths[0], temb_dim, **kw)
 
         last = len(widths) - 1
@@ -287,7 +288,7 @@ class UNet2DConditionModel(nnx.Module):
             self.up_blocks.append(Stage(channels_in, width, transformer=cross, resnet=resnet, up=level > 0, **kw))
 
         self.conv_norm_out = GroupNorm(widths[0], groups, spec.norm_eps, **kw)
-        self.conv_out = conv(widths[0], spec.out_channels, 3, **kw)
+        self.conv_out = Conv(widths[0], spec.out_channels, 3, **kw)
 
     def __call__(
         self, x: Float[Array, "b h w in"], t: Float[Array, "b"], context: Float[Array, "b l e"]

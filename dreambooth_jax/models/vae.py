@@ -10,15 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.layers import (
+    Conv,
     Downsample2D,
     GroupNorm,
     Image,
     ResnetBlock2D,
     Upsample2D,
     attention,
-    conv,
 )
-from dreambooth_jax.models.spec import UnsupportedConfig, per_block, read_spec
+from dreambooth_jax.models.spec import not_among, not_per_block, read_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +42,17 @@ class VAESpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "VAESpec":
         """Raises UnsupportedConfig, naming the fields, for anything not implemented."""
-        spec = read_spec(cls, config, _NEUTRAL)
-        for name, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            kinds = per_block(getattr(spec, name), len(spec.block_out_channels), name)
-            if set(kinds) != {only}:
-                raise UnsupportedConfig(f"{name}: {sorted(set(kinds) - {only})} not implemented; implemented: {only}")
-        return spec
+        return read_spec(cls, config, _NEUTRAL, _problems)
 
     @property
     def downscale(self) -> int:
         """Pixels per latent in each direction."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _problems(spec: VAESpec) -> list[str]:
+    types = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    return not_among(spec, types) + not_per_block(spec, tuple(types), len(spec.block_out_channels))
 
 
 _NEUTRAL = {
@@ -110,14 +110,14 @@ class Stage(nnx.Module):
 class Encoder(nnx.Module):
     def __init__(self, spec: VAESpec, **kw):
         widths, groups = spec.block_out_channels, spec.norm_num_groups
-        self.conv_in = conv(spec.in_channels, widths[0], 3, **kw)
+        self.conv_in = Conv(spec.in_channels, widths[0], 3, **kw)
         self.down_blocks = nnx.List([])
         for level, (cin, cout) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             down = level < len(widths) - 1
             self.down_blocks.append(Stage(cin, cout, spec.layers_per_block, groups=groups, down=down, **kw))
         self.mid_block = MidBlock(widths[-1], with_attention=spec.mid_block_add_attention, groups=groups, **kw)
         self.conv_norm_out = GroupNorm(widths[-1], groups, _EPS, **kw)
-        self.conv_out = conv(widths[-1], 2 * spec.latent_channels, 3, **kw)
+        self.conv_out = Conv(widths[-1], 2 * spec.latent_channels, 3, **kw)
 
     def __call__(self, x: Image) -> Image:
         x = self.conv_in(x)
@@ -129,14 +129,14 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     def __init__(self, spec: VAESpec, **kw):
         widths, groups = spec.block_out_channels[::-1], spec.norm_num_groups
-        self.conv_in = conv(spec.latent_channels, widths[0], 3, **kw)
+        self.conv_in = Conv(spec.latent_channels, widths[0], 3, **kw)
         self.mid_block = MidBlock(widths[0], with_attention=spec.mid_block_add_attention, groups=groups, **kw)
         self.up_blocks = nnx.List([])
         for level, (cin, cout) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             up = level < len(widths) - 1
             self.up_blocks.append(Stage(cin, cout, spec.layers_per_block + 1, groups=groups, up=up, **kw))
         self.conv_norm_out = GroupNorm(widths[-1], groups, _EPS, **kw)
-        self.conv_out = conv(widths[-1], spec.out_channels, 3, **kw)
+        self.conv_out = Conv(widths[-1], spec.out_channels, 3, **kw)
 
     def __call__(self, z: Image) -> Image:
         x = self.mid_block(self.conv_in(z))
@@ -159,8 +159,8 @@ class AutoencoderKL(nnx.Module):
         self.spec, self.dtype = spec, dtype
         self.encoder = Encoder(spec, **kw)
         self.decoder = Decoder(spec, **kw)
-        self.quant_conv = conv(2 * channels, 2 * channels, 1, **kw) if spec.use_quant_conv else None
-        self.post_quant_conv = conv(channels, channels, 1, **kw) if spec.use_post_quant_conv else None
+        self.quant_conv = Conv(2 * channels, 2 * channels, 1, **kw) if spec.use_quant_conv else None
+        self.post_quant_conv = Conv(channels, channels, 1, **kw) if spec.use_post_quant_conv else None
 
     def encode(self, x: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b h/f w/f c"], Float[Array, "b h/f w/f c"]]:
         """Pixels in [-1, 1] -> posterior mean and log variance of the latents.

@@ -10,17 +10,15 @@ from dreambooth_jax.world.captions import caption
 from dreambooth_jax.world.names import COLOURS, SUBJECT_NOUNS
 from dreambooth_jax.world.sprites import Sprite
 
-# The classes that people fine-tune (DreamBooth's own) come up this many times as often as others.
-_SUBJECT_WEIGHT = 4.0
 _FLAT_SHARE = 0.2
 _PLAIN, _GRADIENT = 0.45, 0.1  # shares of plain and gradient backgrounds; settings share the rest
 
 
-def sprite_weights(sprites: list[Sprite]) -> Float[np.ndarray, "s"]:
+def sprite_weights(sprites: list[Sprite], subject_weight: float) -> Float[np.ndarray, "s"]:
     """Probability of each sprite.
 
     Within a style a class counts by the square root of its number of pictures (all its dyed ones as two at most), and
-    `_SUBJECT_WEIGHT` times as much if it is one of SUBJECT_NOUNS. Its pictures share that, the dyed ones with less.
+    `subject_weight` times as much if it is one of SUBJECT_NOUNS. Its pictures share that, the dyed ones with less.
     """
     weights = np.zeros(len(sprites))
     groups: dict[tuple[str, str], list[int]] = {}
@@ -30,7 +28,7 @@ def sprite_weights(sprites: list[Sprite]) -> Float[np.ndarray, "s"]:
         dyes = sum(bool(sprites[i].colour) for i in members)
         # A single picture and its dyes stand on a par; beside many pictures the dyes stay a minority.
         share = np.array([1.0 if not sprites[i].colour else max(0.35, 1 - len(members) / 20) for i in members])
-        boost = _SUBJECT_WEIGHT if noun in SUBJECT_NOUNS else 1.0
+        boost = subject_weight if noun in SUBJECT_NOUNS else 1.0
         weights[members] = boost * np.sqrt(len(members) - dyes + min(dyes, 2)) * share / share.sum()
     flat = np.array([sprite.style == "flat" for sprite in sprites])
     for mask, amount in ((flat, _FLAT_SHARE), (~flat, 1 - _FLAT_SHARE)):
@@ -78,7 +76,13 @@ def render_one(sprites, cumulative, size: int, seed: int, index: int, split: str
 
 
 def render(
-    sprites: list[Sprite], n: int, size: int = 64, seed: int = 0, split: str = "train", start: int = 0
+    sprites: list[Sprite],
+    n: int,
+    size: int = 64,
+    seed: int = 0,
+    split: str = "train",
+    start: int = 0,
+    subject_weight: float = 4.0,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"], list[str], Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
     """Renders pictures `start` to `start + n` of an endless series.
 
@@ -89,6 +93,7 @@ def render(
       seed: which series. Picture i of a series is the same whatever n and start.
       split: another name gives other poses and other pictures of the settings ("train", "test", ...).
       start: the first index.
+      subject_weight: how many times as often as others the classes that people fine-tune (SUBJECT_NOUNS) come up.
 
     Returns:
       images, captions, labels (indices into `sprites`) and backgrounds (indices into BACKGROUNDS).
@@ -98,7 +103,7 @@ def render(
     """
     if not sprites:
         raise ValueError("no sprites to render: pass what load_sprites() returns")
-    cumulative = np.cumsum(sprite_weights(sprites))
+    cumulative = np.cumsum(sprite_weights(sprites, subject_weight))
     images = np.empty((n, size, size, 3), np.uint8)
     captions, labels, backgrounds = [], np.empty(n, np.int32), np.empty(n, np.int32)
     for i in range(n):
