@@ -10,15 +10,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 UNET_15 = {
     "sample_size": 16,
-    "block_out_channels": (32, 64, 64),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 2,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
     "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-    "norm_num_groups": 16,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
 }
-UNET_21 = UNET_15 | {"attention_head_dim": [2, 4, 4], "use_linear_projection": True, "upcast_attention": True}
+UNET_21 = UNET_15 | {"attention_head_dim": [4, 2], "use_linear_projection": True, "upcast_attention": True}
 TEXT_15 = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT_21 = TEXT_15 | {"hidden_act": "gelu", "num_hidden_layers": 3}
 VAE = {
@@ -30,7 +30,13 @@ VAE = {
     "latent_channels": 4,
     "sample_size": 32,
 }
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -52,7 +58,9 @@ def write_tokenizer(folder: Path, length: int = 16) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    tokenizer = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=length)
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=length
+    )
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
@@ -70,7 +78,9 @@ def make_parts(unet: dict, text: dict, vae: dict, vocab: int, length: int = 16):
     )
 
 
-def write_folder(folder: Path, *, unet=None, text=None, vae=None, scheduler=None, length: int = 16, **save) -> StableDiffusionPipeline:
+def write_folder(
+    folder: Path, *, unet=None, text=None, vae=None, scheduler=None, length: int = 16, **save
+) -> StableDiffusionPipeline:
     """Writes a whole StableDiffusionPipeline folder and returns the PyTorch pipeline."""
     tokenizer = write_tokenizer(folder / "tokenizer", length)
     unet, vae, text = make_parts(unet or UNET_15, text or TEXT_15, vae or VAE, len(tokenizer), length)

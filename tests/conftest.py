@@ -1,0 +1,50 @@
+"""One environment for all tests: CPU only, eight devices, compiled programs kept between runs; shared models."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported, and inherited by the programs that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Compiling takes most of the tests' time; the lowest optimisation level halves it.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import pytest  # noqa: E402
+
+
+class Base:
+    """A tiny Stable Diffusion written by PyTorch diffusers.
+
+    Attributes:
+        folder: where it is.
+        torch: the PyTorch pipeline that wrote it.
+        pipeline, params: what this library reads there.
+    """
+
+    def __init__(self, folder, **parts):
+        from torch_folders import write_folder
+
+        from dreambooth_jax.pipeline import load_pipeline, read_params
+
+        self.folder = folder
+        self.torch = write_folder(folder, **parts)
+        self.pipeline = load_pipeline(str(folder))
+        self.params = read_params(self.pipeline)
+
+
+@pytest.fixture(scope="session")
+def sd15(tmp_path_factory):
+    """Like Stable Diffusion 1.x: convolutional projections, quick_gelu, predicts the noise."""
+    return Base(tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture(scope="session")
+def sd21(tmp_path_factory):
+    """Like Stable Diffusion 2.x: linear projections, heads per block, gelu, predicts the velocity."""
+    from diffusers import DDIMScheduler
+    from torch_folders import SCHEDULE, TEXT_21, UNET_21
+
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **SCHEDULE)
+    return Base(tmp_path_factory.mktemp("sd21"), unet=UNET_21, text=TEXT_21, scheduler=scheduler)
