@@ -8,7 +8,6 @@ Both means come from one forward pass over the concatenated batch. `f` is any `p
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 

@@ -25,7 +25,9 @@ def learning_rate(kind: str, peak: float, *, warmup: int, steps: int) -> optax.S
         "cosine": optax.cosine_decay_schedule(peak, steps - warmup),
     }[kind]
     # The first update already moves: 1/warmup of the peak.
-    return optax.join_schedules([lambda count: peak * (count + 1) / max(warmup, 1), after], [warmup]) if warmup else after
+    return (
+        optax.join_schedules([lambda count: peak * (count + 1) / max(warmup, 1), after], [warmup]) if warmup else after
+    )
 
 
 def scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformation:

@@ -125,19 +125,21 @@ def resolve_base(base: str) -> Path:
     if Path(base).expanduser().is_dir():
         return Path(base).expanduser()
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package.")
+        raise FileNotFoundError(
+            f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
+        )
     patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
     patterns += [f"{part}/{end}" for part in PARTS for end in ("*.json", "*.safetensors")]
     try:
         folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"])
     except Exception as error:  # offline, unknown or gated: the hub client has a type for each
-        raise FileNotFoundError(f"base = {base!r}: no such folder, and the model hub did not give it ({error}). Check the name and the network, or give a local folder with --config.base=/path.") from error
+        raise FileNotFoundError(
+            f"base = {base!r}: no such folder, and the model hub did not give it ({error}). Check the name and the network, or give a local folder with --config.base=/path."
+        ) from error
     return Path(folder)
 
 
-def load_pipeline(
-    base: str, *, dtype=jnp.float32, remat: bool = False, vae_dtype=jnp.float32
-) -> Pipeline:
+def load_pipeline(base: str, *, dtype=jnp.float32, remat: bool = False, vae_dtype=jnp.float32) -> Pipeline:
     """Reads a base's configs and tokenizer, no weights.
 
     Args:
@@ -153,13 +155,17 @@ def load_pipeline(
     folder = resolve_base(base)
     index = _read_json(folder, "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
-        raise UnsupportedConfig(f"{folder}/model_index.json: {index.get('_class_name')} is not implemented; expected StableDiffusionPipeline")
+        raise UnsupportedConfig(
+            f"{folder}/model_index.json: {index.get('_class_name')} is not implemented; expected StableDiffusionPipeline"
+        )
     configs = {part: _read_json(folder, f"{part}/config.json") for part in PARTS}
     unet_spec = UNetSpec.from_config(configs["unet"])
     vae_spec = VAESpec.from_config(configs["vae"])
     text_spec = CLIPTextSpec.from_config(configs["text_encoder"])
     if {text_spec.hidden_size} != set(unet_spec.cross_attention_dim):
-        raise UnsupportedConfig(f"{folder}: text encoder of width {text_spec.hidden_size}, UNet cross_attention_dim {unet_spec.cross_attention_dim}")
+        raise UnsupportedConfig(
+            f"{folder}: text encoder of width {text_spec.hidden_size}, UNet cross_attention_dim {unet_spec.cross_attention_dim}"
+        )
     return Pipeline(
         folder=folder,
         configs=configs,
@@ -207,7 +213,9 @@ def save_pipeline(pipeline: Pipeline, params: Params, folder: str | os.PathLike,
     """
     folder = Path(folder)
     for part in PARTS:
-        save_model(folder / part, under_prefix(f"{part}.", params), pipeline.configs[part], dtype=dtype, stem=_STEMS[part])
+        save_model(
+            folder / part, under_prefix(f"{part}.", params), pipeline.configs[part], dtype=dtype, stem=_STEMS[part]
+        )
     for name in ("scheduler", "tokenizer"):
         shutil.copytree(pipeline.folder / name, folder / name, dirs_exist_ok=True)
     # The safety checker and image processor of a hub folder are not carried along: the index must not name them.

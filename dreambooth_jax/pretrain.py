@@ -62,7 +62,7 @@ def fit(name: str, step: Callable, params: Params, optimizer, data: Any, config,
     """Runs `step(state, frozen, data, key)` for `part.steps` steps, from the last checkpoint if there is one."""
     manager = checkpoint.open_checkpoints(Path(config.workdir) / name, keep_last=1)
     state = init_state(params, optimizer, ema="ema_decay" in part)
-    state = checkpoint.restore_latest(manager, state) or state
+    state = checkpoint.restore(manager, state) or state
     run = jax.jit(run_steps(step, config.steps_per_call), donate_argnums=0)
     key = jax.random.key(config.seed)
     saved = time.monotonic()

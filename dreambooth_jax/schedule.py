@@ -53,13 +53,19 @@ class Schedule:
             if config.get(name, neutral) != neutral:
                 raise UnsupportedConfig(f"scheduler_config.json: {name} = {config[name]!r} is not implemented")
         if config.get("clip_sample", config.get("_class_name") in _CLIP_BY_DEFAULT):
-            raise UnsupportedConfig("scheduler_config.json: clip_sample is not implemented; set it to false (latents are not images)")
+            raise UnsupportedConfig(
+                "scheduler_config.json: clip_sample is not implemented; set it to false (latents are not images)"
+            )
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
-            raise UnsupportedConfig(f"scheduler_config.json: prediction_type = {prediction!r}; implemented: {PREDICTIONS}")
+            raise UnsupportedConfig(
+                f"scheduler_config.json: prediction_type = {prediction!r}; implemented: {PREDICTIONS}"
+            )
         zero_snr = config.get("rescale_betas_zero_snr", False)
         if zero_snr and prediction == "epsilon":
-            raise UnsupportedConfig("scheduler_config.json: rescale_betas_zero_snr needs prediction_type v_prediction: noise alone tells nothing of x0")
+            raise UnsupportedConfig(
+                "scheduler_config.json: rescale_betas_zero_snr needs prediction_type v_prediction: noise alone tells nothing of x0"
+            )
         betas = _betas(config)
         alpha_bar = np.cumprod(1.0 - betas)
         if zero_snr:
@@ -89,7 +95,11 @@ _NEUTRAL = {
 
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
     """beta_t in float64 for the three schedules of the format."""
-    start, end, count = config.get("beta_start", 1e-4), config.get("beta_end", 0.02), config.get("num_train_timesteps", 1000)
+    start, end, count = (
+        config.get("beta_start", 1e-4),
+        config.get("beta_end", 0.02),
+        config.get("num_train_timesteps", 1000),
+    )
     kind = config.get("beta_schedule", "linear")
     if kind == "linear":
         return np.linspace(start, end, count)
@@ -98,7 +108,9 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
     if kind == "squaredcos_cap_v2":  # arXiv 2102.09672, equation 17
         alpha_bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
         return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    raise UnsupportedConfig(f"scheduler_config.json: beta_schedule = {kind!r}; implemented: linear, scaled_linear, squaredcos_cap_v2")
+    raise UnsupportedConfig(
+        f"scheduler_config.json: beta_schedule = {kind!r}; implemented: linear, scaled_linear, squaredcos_cap_v2"
+    )
 
 
 def _rescale_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
@@ -112,12 +124,16 @@ def at(values: np.ndarray, t: Int[Array, "b"], ndim: int) -> Array:
     return jnp.asarray(values, jnp.float32)[t].reshape(-1, *(1,) * (ndim - 1))
 
 
-def corrupt(schedule: Schedule, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[Array, "b"]) -> Float[Array, "b ..."]:
+def corrupt(
+    schedule: Schedule, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[Array, "b"]
+) -> Float[Array, "b ..."]:
     """x_t = alpha_t x0 + sigma_t eps (arXiv 2006.11239, equation 4)."""
     return at(schedule.alpha, t, x0.ndim) * x0 + at(schedule.sigma, t, x0.ndim) * eps
 
 
-def target(schedule: Schedule, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[Array, "b"]) -> Float[Array, "b ..."]:
+def target(
+    schedule: Schedule, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[Array, "b"]
+) -> Float[Array, "b ..."]:
     """What the model should predict: eps, or v = alpha_t eps - sigma_t x0."""
     if schedule.prediction == "epsilon":
         return eps

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from dreambooth_jax import method
 from dreambooth_jax.loss import Corrupted, Predict, dreambooth_loss
 from dreambooth_jax.params import Params
 from dreambooth_jax.schedule import Schedule
@@ -102,7 +103,7 @@ def make_step(
     schedule: Schedule,
     *,
     batch_size: int,
-    combine: Callable[[Params, Params], Params] = lambda frozen, trainable: frozen | trainable,
+    combine: Callable[[Params, Params], Params] = method.combine,
     prior_weight: float = 1.0,
     snr_gamma: float | None = None,
     accumulate: int = 1,

@@ -22,8 +22,9 @@ from dreambooth_jax.params import Params
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
-# What a file may call a tensor -> what it is called today. Autoencoders saved before diffusers 0.16 name their attention
-# differently; transformers 5 leaves out the wrapper of the text model. Applied only where today's name is wanted.
+# What a file may call a tensor -> what it is called today. Autoencoders saved before diffusers 0.16 name their
+# attention differently; transformers 5 leaves out the wrapper of the text model. Applied only where today's name is
+# wanted.
 _ALIASES = (
     (r"\.query\.", ".to_q."),
     (r"\.key\.", ".to_k."),
@@ -70,10 +71,11 @@ def read_model(
     stored = _stored_tensors(Path(folder), by_file_name.keys())
     _check(folder, by_file_name, stored)
     sharding_of = sharding_of or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    return {
-        name: _place(name, wanted, *stored[file_name(name)], sharding_of(name, wanted.shape))
-        for name, wanted in shapes.items()
-    }
+    placed = {}
+    for key, where in stored.items():  # in the order of the file: disks read on
+        name, wanted = by_file_name[key]
+        placed[name] = _place(name, wanted, *where, sharding_of(name, wanted.shape))
+    return {name: placed[name] for name in shapes}
 
 
 def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
@@ -82,11 +84,13 @@ def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, tuple[Pa
     for path in _weight_files(folder):
         try:
             with safe_open(path, "numpy") as tensors:
-                for key in tensors.keys():
+                for key in tensors.offset_keys():
                     if not key.endswith(_IGNORED):
                         found[_todays_name(key, wanted)] = (path, key, tuple(tensors.get_slice(key).get_shape()))
         except SafetensorError as error:
-            raise WeightsError(f"{path}: not a readable safetensors file ({error}). Download or export it again.") from error
+            raise WeightsError(
+                f"{path}: not a readable safetensors file ({error}). Download or export it again."
+            ) from error
     return found
 
 
@@ -97,28 +101,34 @@ def _todays_name(key: str, wanted: Collection[str]) -> str:
 
 def _weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder. A base is a diffusers folder with unet/, vae/ and text_encoder/.")
-    for stem in WEIGHT_FILES:
-        index = folder / f"{stem}.index.json"
-        if (folder / stem).is_file():
-            return [folder / stem]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            absent = [name for name in names if not (folder / name).is_file()]
-            if absent:
-                raise WeightsError(f"{index} names shards that are not there: {', '.join(absent)}")
-            return [folder / name for name in names]
-    variants = sorted(folder.glob("*.safetensors"))
-    if len(variants) == 1:  # such as diffusion_pytorch_model.fp16.safetensors
-        return variants
-    if variants:
-        raise WeightsError(f"{folder}: several weight files and none with the plain name {' or '.join(WEIGHT_FILES)}: {[v.name for v in variants]}")
+        raise WeightsError(
+            f"{folder}: no such folder. A base is a diffusers folder with unet/, vae/ and text_encoder/."
+        )
+    sets = {}  # a single file, or an index with its shards; variants such as fp16 are sets of their own
+    for index in folder.glob("*.safetensors.index*.json"):
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise WeightsError(f"{index} names shards that are not there: {', '.join(absent)}")
+        sets[index.name] = [folder / name for name in names]
+    shards = {path for paths in sets.values() for path in paths}
+    sets |= {path.name: [path] for path in folder.glob("*.safetensors") if path not in shards}
+    plain = [name for stem in WEIGHT_FILES for name in (stem, f"{stem}.index.json") if name in sets]
+    if plain or len(sets) == 1:
+        return sets[plain[0] if plain else next(iter(sets))]
+    if sets:
+        raise WeightsError(
+            f"{folder}: several weight files, {', '.join(sorted(sets))}, and none with a plain name, "
+            f"{' or '.join(WEIGHT_FILES)}. Keep or rename the one to read."
+        )
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
     if pickles:
+        base = folder.parent
         raise WeightsError(
             f"{folder}: only pickled weights ({', '.join(pickles)}), which can run code when opened and are refused. "
-            "Convert the folder once, where PyTorch is installed:\n  python -c \"from diffusers import StableDiffusionPipeline as P; "
-            f"P.from_pretrained('{folder.parent}').save_pretrained('{folder.parent}-safetensors')\""
+            "Convert the folder once, where PyTorch is installed:\n"
+            '  python -c "from diffusers import StableDiffusionPipeline as P; '
+            f"P.from_pretrained('{base}').save_pretrained('{base}-safetensors')\""
         )
     raise WeightsError(f"{folder}: no weights. Expected {' or '.join(WEIGHT_FILES)}.")
 
@@ -158,7 +168,9 @@ def _place(name, wanted: jax.ShapeDtypeStruct, path: Path, key: str, stored_shap
     return jax.make_array_from_callback(wanted.shape, sharding, callback)
 
 
-def save_model(folder: str | os.PathLike, params: Mapping[str, Array], config: Mapping, *, dtype=None, stem: str) -> None:
+def save_model(
+    folder: str | os.PathLike, params: Mapping[str, Array], config: Mapping, *, dtype=None, stem: str
+) -> None:
     """Writes config.json and one safetensors file that diffusers or transformers opens: the inverse of `read_model`.
 
     Args:

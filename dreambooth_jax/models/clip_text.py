@@ -46,7 +46,27 @@ _NEUTRAL = {
     "model_type": ("clip_text_model",),
 }
 # Special token ids concern pooling, which Stable Diffusion does not use; the rest is bookkeeping of the file's writer.
-_WITHOUT_EFFECT = ["architectures", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "initializer_factor", "initializer_range", "projection_dim", "transformers_version", "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "tie_word_embeddings"]
+_WITHOUT_EFFECT = [
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "initializer_factor",
+    "initializer_range",
+    "projection_dim",
+    "transformers_version",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "tie_word_embeddings",
+]
 
 
 def quick_gelu(x: Array) -> Array:

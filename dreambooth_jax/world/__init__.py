@@ -14,6 +14,14 @@ from dreambooth_jax.world.sprites import Sprite, load_sprites
 from dreambooth_jax.world.tokenizer import rare_words, write_tokenizer
 
 __all__ = [
-    "BACKGROUNDS", "COLOURS", "SETTINGS", "SUBJECT_NOUNS", "Sprite", "load_sprites", "rare_words", "render", "words",
+    "BACKGROUNDS",
+    "COLOURS",
+    "SETTINGS",
+    "SUBJECT_NOUNS",
+    "Sprite",
+    "load_sprites",
+    "rare_words",
+    "render",
+    "words",
     "write_tokenizer",
 ]

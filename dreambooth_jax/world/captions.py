@@ -1,10 +1,10 @@
 """Captions: a small grammar that says what a picture shows, in the words people use in prompts.
 
-    caption    = [medium] thing [place]
-    medium     = "a 3d render of" | "a photo of" | ...        rendered sprites; a bare caption means these
-               | "a flat drawing of" | "an illustration of"   flat sprites; always said, as it is what sets them apart
-    thing      = class noun | synonym | the picture's own name, with its colour if dyed, with its article
-    place      = "on a blue background" | "in the snow" | ...
+caption    = [medium] thing [place]
+medium     = "a 3d render of" | "a photo of" | ...        rendered sprites; a bare caption means these
+           | "a flat drawing of" | "an illustration of"   flat sprites; always said, as it is what sets them apart
+thing      = class noun | synonym | the picture's own name, with its colour if dyed, with its article
+place      = "on a blue background" | "in the snow" | ...
 """
 
 import re

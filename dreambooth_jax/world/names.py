@@ -189,17 +189,47 @@ _CATEGORIES = {
 _HEARTS = ("", "orange_", "yellow_", "green_", "blue_", "purple_", "brown_", "black_", "broken_")
 # The few pictures worth having from categories that are otherwise faces and body parts.
 _ADOPTED = {
-    "robot_face": "object", "alien": "object", "ghost": "object", "skull": "object", "space_invader": "object",
-    "smiling_imp": "object", "imp": "object", "japanese_ogre": "object", "japanese_goblin": "object",
-    "clown_face": "object", "smile_cat": "animal", "scream_cat": "animal", "heart_eyes_cat": "animal",
-    "see_no_evil": "animal", "hear_no_evil": "animal", "love_letter": "object", "bone": "object", "tooth": "object",
+    "robot_face": "object",
+    "alien": "object",
+    "ghost": "object",
+    "skull": "object",
+    "space_invader": "object",
+    "smiling_imp": "object",
+    "imp": "object",
+    "japanese_ogre": "object",
+    "japanese_goblin": "object",
+    "clown_face": "object",
+    "smile_cat": "animal",
+    "scream_cat": "animal",
+    "heart_eyes_cat": "animal",
+    "see_no_evil": "animal",
+    "hear_no_evil": "animal",
+    "love_letter": "object",
+    "bone": "object",
+    "tooth": "object",
     "brain": "object",
 } | {f"{c}heart": "object" for c in _HEARTS}
 
 # Classes that DreamBooth's own 30 subjects belong to, as far as this world has them, and our example subjects'.
 SUBJECT_NOUNS = (
-    "dog", "cat", "backpack", "teapot", "robot", "car", "duck", "teddy bear", "clock", "bowl", "can", "candle",
-    "sneaker", "boot", "glasses", "vase", "toy", "cartoon",
+    "dog",
+    "cat",
+    "backpack",
+    "teapot",
+    "robot",
+    "car",
+    "duck",
+    "teddy bear",
+    "clock",
+    "bowl",
+    "can",
+    "candle",
+    "sneaker",
+    "boot",
+    "glasses",
+    "vase",
+    "toy",
+    "cartoon",
 )
 
 # One meaning for a colour word everywhere: dyed sprites and plain backgrounds.
@@ -272,7 +302,7 @@ def category_of(short_name: str, category: str, subcategory: str) -> str | None:
 
 
 def with_article(phrase: str) -> str:
-    """"an apple", "a bowl of rice"; plurals and substances stay bare: "glasses", "bread"."""
+    """ "an apple", "a bowl of rice"; plurals and substances stay bare: "glasses", "bread"."""
     if phrase in PLURAL or phrase in MASS:
         return phrase
     vowel_letter = phrase[0] in "aeiou" and not phrase.startswith(("uni", "use"))

@@ -1,0 +1,99 @@
+"""DreamBooth on five pictures of a dog. Every field of the library is here; override any with --config.FIELD=VALUE.
+
+    python -m dreambooth_jax.train --config configs/dog.py           # the embedded base, any laptop, no network
+    python -m dreambooth_jax.train --config configs/dog.py:sd15      # Stable Diffusion 1.5; also :sd14, :sd21
+"""
+
+from ml_collections import ConfigDict
+
+HUB_MODELS = {
+    "sd14": "CompVis/stable-diffusion-v1-4",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "stabilityai/stable-diffusion-2-1",
+}
+
+
+def get_config(base: str = "tiny") -> ConfigDict:
+    config = ConfigDict()
+
+    # What is learnt, from what
+    config.base = "tiny"  # "tiny" ships with the package; else a diffusers folder or a model hub name
+    config.workdir = "runs/dog"  # checkpoints, class images, samples, metrics; local or gs://
+    config.instance_images = "examples/subjects/dog"  # a folder, or tfds:NAME/CONFIG:SPLIT
+    config.identifier = "sks"  # a rare token: python -m dreambooth_jax.identifier proposes some
+    config.class_noun = "dog"
+    config.instance_prompt = "a photo of {identifier} {class_noun}"
+    config.captions = "auto"  # "auto": the images' own captions where there are any; "template": always the prompt
+    config.resolution = 64  # pixels; images are resized (Lanczos) and cropped to squares
+    config.crop = "center"  # or "random"
+    config.flip = False  # mirror half of the views
+    config.views = 1  # augmented views drawn of each image, for random crops and flips
+    config.seed = 0
+
+    # Prior preservation (arXiv 2208.12242, section 3.3)
+    config.prior_preservation = True
+    config.prior_weight = 1.0  # lambda
+    config.class_prompt = "a photo of {class_noun}"
+    config.class_images = ""  # folder of class images; "" is workdir/class_images
+    config.num_class_images = 100  # the frozen base paints what is missing
+    config.class_batch_size = 20  # pictures painted at once, over all devices
+
+    # Training
+    config.steps = 300
+    config.batch_size = 4  # instance images per step over all devices; as many class images join them
+    config.accumulate = 1  # parts in which a batch is computed, one after the other
+    config.train_text_encoder = True
+    config.text_encoder_multiplier = 1.0  # of the learning rate, for the text encoder
+    config.optimizer = "adamw"  # or "adafactor"
+    config.learning_rate = 2e-4
+    config.lr_schedule = "constant"  # or "linear", "cosine": to 0 at the last step
+    config.lr_warmup_steps = 0
+    config.weight_decay = 1e-2
+    config.clip_norm = 1.0  # global norm of the gradient; 0 for no clipping
+    config.snr_gamma = 0.0  # min-SNR-gamma (arXiv 2303.09556); 0 for none
+    config.ema_decay = 0.0  # running average of the trained weights, used for pictures; 0 for none
+
+    # Hardware
+    config.dtype = "float32"  # of the computation; "bfloat16" on TPUs. Trained weights are always float32
+    config.remat = False  # recompute activations in the backward pass: less memory, more time
+    config.mesh_data = -1  # devices along each mesh axis; -1 takes what the other leaves
+    config.mesh_fsdp = 1  # parameters and optimizer state are split over this axis
+    config.steps_per_call = 10  # steps on the device between two looks of the host
+
+    # What is kept and shown
+    config.save_every = 100  # steps; the last step is always saved
+    config.keep_last = 1  # checkpoints
+    config.keep_every = 0  # besides those, every checkpoint at a multiple of this; 0 for none
+    config.sample_every = 100
+    config.sample_prompts = (
+        "a {identifier} {class_noun} in the snow",
+        "a {identifier} {class_noun} on the beach",
+        "a {identifier} {class_noun} in front of a brick wall",
+        "a {identifier} {class_noun} in the jungle",
+        "a {identifier} {class_noun} on a red background",
+        "a {class_noun}",
+    )
+    config.sample_count = 6  # pictures per prompt
+    config.sampler = "dpm++"  # or "ddim", "euler"; also paints the class images
+    config.sampling_steps = 20
+    config.guidance_scale = 4.0
+    config.negative_prompt = ""
+
+    if base != "tiny":
+        if base not in HUB_MODELS:
+            raise ValueError(f"dog.py:{base}: expected one of tiny, {', '.join(HUB_MODELS)}")
+        config.base = HUB_MODELS[base]
+        config.resolution = 768 if base == "sd21" else 512
+        config.num_class_images = 200
+        config.class_batch_size = 8
+        config.steps = 800
+        config.batch_size = 1
+        config.learning_rate = 2e-6
+        config.dtype = "bfloat16"
+        config.remat = True
+        config.save_every = 400
+        config.sample_every = 200
+        config.sample_count = 2
+        config.sampling_steps = 25
+        config.guidance_scale = 7.5
+    return config

@@ -1,0 +1,95 @@
+"""Prompts and seeds to pictures: the text encoder, the sampler and the decoder in one jitted function."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from dreambooth_jax.params import Params
+from dreambooth_jax.pictures import contact_sheet, save_png
+from dreambooth_jax.pipeline import Pipeline
+from dreambooth_jax.sampler import make_sampler
+from dreambooth_jax.sharding import batch_sharding, replicated
+
+
+class Request(NamedTuple):
+    """One picture: its prompt and negative prompt, and the key that its noise comes from."""
+
+    prompt: str
+    negative: str
+    key: jax.Array
+
+
+Painter = Callable[[Params, Sequence[Request]], Iterator[tuple[int, np.ndarray]]]
+
+
+def make_painter(
+    pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size: int, method: str, steps: int, guidance: float
+) -> Painter:
+    """Builds `paint(params, requests)`, which yields (number of the request, uint8 image [h, w, 3]) as they are done.
+
+    The pictures are computed `batch_size` at a time, split over the mesh, by one compiled program; each depends on its
+    request alone. With several processes every request is yielded by exactly one of them.
+
+    Raises:
+        ValueError: unknown sampler method or a number of steps it does not take.
+    """
+    sampler = make_sampler(pipeline.denoise, pipeline.schedule, method=method, steps=steps)
+    shape = pipeline.latent_shape(resolution)
+    spread = batch_sharding(mesh, batch_size)
+
+    def paint_batch(params: Params, ids: Array, negative_ids: Array, keys: Array) -> Array:
+        keys, ids, negative_ids = jax.lax.with_sharding_constraint((keys, ids, negative_ids), spread)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(jax.random.wrap_key_data(keys))
+        states = pipeline.encode_text(params, jnp.concatenate([negative_ids, ids]))
+        uncond, cond = jnp.split(states, 2)
+        latents = sampler(params, noise, cond, uncond if guidance != 1.0 else None, guidance)
+        return jnp.round(pipeline.decode_latents(params, latents) * 255).astype(jnp.uint8)
+
+    compiled = jax.jit(paint_batch, out_shardings=spread)
+
+    def paint(params: Params, requests: Sequence[Request]) -> Iterator[tuple[int, np.ndarray]]:
+        for start in range(0, len(requests), batch_size):
+            part = list(requests[start : start + batch_size])
+            padded = part + part[-1:] * (batch_size - len(part))
+            ids = pipeline.tokenize([r.prompt for r in padded])
+            negative = pipeline.tokenize([r.negative for r in padded])
+            keys = np.stack([jax.random.key_data(r.key) for r in padded])
+            images = compiled(params, *jax.device_put((ids, negative, keys), replicated(mesh)))
+            for number, image in _local_rows(images):
+                if number < len(part):
+                    yield start + number, image
+
+    return paint
+
+
+def _local_rows(images: Array) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of a batch that this process is the one to hand out."""
+    for shard in images.addressable_shards:
+        if shard.replica_id == 0:
+            first = shard.index[0].indices(images.shape[0])[0]
+            yield from enumerate(np.asarray(shard.data), first)
+
+
+def paint_sheet(
+    paint: Painter, params: Params, prompts: Sequence[str], seeds: Sequence[int], *, negative: str = ""
+) -> list[list[np.ndarray]]:
+    """One row of pictures per prompt, one column per seed; each seed has the same noise in every row.
+
+    With several processes the rows hold this process's pictures only.
+    """
+    requests = [Request(prompt, negative, jax.random.key(seed)) for prompt in prompts for seed in seeds]
+    painted = dict(paint(params, requests))
+    numbers = range(len(requests))
+    rows = (numbers[i : i + len(seeds)] for i in range(0, len(requests), len(seeds)))
+    return [[painted[number] for number in row if number in painted] for row in rows]
+
+
+def save_sheet(path: str | os.PathLike, rows, labels: Sequence[str], metadata: Mapping[str, str], columns=()) -> None:
+    """Writes rows of pictures as one labelled PNG."""
+    save_png(path, contact_sheet(rows, labels, columns), metadata)

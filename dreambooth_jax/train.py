@@ -1,0 +1,293 @@
+"""Fine-tunes a text-to-image model on a subject (arXiv 2208.12242).
+
+    python -m dreambooth_jax.train --config configs/dog.py
+
+Running the same command again goes on from the last checkpoint. SIGTERM saves and exits with code 143.
+"""
+
+import functools
+import json
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import app
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from dreambooth_jax import checkpoint, runtime
+from dreambooth_jax.config import ConfigError, check_config, check_resumable, fill
+from dreambooth_jax.identifier import check_identifier
+from dreambooth_jax.images import Examples, list_images, read_examples
+from dreambooth_jax.method import combine, split, trainable_pattern
+from dreambooth_jax.models.spec import UnsupportedConfig
+from dreambooth_jax.optimizer import learning_rate, make_optimizer
+from dreambooth_jax.paint import Painter, make_painter, paint_sheet, save_sheet
+from dreambooth_jax.params import Params, count
+from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
+from dreambooth_jax.preemption import Preemption
+from dreambooth_jax.prior import missing_class_images, paint_class_images
+from dreambooth_jax.report import NonFiniteLoss, Reporter
+from dreambooth_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated, state_shardings
+from dreambooth_jax.step import Data, TrainState, init_state, make_step, run_steps
+from dreambooth_jax.subject import make_encoder
+from dreambooth_jax.weights import WeightsError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "such as configs/dog.py or configs/dog.py:sd15")
+
+
+class Run(NamedTuple):
+    """A training run after set-up: what is fixed while the state changes."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    pipeline: Pipeline
+    mesh: Mesh
+    paint: Painter
+    optimizer: object
+    examples: Examples
+
+
+def class_folder(config: ConfigDict) -> epath.Path:
+    return epath.Path(config.class_images or f"{config.workdir}/class_images")
+
+
+def set_up(config: ConfigDict) -> Run:
+    """Everything cheap, and every check, before weights are read or anything is compiled."""
+    check_config(config)
+    workdir = epath.Path(config.workdir)
+    _claim(workdir, config)
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp)
+    pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    paint = make_painter(
+        pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
+        method=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
+    )  # fmt: skip
+    examples = read_examples(
+        config.instance_images, config.resolution, template=config.instance_prompt, identifier=config.identifier,
+        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
+        views=config.views, seed=config.seed,
+    )  # fmt: skip
+    if config.prior_preservation:
+        list_images(class_folder(config))  # refuses what it cannot read, before anything slow
+    rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
+    optimizer = make_optimizer(
+        config.optimizer, rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None,
+        multiplier=lambda name: config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0,
+    )  # fmt: skip
+    return Run(config, workdir, pipeline, mesh, paint, optimizer, examples)
+
+
+def _claim(workdir: epath.Path, config: ConfigDict) -> None:
+    """Makes the workdir and writes the config into it; refuses one that cannot be written or holds another run."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        earlier = workdir / "config.json"
+        if earlier.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
+            check_resumable(config, json.loads(earlier.read_text()))
+        if runtime.is_first_process():
+            earlier.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"workdir = {config.workdir!r} cannot be written ({error}); give another --config.workdir"
+        ) from error
+
+
+def print_plan(run: Run, done: int) -> None:
+    """What is about to happen, for a person."""
+    config, shapes = run.config, run.pipeline.shapes
+    trained, _ = split(shapes, trainable_pattern(config))
+    parts = "UNet and text encoder" if config.train_text_encoder else "UNet"
+    images = len(set(run.examples.names))
+    lines = {
+        "base": f"{config.base} ({config.resolution}x{config.resolution}, {count(shapes) / 1e6:.1f} M parameters)",
+        "subject": f"{images} images in {config.instance_images}: {run.examples.captions[0]!r}",
+        "prior": f"{config.num_class_images} class images in {class_folder(config)}: {fill(config.class_prompt, config)!r}, weight {config.prior_weight:g}"
+        if config.prior_preservation else "off",
+        "method": f"full fine-tuning of the {parts}, {count(trained) / 1e6:.1f} M parameters, {config.optimizer}",
+        "steps": f"{config.steps} of {config.batch_size} images" + (f"; going on from step {done}" if done else ""),
+        "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), " + " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items()),
+        "workdir": config.workdir,
+    }  # fmt: skip
+    print("\n".join(f"{name:>8}: {text}" for name, text in lines.items()), flush=True)
+    for warning in check_identifier(run.pipeline.tokenizer, config.identifier):
+        print(f"warning: {warning}", flush=True)
+    batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
+    used = batch // batch_sharding(run.mesh, batch).shard_shape((batch,))[0]
+    if used < run.mesh.size:
+        print(
+            f"warning: {batch} images at a time keep {used} of {run.mesh.size} devices busy; a multiple of {run.mesh.size} keeps all",
+            flush=True,
+        )
+
+
+def prepare_data(run: Run, params: Params) -> Data:
+    """Paints what class images are missing, then encodes all examples."""
+    config = run.config
+    encode = make_encoder(run.pipeline, run.mesh, text_states=not config.train_text_encoder)
+    if not config.prior_preservation:
+        return Data(encode(params, run.examples), None)
+    folder = class_folder(config)
+    if numbers := missing_class_images(folder, config.num_class_images):
+        about = {
+            "model": config.base,
+            "sampler": config.sampler,
+            "steps": str(config.sampling_steps),
+            "guidance": str(config.guidance_scale),
+        }
+        paint_class_images(
+            folder,
+            numbers,
+            run.paint,
+            params,
+            prompt=fill(config.class_prompt, config),
+            seed=config.seed,
+            metadata=about,
+        )
+    prior = read_examples(
+        folder, config.resolution, template=config.class_prompt, identifier=config.identifier,
+        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip, seed=config.seed,
+    )  # fmt: skip
+    return Data(encode(params, run.examples), encode(params, prior))
+
+
+def compile_steps(run: Run, state: TrainState, frozen: Params, data: Data, key: jax.Array):
+    """The compiled call of up to `steps_per_call` steps."""
+    config, pipeline = run.config, run.pipeline
+    batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
+    spread = batch_sharding(run.mesh, batch)
+    step = make_step(
+        pipeline.denoise_ids if config.train_text_encoder else pipeline.denoise,
+        run.optimizer,
+        pipeline.schedule,
+        batch_size=config.batch_size,
+        prior_weight=config.prior_weight,
+        snr_gamma=config.snr_gamma or None,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay or None,
+        constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    steps = jax.jit(
+        run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(run.mesh))
+    )
+    return steps.lower(state, frozen, data, key, jnp.zeros((), jnp.int32)).compile()
+
+
+def start_state(run: Run, trainable: Params, manager) -> TrainState:
+    """The state to begin with, placed on the mesh: from the newest checkpoint, or fresh."""
+    init = functools.partial(init_state, optimizer=run.optimizer, ema=run.config.ema_decay > 0)
+    shapes = jax.eval_shape(init, trainable)
+    shardings = state_shardings(run.mesh, trainable, shapes)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return checkpoint.restore(manager, like) or jax.jit(init, out_shardings=shardings)(trainable)
+
+
+def train(run: Run, guard: Preemption) -> None:
+    """Reads the weights, prepares the data and runs the loop to its end."""
+    config = run.config
+    manager = checkpoint.open_checkpoints(
+        run.workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None
+    )
+    guard.finish = manager.wait_until_finished
+    print_plan(run, done=manager.latest_step() or 0)
+    params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
+    data = prepare_data(run, params)
+    trainable, frozen = split(params, trainable_pattern(config))
+    del params
+    state = start_state(run, trainable, manager)
+    del trainable
+    key = jax.device_put(jax.random.key(config.seed), replicated(run.mesh))
+    steps = compile_steps(run, state, frozen, data, key)
+    loop(run, guard, manager, state, frozen, lambda state, n: steps(state, frozen, data, key, n))
+    manager.close()
+    print(_farewell(run), flush=True)
+
+
+def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params, advance) -> TrainState:
+    """Calls `advance(state, count)` until all steps are done; reports, saves and paints in between.
+
+    Metrics are read one call late, so that the device never waits for the host.
+    """
+    config = run.config
+    step = int(state.step)
+    reporter = Reporter(run.workdir, first_step=step, steps=config.steps)
+    late = []
+
+    def report_late() -> None:
+        while late:
+            reporter.record(*late.pop())
+
+    def save() -> None:
+        report_late()  # a state that is not finite must not replace one that is
+        reporter.flush()
+        checkpoint.save(manager, step, state)
+
+    def save_and_wait() -> None:
+        save()
+        manager.wait_until_finished()
+
+    while step < config.steps:
+        with guard.polled():
+            until = _next_stop(step, config)
+            while step < until:
+                number = min(config.steps_per_call, until - step)
+                state, metrics = advance(state, jnp.asarray(number, jnp.int32))
+                report_late()
+                late.append((step, metrics, number))
+                step += number
+                if guard.requested:
+                    guard.finish = save_and_wait
+                    guard.leave()
+            if step % config.save_every == 0 or step == config.steps:
+                save()
+        guard.finish = save_and_wait
+        if step % config.sample_every == 0 or step == config.steps:
+            report_late()
+            paint_samples(run, combine(frozen, state.ema or state.trainable), step)
+        guard.finish = manager.wait_until_finished
+    reporter.close()
+    return state
+
+
+def _next_stop(step: int, config: ConfigDict) -> int:
+    """The next step at which something is saved or painted."""
+    return min(config.steps, *(step - step % every + every for every in (config.save_every, config.sample_every)))
+
+
+def paint_samples(run: Run, params: Params, step: int) -> None:
+    """Paints the fixed prompts and seeds into samples/, the training images above them."""
+    config = run.config
+    prompts = [fill(prompt, config) for prompt in config.sample_prompts]
+    rows = paint_sheet(run.paint, params, prompts, range(config.sample_count), negative=config.negative_prompt)
+    if not prompts or not runtime.is_first_process():
+        return
+    about = {"model": config.base, "step": str(step), "seeds": f"0 to {config.sample_count - 1}"}
+    shown = list(run.examples.images[: config.sample_count])
+    save_sheet(run.workdir / "samples" / f"step_{step:06d}.png", [shown, *rows], ["training images", *prompts], about)
+
+
+def _farewell(run: Run) -> str:
+    config = run.config
+    prompt = f"a {config.identifier} {config.class_noun} on a red background"
+    return (
+        f"Done. Checkpoint: {run.workdir}/checkpoints/{config.steps}, pictures: {run.workdir}/samples, "
+        f"metrics: {run.workdir}/metrics.csv (and tensorboard --logdir {run.workdir})\n"
+        f'Paint more:  python -m dreambooth_jax.sample --workdir {run.workdir} --prompt "{prompt}"\n'
+        f"Take it elsewhere:  python -m dreambooth_jax.export --workdir {run.workdir} --output {run.workdir}/model"
+    )
+
+
+def main(_) -> None:
+    runtime.start()
+    with Preemption() as guard:
+        try:
+            train(set_up(_CONFIG.value), guard)
+        except (ConfigError, FileNotFoundError, NonFiniteLoss, UnsupportedConfig, WeightsError, ValueError) as error:
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

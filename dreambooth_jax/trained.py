@@ -1,0 +1,48 @@
+"""Opening a training run again: its config, its pipeline, and the weights of a checkpoint."""
+
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dreambooth_jax import checkpoint
+from dreambooth_jax.method import split, trainable_pattern
+from dreambooth_jax.params import Params
+from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
+from dreambooth_jax.sharding import param_sharding
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The config that `train` wrote into its workdir.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file. Give the --workdir of a run of dreambooth_jax.train.")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def open_run(workdir: str | os.PathLike, mesh: Mesh, step: int | None = None) -> tuple[ConfigDict, Pipeline, Params]:
+    """The personalised model of a run: the base's weights with the trained ones (or their average) in their places.
+
+    Args:
+        step: of the checkpoint; default: the newest.
+
+    Raises:
+        FileNotFoundError: no run, or no such checkpoint.
+    """
+    config = read_config(workdir)
+    pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype))
+    place = functools.partial(param_sharding, mesh)
+    shapes, _ = split(pipeline.shapes, trainable_pattern(config))
+    like = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(n, s.shape)) for n, s in shapes.items()}
+    manager = checkpoint.open_checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
+    trained = checkpoint.restore_weights(manager, like, average=config.ema_decay > 0, step=step)
+    return config, pipeline, read_params(pipeline, place) | trained
