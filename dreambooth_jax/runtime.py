@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+from absl import logging
 
 
 def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
@@ -11,6 +12,7 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
 
     The cache directory of the environment (JAX_COMPILATION_CACHE_DIR) comes before `cache`.
     """
+    logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life otherwise
     if _on_pod():
         jax.distributed.initialize()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
