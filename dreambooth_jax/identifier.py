@@ -9,6 +9,7 @@ several well-known tokens.
 """
 
 import argparse
+import json
 import os
 import pathlib
 
@@ -31,11 +32,13 @@ def load_tokenizer(base: str | os.PathLike):
             f"No tokenizer in {folder}: it must hold vocab.json and merges.txt, or tokenizer.json, or spiece.model, "
             f"and holds {', '.join(sorted(files)) or 'nothing'}. Give a pipeline folder as diffusers saves it."
         )
-    from transformers import AutoTokenizer, CLIPTokenizer  # takes seconds, which a wrong path need not
+    # Old folders have no tokenizer_config.json. AutoTokenizer, which would read it, imports PyTorch where there is one.
+    config = folder / "tokenizer_config.json"
+    kind = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    import transformers  # takes seconds, which a wrong path need not
 
-    # Old folders have no tokenizer_config.json, which AutoTokenizer reads the class from.
-    kind = AutoTokenizer if "tokenizer_config.json" in files else CLIPTokenizer
-    return kind.from_pretrained(str(folder), local_files_only=True)
+    kind = kind or ("CLIPTokenizer" if is_clip else "PreTrainedTokenizerFast")
+    return getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
 
 
 def default_ranks(tokenizer) -> tuple[int, int]:

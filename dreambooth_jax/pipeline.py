@@ -213,9 +213,8 @@ def save_pipeline(pipeline: Pipeline, params: Params, folder: str | os.PathLike,
     """
     folder = Path(folder)
     for part in PARTS:
-        save_model(
-            folder / part, under_prefix(f"{part}.", params), pipeline.configs[part], dtype=dtype, stem=_STEMS[part]
-        )
+        config = pipeline.configs[part] | _opens_in_float32(pipeline.configs[part], dtype)
+        save_model(folder / part, under_prefix(f"{part}.", params), config, dtype=dtype, stem=_STEMS[part])
     for name in ("scheduler", "tokenizer"):
         shutil.copytree(pipeline.folder / name, folder / name, dirs_exist_ok=True)
     # The safety checker and image processor of a hub folder are not carried along: the index must not name them.
@@ -223,3 +222,12 @@ def save_pipeline(pipeline: Pipeline, params: Params, folder: str | os.PathLike,
     absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
     index |= {name: value for name, value in absent.items() if name in index} | {"requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _opens_in_float32(config: Mapping, dtype) -> dict:
+    """transformers opens a model in the precision that its config names, else in that of its file, and diffusers always
+    in float32: so that a folder opened without a word on precision is of one piece, its text encoder says float32."""
+    if "architectures" not in config:
+        return {}
+    named = [name for name in ("dtype", "torch_dtype") if name in config]
+    return dict.fromkeys(named or ["dtype"] * (dtype is not None), "float32")

@@ -8,6 +8,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+torch.set_num_threads(1)  # models this small only lose time to threads
+
 UNET_15 = {
     "sample_size": 16,
     "block_out_channels": (16, 32),
