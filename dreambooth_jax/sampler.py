@@ -44,76 +44,62 @@ def sampler_table(schedule: Schedule, method: str, steps: int) -> Table:
     """The coefficients of `method` in `steps` model calls, float64, equal to those of diffusers' schedulers.
 
     Raises:
-        ValueError: unknown method or spacing, or more steps than training timesteps.
+        ValueError: unknown method, or a number of steps that the training timesteps do not hold.
     """
     if method not in METHODS:
         raise ValueError(f"sampler = {method!r}; implemented: {', '.join(METHODS)}")
-    if not 1 <= steps <= schedule.T:
-        raise ValueError(f"{steps} sampling steps: expected 1 to {schedule.T}, the number of training timesteps")
     spacing = schedule.spacing or _DEFAULT_SPACING[method]
-    build = {"ddim": _ddim, "dpm++": _dpm, "euler": _euler}[method]
-    return build(schedule, spacing, steps)
+    t = _timesteps(schedule, method, spacing, steps) if 1 <= steps <= schedule.T else np.zeros(0)
+    if not (t.size and t[0] < schedule.T and np.all(np.diff(t) < 0)):
+        most = f"fewer than the {schedule.T} training timesteps, for {method} at {spacing} spacing"
+        raise ValueError(f"{steps} sampling steps: expected at least 1 and {most}")
+    return {"ddim": _ddim, "dpm++": _dpm, "euler": _euler}[method](schedule, t)
 
 
-def _timesteps(schedule: Schedule, spacing: str, steps: int) -> np.ndarray:
-    """Descending timesteps, not yet rounded (arXiv 2305.08891, table 2)."""
+def _timesteps(schedule: Schedule, method: str, spacing: str, steps: int) -> np.ndarray:
+    """Descending timesteps (arXiv 2305.08891, table 2)."""
+    # DPM-Solver++ counts the clean image, to which its last step goes, as one of those it spaces out.
+    count = steps + 1 if method == "dpm++" else steps
     if spacing == "linspace":
-        return np.linspace(0, schedule.T - 1, steps)[::-1]
+        t = np.linspace(0, schedule.T - 1, count)[::-1][:steps]
+        return t if method == "euler" else np.round(t).astype(int)
     if spacing == "leading":
-        return (np.arange(steps) * (schedule.T // steps))[::-1] + schedule.steps_offset
-    if spacing == "trailing":
-        return schedule.T - np.arange(steps) * (schedule.T / steps) - 1
-    raise ValueError(f"timestep_spacing = {spacing!r}; implemented: leading, linspace, trailing")
+        return (np.arange(count) * (schedule.T // count))[::-1][:steps] + schedule.steps_offset
+    # The reference's own expression: halves, and what rounding makes of them, decide between neighbours.
+    return np.round(np.arange(schedule.T, 0, -schedule.T / steps)[:steps]).astype(int) - 1
 
 
-def _first_order(t, alpha, sigma, alpha_end: float, sigma_end: float, init_scale: float = 1.0) -> Table:
-    next_alpha, next_sigma = np.append(alpha[1:], alpha_end), np.append(sigma[1:], sigma_end)
+def _first_order(t, alpha, sigma, next_alpha, next_sigma, init_scale: float = 1.0) -> Table:
     a = next_sigma / sigma
     return Table(t, alpha, sigma, a, next_alpha - alpha * a, np.zeros_like(a), init_scale)
 
 
-def _ddim(schedule: Schedule, spacing: str, steps: int) -> Table:
-    t = np.round(_timesteps(schedule, spacing, steps)).astype(int)
-    if schedule.final_alpha_one:
-        end = (1.0, 0.0)
-    else:
-        end = (schedule.alpha[0], schedule.sigma[0])
+def _ddim(schedule: Schedule, t: np.ndarray) -> Table:
+    end = (1.0, 0.0) if schedule.final_alpha_one else (schedule.alpha[0], schedule.sigma[0])
     # diffusers steps by T // steps rather than to the next timestep of the list; the two differ for linspace only.
-    earlier = t - schedule.T // steps
-    inside = earlier >= 0
-    next_alpha = np.where(inside, schedule.alpha[earlier], end[0])
-    next_sigma = np.where(inside, schedule.sigma[earlier], end[1])
-    alpha, sigma = schedule.alpha[t], schedule.sigma[t]
-    a = next_sigma / sigma
-    return Table(t, alpha, sigma, a, next_alpha - alpha * a, np.zeros_like(a), 1.0)
+    earlier = t - schedule.T // len(t)
+    next_alpha = np.where(earlier >= 0, schedule.alpha[earlier], end[0])
+    next_sigma = np.where(earlier >= 0, schedule.sigma[earlier], end[1])
+    return _first_order(t, schedule.alpha[t], schedule.sigma[t], next_alpha, next_sigma)
 
 
-def _euler(schedule: Schedule, spacing: str, steps: int) -> Table:
-    t = _timesteps(schedule, spacing, steps)
-    t = np.round(t) if spacing == "trailing" else t
+def _euler(schedule: Schedule, t: np.ndarray) -> Table:
     if schedule.alpha[-1] == 0:
         raise ValueError("sampler = 'euler' starts at finite noise; this zero-SNR schedule needs ddim")
     s = np.interp(t, np.arange(schedule.T), schedule.sigma / schedule.alpha)
     alpha, sigma = 1 / np.hypot(1, s), s / np.hypot(1, s)
-    return _first_order(t, alpha, sigma, 1.0, 0.0, init_scale=1.0 if spacing == "leading" else sigma[0])
+    init_scale = 1.0 if schedule.spacing == "leading" else sigma[0]
+    return _first_order(t, alpha, sigma, np.append(alpha[1:], 1), np.append(sigma[1:], 0), init_scale)
 
 
-def _dpm(schedule: Schedule, spacing: str, steps: int) -> Table:
-    if spacing == "linspace":
-        t = np.round(np.linspace(0, schedule.T - 1, steps + 1)[::-1][:-1])
-    elif spacing == "leading":
-        t = (np.arange(steps + 1) * (schedule.T // (steps + 1))).round()[::-1][:-1] + schedule.steps_offset
-    else:
-        t = np.round(_timesteps(schedule, spacing, steps))
-    t = t.astype(int)
+def _dpm(schedule: Schedule, t: np.ndarray) -> Table:
     if schedule.alpha[t[0]] == 0:
         raise ValueError("sampler = 'dpm++' starts at finite noise; this zero-SNR schedule needs ddim")
     alpha, sigma = schedule.alpha[t], schedule.sigma[t]
-    table = _first_order(t, alpha, sigma, 1.0, 0.0)
+    table = _first_order(t, alpha, sigma, np.append(alpha[1:], 1), np.append(sigma[1:], 0))
     # Second order from the second step on; the last step goes to lambda = infinity, where only the first is defined.
-    lam = np.log(alpha) - np.log(sigma)
-    h = np.diff(lam)
-    gain = np.zeros(steps)
+    h = np.diff(np.log(alpha) - np.log(sigma))
+    gain = np.zeros(len(t))
     gain[1:-1] = -alpha[2:] * np.expm1(-h[1:]) / (2 * h[:-1] / h[1:])
     return table._replace(b=table.b + gain, c=-gain)
 

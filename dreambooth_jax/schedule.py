@@ -44,77 +44,74 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """Reads scheduler_config.json of any of diffusers' schedulers.
+        """Reads scheduler_config.json of any of diffusers' schedulers. What is absent has the default that all of
+        them share, or of the DDIM scheduler: `from_config` would give the same.
 
         Raises:
-            UnsupportedConfig: naming the field, for a noise schedule or prediction not implemented.
+            UnsupportedConfig: naming every field that asks for something not implemented.
         """
-        for name, neutral in _NEUTRAL.items():
-            if config.get(name, neutral) != neutral:
-                raise UnsupportedConfig(f"scheduler_config.json: {name} = {config[name]!r} is not implemented")
+        prediction, zero_snr = config.get("prediction_type", "epsilon"), config.get("rescale_betas_zero_snr", False)
+        problems = [
+            f"{name} = {config[name]!r} (implemented: {' or '.join(map(repr, values))})"
+            for name, values in _IMPLEMENTED.items()
+            if name in config and config[name] not in values
+        ]
         if config.get("clip_sample", config.get("_class_name") in _CLIP_BY_DEFAULT):
-            raise UnsupportedConfig(
-                "scheduler_config.json: clip_sample is not implemented; set it to false (latents are not images)"
-            )
-        prediction = config.get("prediction_type", "epsilon")
-        if prediction not in PREDICTIONS:
-            raise UnsupportedConfig(
-                f"scheduler_config.json: prediction_type = {prediction!r}; implemented: {PREDICTIONS}"
-            )
-        zero_snr = config.get("rescale_betas_zero_snr", False)
+            problems.append("clip_sample (set it to false: latents are not images)")
         if zero_snr and prediction == "epsilon":
-            raise UnsupportedConfig(
-                "scheduler_config.json: rescale_betas_zero_snr needs prediction_type v_prediction: noise alone tells nothing of x0"
-            )
-        betas = _betas(config)
-        alpha_bar = np.cumprod(1.0 - betas)
+            problems.append("rescale_betas_zero_snr without v_prediction (noise alone tells nothing of x0)")
+        if problems:
+            raise UnsupportedConfig("scheduler_config.json: not supported: " + "; ".join(problems))
+        alpha_bar = np.cumprod(1.0 - _betas(config))
         if zero_snr:
             alpha_bar = _rescale_zero_snr(alpha_bar)
-        ignored = config.get("_use_default_values", ())  # fields the writing scheduler filled in with its own defaults
         return cls(
             alpha=np.sqrt(alpha_bar),
             sigma=np.sqrt(1.0 - alpha_bar),
             prediction=prediction,
-            spacing=None if "timestep_spacing" in ignored else config.get("timestep_spacing"),
+            spacing=config.get("timestep_spacing"),
             steps_offset=config.get("steps_offset", 0),
-            final_alpha_one=config.get("set_alpha_to_one", config.get("_class_name") == "DDIMScheduler"),
+            final_alpha_one=config.get("set_alpha_to_one", True),
         )
 
 
 _CLIP_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
-_NEUTRAL = {
-    "trained_betas": None,
-    "thresholding": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_flow_sigmas": False,
-    "use_lu_lambdas": False,
+_IMPLEMENTED = {
+    "prediction_type": PREDICTIONS,
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "trained_betas": (None,),
+    "thresholding": (False,),
+    "timestep_type": ("discrete",),
+    "interpolation_type": ("linear",),
+    "final_sigmas_type": ("zero",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_dynamic_shifting": (False,),
 }
 
 
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
     """beta_t in float64 for the three schedules of the format."""
-    start, end, count = (
-        config.get("beta_start", 1e-4),
-        config.get("beta_end", 0.02),
-        config.get("num_train_timesteps", 1000),
-    )
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    count = config.get("num_train_timesteps", 1000)
     kind = config.get("beta_schedule", "linear")
     if kind == "linear":
         return np.linspace(start, end, count)
     if kind == "scaled_linear":
         return np.linspace(math.sqrt(start), math.sqrt(end), count) ** 2
-    if kind == "squaredcos_cap_v2":  # arXiv 2102.09672, equation 17
-        alpha_bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
-        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    raise UnsupportedConfig(
-        f"scheduler_config.json: beta_schedule = {kind!r}; implemented: linear, scaled_linear, squaredcos_cap_v2"
-    )
+    # arXiv 2102.09672, equation 17
+    alpha_bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 def _rescale_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
-    """Shifts and scales sqrt(alpha_bar) so that it ends at exactly 0 and begins where it did (arXiv 2305.08891, algorithm 1)."""
+    """sqrt(alpha_bar) shifted and scaled: it begins where it did and ends at 0 (arXiv 2305.08891, algorithm 1)."""
     root = np.sqrt(alpha_bar)
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 

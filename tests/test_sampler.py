@@ -1,0 +1,195 @@
+"""The samplers against diffusers' schedulers: the same timesteps, and the same paths from the same noise."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+
+from dreambooth_jax.sampler import make_sampler, noise_for_seeds, sampler_table
+from dreambooth_jax.schedule import Schedule
+
+THEIRS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+def predict(params, x, t, cond):
+    """A made-up model, smooth and different at every timestep and for every condition."""
+    wave = jnp.sin(t / 150)[:, None, None, None]
+    return params * jnp.tanh(x + cond[:, None, None, None]) + 0.3 * wave * jnp.roll(x, 1, 1)
+
+
+def torch_predict(x, t, cond):
+    wave = torch.sin(torch.as_tensor(t, dtype=torch.float32) / 150)
+    return 0.8 * torch.tanh(x + cond[:, None, None, None]) + 0.3 * wave * torch.roll(x, 1, 1)
+
+
+def read(scheduler, folder) -> Schedule:
+    """As it is read from a base's folder."""
+    scheduler.save_pretrained(folder)
+    return Schedule.from_config(json.loads((folder / "scheduler_config.json").read_text()))
+
+
+def their_path(scheduler, noise, cond, steps):
+    scheduler.set_timesteps(steps)
+    x, cond = torch.from_numpy(np.array(noise)) * scheduler.init_noise_sigma, torch.from_numpy(cond)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch_predict(scheduler.scale_model_input(x, t), t, cond), t, x).prev_sample
+    return x
+
+
+def relative(out, reference) -> float:
+    return float(np.linalg.norm(np.asarray(out) - reference.numpy()) / np.linalg.norm(reference.numpy()))
+
+
+COND = np.float32([0.2, -1.0])
+
+
+def our_path(schedule, method, noise, steps):
+    return jax.jit(make_sampler(predict, schedule, method=method, steps=steps))(0.8, noise, COND, None, 1.0)
+
+
+def clip(method) -> dict:
+    """Stable Diffusion pipelines turn clipping off whatever the file says: latents are not images."""
+    return {"clip_sample": False} if method == "ddim" else {}
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return noise_for_seeds(np.arange(2), (3, 4, 2))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("method", THEIRS)
+def test_timesteps(method, spacing, offset, tmp_path):
+    """At step counts that divide T, that do not, and whose ratio to T ends in a half."""
+    theirs = THEIRS[method](**BETAS, **clip(method), timestep_spacing=spacing, steps_offset=offset)
+    schedule = read(theirs, tmp_path)
+    for steps in (1, 2, 7, 10, 16, 20, 25, 33, 48, 50, 80, 250, 333):
+        theirs.set_timesteps(steps)
+        np.testing.assert_allclose(
+            sampler_table(schedule, method, steps).t, theirs.timesteps, rtol=1e-5, err_msg=str(steps)
+        )
+
+
+# Every spacing, offset and end with each sampler, and every step count.
+SPACED = list(itertools.product(SPACINGS, [0, 1], [True, False]))
+STEPS = [10, 7, 50, 2, 20, 1, 16, 7, 2, 10, 50, 20]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("method", THEIRS)
+def test_paths(method, prediction, noise, tmp_path):
+    for (spacing, offset, one), steps in zip(SPACED, STEPS, strict=True):
+        kw = clip(method) | ({"set_alpha_to_one": one} if method == "ddim" else {})
+        theirs = THEIRS[method](
+            **BETAS, timestep_spacing=spacing, steps_offset=offset, prediction_type=prediction, **kw
+        )
+        if method != "ddim" and not one:
+            continue
+        out = our_path(read(theirs, tmp_path), method, noise, steps)
+        assert relative(out, their_path(theirs, noise, COND, steps)) <= 1e-3, (spacing, offset, one, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 20, 50])
+@pytest.mark.parametrize("method", THEIRS)
+def test_paths_at_every_number_of_steps(method, steps, noise, tmp_path):
+    """With the defaults of each scheduler, on the linear schedule of their own defaults."""
+    theirs = THEIRS[method](**clip(method))
+    out = our_path(read(theirs, tmp_path), method, noise, steps)
+    assert relative(out, their_path(theirs, noise, COND, steps)) <= 1e-3
+
+
+@pytest.mark.parametrize("method", THEIRS)
+@pytest.mark.parametrize("writer", [*THEIRS.values(), PNDMScheduler])
+def test_a_file_written_by_any_scheduler_serves_every_sampler(writer, method, noise, tmp_path):
+    """As diffusers hands a config from one class to another."""
+    own = {"clip_sample": False, "set_alpha_to_one": False} if writer is DDIMScheduler else {}
+    written = writer(**BETAS, prediction_type="v_prediction", steps_offset=1, **own)
+    schedule = read(written, tmp_path)
+    theirs = THEIRS[method].from_pretrained(tmp_path, **clip(method))
+    assert relative(our_path(schedule, method, noise, 10), their_path(theirs, noise, COND, 10)) <= 1e-3
+
+
+@pytest.mark.parametrize("method", THEIRS)
+def test_a_file_that_leaves_the_spacing_out_gives_each_sampler_its_own(method, noise, tmp_path):
+    """Files of Stable Diffusion's own years."""
+    config = {"_class_name": "PNDMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(BETAS | config | {"clip_sample": False}))
+    theirs = THEIRS[method].from_config(PNDMScheduler.from_pretrained(tmp_path).config)
+    schedule = Schedule.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
+    assert relative(our_path(schedule, method, noise, 10), their_path(theirs, noise, COND, 10)) <= 1e-3
+
+
+ZERO = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def test_zero_snr(noise, tmp_path):
+    theirs = DDIMScheduler(**ZERO, clip_sample=False)
+    schedule = read(theirs, tmp_path)
+    assert relative(our_path(schedule, "ddim", noise, 10), their_path(theirs, noise, COND, 10)) <= 1e-3
+    for method in ("dpm++", "euler"):
+        with pytest.raises(ValueError, match=rf"{method.replace('+', '.')}.*zero-SNR schedule needs ddim"):
+            sampler_table(schedule, method, 10)
+
+
+def test_guidance_runs_both_conditions_in_one_batch(noise):
+    schedule, batches = Schedule.from_config(BETAS), []
+
+    def counting(params, x, t, cond):
+        batches.append(len(x))
+        assert x.shape[0] == t.shape[0] == cond.shape[0]
+        return predict(params, x, t, cond)
+
+    sample = jax.jit(make_sampler(counting, schedule, steps=5))
+    negative = np.float32([0.5, 0.4])
+    plain = sample(0.8, noise, COND, None, 1.0)
+    one, none, strong = (sample(0.8, noise, COND, negative, w) for w in (1.0, 0.0, 4.0))
+    assert set(batches) == {2, 4}
+    np.testing.assert_allclose(one, plain, atol=1e-5)
+    np.testing.assert_allclose(none, sample(0.8, noise, negative, None, 1.0), atol=1e-5)
+    # Beyond the prompt, on the side that the negative prompt is not.
+    assert np.vdot(strong - one, one - none) > 0
+    assert np.abs(strong - sample(0.8, noise, COND, -negative, 4.0)).max() > 0.1
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_batch():
+    seeds = np.uint32([3, 2**32 - 1, 7, 3])
+    shape = (4, 4, 3)
+    batch = noise_for_seeds(seeds, shape)
+    np.testing.assert_array_equal(batch[2], noise_for_seeds([7], shape)[0])
+    np.testing.assert_array_equal(batch[0], batch[3])
+    assert np.abs(batch[0] - batch[1]).max() > 1
+    many = np.asarray(noise_for_seeds(np.arange(500), shape))
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+    assert abs(np.corrcoef(many[:-1].ravel(), many[1:].ravel())[0, 1]) < 0.03
+    sample = jax.jit(make_sampler(predict, Schedule.from_config(BETAS), method="dpm++", steps=5))
+    cond, uncond = np.float32([0.1, 0.2, 0.3, 0.1]), np.zeros(4, np.float32)
+    together = sample(0.8, batch, cond, uncond, 3.0)
+    alone = sample(0.8, batch[2:3], cond[2:3], uncond[2:3], 3.0)
+    np.testing.assert_allclose(together[2], alone[0], atol=1e-5)
+    np.testing.assert_allclose(together[0], together[3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "match"),
+    [
+        ("heun", 10, "sampler = 'heun'; implemented: ddim, dpm.., euler"),
+        ("ddim", 0, "0 sampling steps: expected at least 1 and fewer than the 1000 training timesteps"),
+        ("euler", 1001, "1001 sampling steps: expected at least 1"),
+        ("ddim", 1000, "1000 sampling steps.* at leading spacing"),
+        ("dpm++", 1000, "1000 sampling steps.* at leading spacing"),
+        ("euler", 1000, "1000 sampling steps.* at leading spacing"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(method, steps, match):
+    """An offset takes the first of as many steps as timesteps beyond the last one."""
+    schedule = Schedule.from_config(BETAS | {"timestep_spacing": "leading", "steps_offset": 1})
+    with pytest.raises(ValueError, match=match):
+        sampler_table(schedule, method, steps)
