@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     }
 
     config.clip = ConfigDict()
-    config.clip.steps = 800
+    config.clip.steps = 500
     config.clip.batch_size = 128
     config.clip.learning_rate = 1e-3
     config.clip.lr_schedule = "cosine"
@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "image_size": 64,
-        "patch_size": 8,
+        "patch_size": 16,
         "hidden_act": "quick_gelu",
     }
 

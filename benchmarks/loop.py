@@ -1,0 +1,81 @@
+"""What the training loop costs over the bare compiled step, on the embedded base: reporting, CSV, TensorBoard, progress bar.
+
+    python benchmarks/loop.py
+
+Rounds of the bare call and of the whole loop alternate, so that a machine that is busy elsewhere slows both alike.
+"""
+
+import contextlib
+import functools
+import io
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from configs import dog
+from dreambooth_jax import runtime
+from dreambooth_jax.checkpoint import open_checkpoints
+from dreambooth_jax.method import split, trainable_pattern
+from dreambooth_jax.pipeline import read_params
+from dreambooth_jax.preemption import Preemption
+from dreambooth_jax.sharding import param_sharding, replicated
+from dreambooth_jax.train import compile_steps, loop, prepare_data, set_up, start_state
+
+ROUNDS, STEPS = 5, 60
+
+
+class Enough(Exception):
+    """Ends the loop, which would otherwise run to the last step, save and paint."""
+
+
+def main() -> None:
+    runtime.start()
+    with tempfile.TemporaryDirectory() as folder:
+        config = dog.get_config()
+        config.workdir, config.num_class_images = folder, 8
+        config.steps = config.save_every = config.sample_every = 10**6
+        run = set_up(config)
+        params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
+        with contextlib.redirect_stderr(io.StringIO()):
+            data = prepare_data(run, params)
+        trainable, frozen = split(params, trainable_pattern(config))
+        manager = open_checkpoints(Path(folder) / "checkpoints")
+        state = start_state(run, trainable, manager)
+        key = jax.device_put(jax.random.key(0), replicated(run.mesh))
+        steps = compile_steps(run, state, frozen, data, key)
+
+        bare, looped = [], []
+        state, _ = steps(state, frozen, data, key, jnp.asarray(10))
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            for _ in range(STEPS // config.steps_per_call):
+                state, _ = steps(state, frozen, data, key, jnp.asarray(config.steps_per_call))
+            jax.block_until_ready(state)
+            bare.append((time.perf_counter() - started) / STEPS)
+
+            started = time.perf_counter()
+            last = int(state.step) + STEPS
+            latest = [state]
+
+            def advance(state, count, last=last, latest=latest):
+                if int(state.step) >= last:
+                    raise Enough
+                latest[0], metrics = steps(state, frozen, data, key, count)
+                return latest[0], metrics
+
+            with Preemption() as guard, contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Enough):
+                loop(run, guard, manager, state, frozen, advance)
+            looped.append((time.perf_counter() - started) / STEPS)
+            state = latest[0]
+    ratios = [b / a for a, b in zip(bare, looped, strict=True)]
+    print(f"bare step  {1e3 * statistics.median(bare):8.1f} ms (median of {ROUNDS} rounds of {STEPS} steps)")
+    print(f"in the loop{1e3 * statistics.median(looped):8.1f} ms")
+    print(f"loop / bare: median {statistics.median(ratios):.3f}, range {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()
