@@ -4,6 +4,7 @@ A checkpoint has one item for the trained weights, one for their average if ther
 that sampling and export read no optimizer state.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,11 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.ema is None else items | {"ema": state.ema}
 
 
+def size(state: TrainState) -> int:
+    """Bytes of a checkpoint of `state`, arrays or ShapeDtypeStructs, before compression."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(_items(state)))
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
     """Begins to save `state` as `step`; the arrays are copied off the device before this returns."""
     if step not in manager.all_steps():
@@ -77,9 +83,9 @@ def restore_weights(
     """
     step = manager.latest_step() if step is None else step
     if step not in manager.all_steps():
-        raise FileNotFoundError(
-            f"{manager.directory}: no checkpoint of step {step}; there are {sorted(manager.all_steps())}"
-        )
+        wanted, found = "" if step is None else f" of step {step}", sorted(manager.all_steps())
+        there = f"there are {', '.join(map(str, found))}" if found else "none was saved yet"
+        raise FileNotFoundError(f"{manager.directory}: no checkpoint{wanted}; {there}")
     item = "ema" if average else "trainable"
     return manager.restore(step, args=ocp.args.Composite(**_targets({item: dict(like)})))[item]
 

@@ -1,4 +1,7 @@
-"""What a config may say. The fields and their meaning stand in configs/dog.py; here is what is checked before anything runs."""
+"""What a config may say: everything that is checked before anything runs.
+
+The fields and their meaning stand in configs/dog.py.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -124,15 +127,12 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"accumulate = {config.accumulate} does not divide batch_size = {config.batch_size}")
     if config.lr_warmup_steps >= config.steps:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
-    for name in (
-        "instance_prompt",
-        "class_prompt",
-        *(f"sample_prompts[{i}]" for i in range(len(config.sample_prompts))),
-    ):
-        text = config.sample_prompts[int(name[15:-1])] if "[" in name else config[name]
+    prompts = {name: config[name] for name in ("instance_prompt", "class_prompt")}
+    prompts |= {f"sample_prompts[{i}]": text for i, text in enumerate(config.sample_prompts)}
+    for name, text in prompts.items():
         try:
             fill(text, config)
-        except (KeyError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, ValueError) as error:
             problems.append(f"{name} = {text!r}: only {{identifier}} and {{class_noun}} can stand in it ({error!r})")
     return problems
 
@@ -143,7 +143,7 @@ def fill(template: str, config: ConfigDict) -> str:
 
 
 def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
-    """Raises ConfigError, naming the fields, if `config` means another training run than `earlier` (its config.json)."""
+    """Raises ConfigError, naming the fields, if `config` means another run than `earlier`, its config.json."""
     now = json.loads(config.to_json())
     fields = {name for name, field in FIELDS.items() if field.meaning}
     if not config.prior_preservation:
@@ -154,6 +154,6 @@ def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
     if changed:
         lines = (f"{name}: {earlier.get(name)!r} in the checkpoint, {now[name]!r} now" for name in changed)
         raise ConfigError(
-            f"{config.workdir} holds a run with another meaning; go on with its values, or give another --config.workdir:\n  "
-            + "\n  ".join(lines)
+            f"{config.workdir} holds a run with another meaning; go on with its values, or give another "
+            "--config.workdir:\n  " + "\n  ".join(lines)
         )

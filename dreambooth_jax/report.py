@@ -1,21 +1,51 @@
 """What the person sees while a model trains: a progress bar, metrics.csv, TensorBoard events."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from dreambooth_jax import runtime
+from dreambooth_jax.params import Params
 from dreambooth_jax.step import Metrics
 
 COLUMNS = ("step", "loss", "instance_loss", "prior_loss", "grad_norm")
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite."""
+    """The loss, its gradient or the weights became NaN or infinite."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}. What was saved is from before it. Try a lower learning_rate, a longer lr_warmup_steps, "
+            "clip_norm=1.0, or dtype='float32'."
+        )
+
+
+@jax.jit
+def _norm(params: Params) -> jax.Array:
+    return optax.global_norm(params)
+
+
+def check_finite(params: Params, step: int) -> None:
+    """Raises NonFiniteLoss if the weights after `step`, whose loss says nothing of them yet, are not finite."""
+    if not jnp.isfinite(_norm(params)):
+        raise NonFiniteLoss(f"step {step}: its update made the weights infinite or NaN")
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Replaces the text of a file at once: a killed run leaves the old one or the new one."""
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_text(text)
+    partial.replace(path)
 
 
 class Reporter:
@@ -44,10 +74,7 @@ class Reporter:
             step = first_step + offset + 1
             if not all(map(math.isfinite, row)):
                 self.close()
-                raise NonFiniteLoss(
-                    f"step {step}: loss {row[0]}, gradient norm {row[3]}. The last checkpoint is from before it. Try a "
-                    "lower learning_rate, a longer lr_warmup_steps, clip_norm=1.0, or dtype='float32'."
-                )
+                raise NonFiniteLoss(f"step {step}: loss {row[0]}, gradient norm {row[3]}")
             self._rows.append((step, *(f"{value:.6g}" for value in row)))
             for name, value in zip(COLUMNS[1:], row, strict=True):
                 self._events.add_scalar(f"train/{name}", float(value), step)
@@ -59,8 +86,10 @@ class Reporter:
 
     def flush(self) -> None:
         """Brings everything recorded so far to the disk."""
-        with self._path.open("w") as file:
-            csv.writer(file).writerows([COLUMNS, *self._rows])
+        if runtime.is_first_process():
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([COLUMNS, *self._rows])
+            write_whole(self._path, text.getvalue())
         self._events.flush()
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
 
 
 def _on_pod() -> bool:
-    """Whether the environment says that this is one of several hosts: a TPU VM's metadata, or a launcher's variables."""
+    """Whether the environment, a TPU VM's or a launcher's, says that this is one of several hosts."""
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     return len(hosts) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
 

@@ -4,96 +4,109 @@ python -m dreambooth_jax.sample --workdir runs/dog --prompt "a sks dog on a red 
 python -m dreambooth_jax.sample --base tiny --prompt "a dog in the snow" --prompt "a cat in the snow"
 """
 
+import argparse
 import functools
 import os
 import re
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from etils import epath
 
 from dreambooth_jax import runtime
-from dreambooth_jax.models.spec import UnsupportedConfig
 from dreambooth_jax.paint import Request, make_painter, save_sheet
 from dreambooth_jax.pictures import save_png
 from dreambooth_jax.pipeline import load_pipeline, read_params
 from dreambooth_jax.sampler import METHODS
 from dreambooth_jax.sharding import make_mesh, param_sharding
 from dreambooth_jax.trained import open_run
-from dreambooth_jax.weights import WeightsError
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "of a training run; this or --base")
-_BASE = flags.DEFINE_string("base", None, "a base model: 'tiny', a diffusers folder or a hub name")
-_STEP = flags.DEFINE_integer("step", None, "of the checkpoint; default: the newest")
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "may be given several times")
-_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "what to keep away from")
-_COUNT = flags.DEFINE_integer("count", 4, "pictures per prompt", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the first picture; the next have the numbers after it", lower_bound=0)
-_SAMPLER = flags.DEFINE_enum("sampler", "dpm++", METHODS, "how the noise is removed")
-_STEPS = flags.DEFINE_integer("steps", 25, "of the sampler", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale; default: the run's, or 7.5")
-_RESOLUTION = flags.DEFINE_integer("resolution", None, "pixels; default: the run's, or the base's")
-_BATCH = flags.DEFINE_integer("batch_size", 8, "pictures at a time, over all devices", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the computation of a base; default float32")
-_OUTPUT = flags.DEFINE_string("output", None, "folder; default: workdir/pictures or ./pictures")
 
 
-def _open(mesh):
-    """(name of the model, pipeline, params, resolution, guidance) of what the flags name."""
-    if _WORKDIR.value:
-        config, pipeline, params = open_run(_WORKDIR.value, mesh, _STEP.value)
-        return _WORKDIR.value, pipeline, params, config.resolution, config.guidance_scale
-    pipeline = load_pipeline(_BASE.value, dtype=jnp.dtype(_DTYPE.value or "float32"))
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dreambooth_jax.sample", description=__doc__.split("\n")[0])
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="of a training run")
+    model.add_argument("--base", help="a base model: 'tiny', a diffusers folder or a hub name")
+    parser.add_argument("--step", type=int, help="of the run's checkpoint; default: the newest")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--negative_prompt", default="", help="what to keep away from")
+    parser.add_argument("--count", type=_positive, default=4, help="pictures per prompt (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the numbers after it")
+    parser.add_argument("--sampler", choices=METHODS, default="dpm++", help="how the noise is removed (default: dpm++)")
+    parser.add_argument("--steps", type=_positive, default=25, help="of the sampler (default: 25)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the run's, or 7.5")
+    parser.add_argument("--resolution", type=_positive, help="pixels; default: the run's, or the base's")
+    parser.add_argument("--batch_size", type=_positive, default=8, help="pictures at a time, over all devices")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the computation; default: the run's")
+    parser.add_argument("--output", help="folder; default: workdir/pictures or ./pictures")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
+    return int(text)
+
+
+def _open(options: argparse.Namespace, mesh):
+    """(name of the model, pipeline, params, resolution, guidance) of what the options name."""
+    if options.workdir:
+        config, pipeline, params = open_run(options.workdir, mesh, options.step, dtype=options.dtype)
+        return options.workdir, pipeline, params, config.resolution, config.guidance_scale
+    pipeline = load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32"))
     params = read_params(pipeline, functools.partial(param_sharding, mesh))
-    return _BASE.value, pipeline, params, pipeline.resolution, 7.5
+    return options.base, pipeline, params, pipeline.resolution, 7.5
 
 
-def paint() -> epath.Path:
-    """Paints what the flags ask for; returns the folder of the pictures."""
-    if bool(_WORKDIR.value) == bool(_BASE.value):
-        raise ValueError("give either --workdir of a training run or --base")
-    if not _PROMPT.value:
-        raise ValueError('give at least one --prompt, such as --prompt "a sks dog in the snow"')
+def paint(options: argparse.Namespace) -> epath.Path:
+    """Paints what the options ask for; returns the folder of the pictures."""
     mesh = make_mesh()
-    model, pipeline, params, resolution, guidance = _open(mesh)
-    guidance = guidance if _GUIDANCE.value is None else _GUIDANCE.value
+    model, pipeline, params, resolution, guidance = _open(options, mesh)
+    guidance = guidance if options.guidance is None else options.guidance
+    folder = epath.Path(options.output or os.path.join(options.workdir or ".", "pictures"))
+    prompts = list(dict.fromkeys(options.prompt))
+    seeds = range(options.seed, options.seed + options.count)
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    requests = [Request(prompt, options.negative_prompt, jax.random.key(seed)) for prompt, seed in wanted]
     painter = make_painter(
-        pipeline, mesh, resolution=_RESOLUTION.value or resolution, batch_size=_BATCH.value,
-        method=_SAMPLER.value, steps=_STEPS.value, guidance=guidance,
+        pipeline, mesh, resolution=options.resolution or resolution, batch_size=min(options.batch_size, len(requests)),
+        method=options.sampler, steps=options.steps, guidance=guidance,
     )  # fmt: skip
-    folder = epath.Path(_OUTPUT.value or os.path.join(_WORKDIR.value or ".", "pictures"))
-    seeds = range(_SEED.value, _SEED.value + _COUNT.value)
-    wanted = [(prompt, seed) for prompt in _PROMPT.value for seed in seeds]
-    requests = [Request(prompt, _NEGATIVE.value, jax.random.key(seed)) for prompt, seed in wanted]
     about = {
-        "model": model, "negative_prompt": _NEGATIVE.value, "sampler": _SAMPLER.value,
-        "steps": str(_STEPS.value), "guidance": str(guidance),
+        "model": model, "negative_prompt": options.negative_prompt, "sampler": options.sampler,
+        "steps": str(options.steps), "guidance": str(guidance),
     }  # fmt: skip
-    painted = {}
+    names, painted = _file_names(prompts), {}
     for number, image in painter(params, requests):
         prompt, seed = wanted[number]
-        save_png(folder / f"{_slug(prompt)}_{seed}.png", image, {"prompt": prompt, "seed": str(seed), **about})
+        save_png(folder / f"{names[prompt]}_{seed}.png", image, {"prompt": prompt, "seed": str(seed), **about})
         painted[number] = image
     if len(painted) == len(wanted):
         rows = [[painted[i] for i in range(start, start + len(seeds))] for start in range(0, len(wanted), len(seeds))]
-        save_sheet(folder / "sheet.png", rows, _PROMPT.value, about, columns=[f"seed {seed}" for seed in seeds])
+        save_sheet(folder / "sheet.png", rows, prompts, about, columns=[f"seed {seed}" for seed in seeds])
     return folder
 
 
-def _slug(prompt: str) -> str:
-    """A file name that a person recognises the prompt in."""
-    return re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:80] or "prompt"
+def _file_names(prompts: Sequence[str]) -> dict[str, str]:
+    """Prompt -> a file name that a person recognises it in, numbered where several prompts would share one."""
+    slugs = {prompt: re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:80] or "prompt" for prompt in prompts}
+    shared = {slug for slug, times in Counter(slugs.values()).items() if times > 1}
+    return {
+        prompt: f"{slug}_{number}" if slug in shared else slug for number, (prompt, slug) in enumerate(slugs.items(), 1)
+    }
 
 
-def main(_) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
     runtime.start()
     try:
-        print(f"pictures and sheet.png are in {paint()}")
-    except (FileNotFoundError, UnsupportedConfig, WeightsError, ValueError) as error:
+        print(f"pictures and sheet.png are in {paint(options)}")
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

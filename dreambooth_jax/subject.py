@@ -36,7 +36,7 @@ def make_encoder(pipeline: Pipeline, mesh: Mesh, *, text_states: bool, batch_siz
 
 
 def _in_batches(function, rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
-    """Applies `function` (rows -> tuple of arrays) to equal batches: one compiled shape, whatever the number of rows."""
+    """Applies `function` (rows -> tuple of arrays) to equal batches: one compiled shape for any number of rows."""
     padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
     parts = [jax.device_get(function(jnp.asarray(padded[i : i + size]))) for i in range(0, len(padded), size)]
     return [np.concatenate(column)[: len(rows)] for column in zip(*parts, strict=True)]

@@ -5,8 +5,10 @@
 Running the same command again goes on from the last checkpoint. SIGTERM saves and exits with code 143.
 """
 
+import contextlib
 import functools
 import json
+import shutil
 import sys
 from typing import NamedTuple
 
@@ -22,18 +24,16 @@ from dreambooth_jax.config import ConfigError, check_config, check_resumable, fi
 from dreambooth_jax.identifier import check_identifier
 from dreambooth_jax.images import Examples, list_images, read_examples
 from dreambooth_jax.method import combine, split, trainable_pattern
-from dreambooth_jax.models.spec import UnsupportedConfig
 from dreambooth_jax.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.paint import Painter, make_painter, paint_sheet, save_sheet
 from dreambooth_jax.params import Params, count
 from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.preemption import Preemption
-from dreambooth_jax.prior import missing_class_images, paint_class_images
-from dreambooth_jax.report import NonFiniteLoss, Reporter
+from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
+from dreambooth_jax.report import NonFiniteLoss, Reporter, check_finite, write_whole
 from dreambooth_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated, state_shardings
 from dreambooth_jax.step import Data, TrainState, init_state, make_step, run_steps
 from dreambooth_jax.subject import make_encoder
-from dreambooth_jax.weights import WeightsError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "such as configs/dog.py or configs/dog.py:sd15")
 
@@ -70,8 +70,9 @@ def set_up(config: ConfigDict) -> Run:
         class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
         views=config.views, seed=config.seed,
     )  # fmt: skip
-    if config.prior_preservation:
-        list_images(class_folder(config))  # refuses what it cannot read, before anything slow
+    if config.prior_preservation and list_images(class_folder(config)):
+        read_class_images(config)  # what cannot be read is an error now, not after the missing ones are painted
+        check_class_images(class_folder(config), fill(config.class_prompt, config))
     rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
     optimizer = make_optimizer(
         config.optimizer, rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None,
@@ -88,11 +89,18 @@ def _claim(workdir: epath.Path, config: ConfigDict) -> None:
         if earlier.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
             check_resumable(config, json.loads(earlier.read_text()))
         if runtime.is_first_process():
-            earlier.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+            write_whole(earlier, json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             f"workdir = {config.workdir!r} cannot be written ({error}); give another --config.workdir"
         ) from error
+
+
+def read_class_images(config: ConfigDict) -> Examples:
+    return read_examples(
+        class_folder(config), config.resolution, template=config.class_prompt, identifier=config.identifier,
+        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip, seed=config.seed,
+    )  # fmt: skip
 
 
 def print_plan(run: Run, done: int) -> None:
@@ -101,16 +109,21 @@ def print_plan(run: Run, done: int) -> None:
     trained, _ = split(shapes, trainable_pattern(config))
     parts = "UNet and text encoder" if config.train_text_encoder else "UNet"
     images = len(set(run.examples.names))
+    prior = "off"
+    if config.prior_preservation:
+        wanted = max(config.num_class_images, len(list_images(class_folder(config))))
+        prompt = fill(config.class_prompt, config)
+        prior = f"{wanted} class images in {class_folder(config)}: {prompt!r}, weight {config.prior_weight:g}"
+    axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     lines = {
         "base": f"{config.base} ({config.resolution}x{config.resolution}, {count(shapes) / 1e6:.1f} M parameters)",
         "subject": f"{images} images in {config.instance_images}: {run.examples.captions[0]!r}",
-        "prior": f"{config.num_class_images} class images in {class_folder(config)}: {fill(config.class_prompt, config)!r}, weight {config.prior_weight:g}"
-        if config.prior_preservation else "off",
+        "prior": prior,
         "method": f"full fine-tuning of the {parts}, {count(trained) / 1e6:.1f} M parameters, {config.optimizer}",
         "steps": f"{config.steps} of {config.batch_size} images" + (f"; going on from step {done}" if done else ""),
-        "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), " + " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items()),
+        "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), {axes}",
         "workdir": config.workdir,
-    }  # fmt: skip
+    }
     print("\n".join(f"{name:>8}: {text}" for name, text in lines.items()), flush=True)
     for warning in check_identifier(run.pipeline.tokenizer, config.identifier):
         print(f"warning: {warning}", flush=True)
@@ -118,7 +131,8 @@ def print_plan(run: Run, done: int) -> None:
     used = batch // batch_sharding(run.mesh, batch).shard_shape((batch,))[0]
     if used < run.mesh.size:
         print(
-            f"warning: {batch} images at a time keep {used} of {run.mesh.size} devices busy; a multiple of {run.mesh.size} keeps all",
+            f"warning: {batch} images at a time keep {used} of {run.mesh.size} devices busy; "
+            f"a multiple of {run.mesh.size} keeps all",
             flush=True,
         )
 
@@ -132,25 +146,14 @@ def prepare_data(run: Run, params: Params) -> Data:
     folder = class_folder(config)
     if numbers := missing_class_images(folder, config.num_class_images):
         about = {
-            "model": config.base,
-            "sampler": config.sampler,
-            "steps": str(config.sampling_steps),
+            "model": config.base, "sampler": config.sampler, "steps": str(config.sampling_steps),
             "guidance": str(config.guidance_scale),
-        }
+        }  # fmt: skip
         paint_class_images(
-            folder,
-            numbers,
-            run.paint,
-            params,
-            prompt=fill(config.class_prompt, config),
-            seed=config.seed,
-            metadata=about,
-        )
-    prior = read_examples(
-        folder, config.resolution, template=config.class_prompt, identifier=config.identifier,
-        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip, seed=config.seed,
-    )  # fmt: skip
-    return Data(encode(params, run.examples), encode(params, prior))
+            folder, numbers, run.paint, params, prompt=fill(config.class_prompt, config), seed=config.seed,
+            batch_size=config.class_batch_size, metadata=about,
+        )  # fmt: skip
+    return Data(encode(params, run.examples), encode(params, read_class_images(config)))
 
 
 def compile_steps(run: Run, state: TrainState, frozen: Params, data: Data, key: jax.Array):
@@ -176,9 +179,14 @@ def compile_steps(run: Run, state: TrainState, frozen: Params, data: Data, key: 
     return steps.lower(state, frozen, data, key, jnp.zeros((), jnp.int32)).compile()
 
 
+def _initial(run: Run):
+    """trainable -> the state before the first step."""
+    return functools.partial(init_state, optimizer=run.optimizer, ema=run.config.ema_decay > 0)
+
+
 def start_state(run: Run, trainable: Params, manager) -> TrainState:
     """The state to begin with, placed on the mesh: from the newest checkpoint, or fresh."""
-    init = functools.partial(init_state, optimizer=run.optimizer, ema=run.config.ema_decay > 0)
+    init = _initial(run)
     shapes = jax.eval_shape(init, trainable)
     shardings = state_shardings(run.mesh, trainable, shapes)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -191,19 +199,41 @@ def train(run: Run, guard: Preemption) -> None:
     manager = checkpoint.open_checkpoints(
         run.workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None
     )
-    guard.finish = manager.wait_until_finished
-    print_plan(run, done=manager.latest_step() or 0)
-    params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
-    data = prepare_data(run, params)
-    trainable, frozen = split(params, trainable_pattern(config))
-    del params
-    state = start_state(run, trainable, manager)
-    del trainable
-    key = jax.device_put(jax.random.key(config.seed), replicated(run.mesh))
-    steps = compile_steps(run, state, frozen, data, key)
-    loop(run, guard, manager, state, frozen, lambda state, n: steps(state, frozen, data, key, n))
-    manager.close()
-    print(_farewell(run), flush=True)
+    with contextlib.closing(manager):  # also after an error: what is being saved becomes complete
+        guard.before_leaving(manager.wait_until_finished)
+        done = manager.latest_step() or 0
+        print_plan(run, done)
+        if done < config.steps or _sheet_is_missing(run, done):
+            check_space(run, manager)
+            params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
+            data = prepare_data(run, params)
+            trainable, frozen = split(params, trainable_pattern(config))
+            del params
+            state = start_state(run, trainable, manager)
+            del trainable
+            key = jax.device_put(jax.random.key(config.seed), replicated(run.mesh))
+            steps = compile_steps(run, state, frozen, data, key)
+            loop(run, guard, manager, state, frozen, lambda state, n: steps(state, frozen, data, key, n))
+    print(_farewell(run, max(done, config.steps)), flush=True)
+
+
+def check_space(run: Run, manager) -> None:
+    """Raises ConfigError if the disk cannot hold the checkpoints that are still to come (local workdirs only)."""
+    config = run.config
+    if "://" in config.workdir:
+        return
+    trained, _ = split(run.pipeline.shapes, trainable_pattern(config))
+    size = checkpoint.size(jax.eval_shape(_initial(run), trained))
+    kept = config.keep_last + (config.steps // config.keep_every if config.keep_every else 0)
+    # A new checkpoint is complete before an old one goes.
+    need = size * max(1, kept + 1 - len(manager.all_steps()))
+    free = shutil.disk_usage(run.workdir).free
+    if need > free:
+        raise ConfigError(
+            f"workdir = {config.workdir!r}: the disk has {free / 1e9:.3g} GB left and the checkpoints may take "
+            f"{need / 1e9:.3g} GB, {size / 1e9:.3g} GB each; make room, keep fewer (keep_last, keep_every), or give "
+            "another --config.workdir"
+        )
 
 
 def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params, advance) -> TrainState:
@@ -222,6 +252,7 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
 
     def save() -> None:
         report_late()  # a state that is not finite must not replace one that is
+        check_finite(state.trainable, step)
         reporter.flush()
         checkpoint.save(manager, step, state)
 
@@ -229,6 +260,9 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
         save()
         manager.wait_until_finished()
 
+    guard.before_leaving(save_and_wait)
+    if _sheet_is_missing(run, step):  # the run was stopped after it had saved and before it had painted
+        paint_samples(run, combine(frozen, state.ema or state.trainable), step)
     while step < config.steps:
         with guard.polled():
             until = _next_stop(step, config)
@@ -239,15 +273,13 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
                 late.append((step, metrics, number))
                 step += number
                 if guard.requested:
-                    guard.finish = save_and_wait
                     guard.leave()
             if step % config.save_every == 0 or step == config.steps:
                 save()
-        guard.finish = save_and_wait
-        if step % config.sample_every == 0 or step == config.steps:
-            report_late()
+            report_late()  # here, so that whoever leaves while we paint finds nothing half reported
+        if _paints(step, config):
             paint_samples(run, combine(frozen, state.ema or state.trainable), step)
-        guard.finish = manager.wait_until_finished
+    guard.before_leaving(manager.wait_until_finished)
     reporter.close()
     return state
 
@@ -255,6 +287,19 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
 def _next_stop(step: int, config: ConfigDict) -> int:
     """The next step at which something is saved or painted."""
     return min(config.steps, *(step - step % every + every for every in (config.save_every, config.sample_every)))
+
+
+def _paints(step: int, config: ConfigDict) -> bool:
+    return step % config.sample_every == 0 or step == config.steps
+
+
+def _sheet(run: Run, step: int) -> epath.Path:
+    return run.workdir / "samples" / f"step_{step:06d}.png"
+
+
+def _sheet_is_missing(run: Run, step: int) -> bool:
+    config = run.config
+    return step > 0 and _paints(step, config) and bool(config.sample_prompts) and not _sheet(run, step).exists()
 
 
 def paint_samples(run: Run, params: Params, step: int) -> None:
@@ -266,14 +311,14 @@ def paint_samples(run: Run, params: Params, step: int) -> None:
         return
     about = {"model": config.base, "step": str(step), "seeds": f"0 to {config.sample_count - 1}"}
     shown = list(run.examples.images[: config.sample_count])
-    save_sheet(run.workdir / "samples" / f"step_{step:06d}.png", [shown, *rows], ["training images", *prompts], about)
+    save_sheet(_sheet(run, step), [shown, *rows], ["training images", *prompts], about)
 
 
-def _farewell(run: Run) -> str:
+def _farewell(run: Run, step: int) -> str:
     config = run.config
     prompt = f"a {config.identifier} {config.class_noun} on a red background"
     return (
-        f"Done. Checkpoint: {run.workdir}/checkpoints/{config.steps}, pictures: {run.workdir}/samples, "
+        f"Done. Checkpoint: {run.workdir}/checkpoints/{step}, pictures: {run.workdir}/samples, "
         f"metrics: {run.workdir}/metrics.csv (and tensorboard --logdir {run.workdir})\n"
         f'Paint more:  python -m dreambooth_jax.sample --workdir {run.workdir} --prompt "{prompt}"\n'
         f"Take it elsewhere:  python -m dreambooth_jax.export --workdir {run.workdir} --output {run.workdir}/model"
@@ -285,7 +330,7 @@ def main(_) -> None:
     with Preemption() as guard:
         try:
             train(set_up(_CONFIG.value), guard)
-        except (ConfigError, FileNotFoundError, NonFiniteLoss, UnsupportedConfig, WeightsError, ValueError) as error:
+        except (OSError, ValueError, NonFiniteLoss) as error:
             sys.exit(f"error: {error}")
 
 

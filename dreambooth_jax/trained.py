@@ -29,17 +29,20 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     return ConfigDict(json.loads(path.read_text()))
 
 
-def open_run(workdir: str | os.PathLike, mesh: Mesh, step: int | None = None) -> tuple[ConfigDict, Pipeline, Params]:
+def open_run(
+    workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
+) -> tuple[ConfigDict, Pipeline, Params]:
     """The personalised model of a run: the base's weights with the trained ones (or their average) in their places.
 
     Args:
         step: of the checkpoint; default: the newest.
+        dtype: of the computation; default: the run's.
 
     Raises:
         FileNotFoundError: no run, or no such checkpoint.
     """
     config = read_config(workdir)
-    pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype))
+    pipeline = load_pipeline(config.base, dtype=jnp.dtype(dtype or config.dtype))
     place = functools.partial(param_sharding, mesh)
     shapes, _ = split(pipeline.shapes, trainable_pattern(config))
     like = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(n, s.shape)) for n, s in shapes.items()}
