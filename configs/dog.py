@@ -24,7 +24,7 @@ def get_config(base: str = "tiny") -> ConfigDict:
     config.class_noun = "dog"
     config.instance_prompt = "a photo of {identifier} {class_noun}"
     config.captions = "auto"  # "auto": the images' own captions where there are any; "template": always the prompt
-    config.resolution = 64  # pixels; images are resized (Lanczos) and cropped to squares
+    config.resolution = 0  # pixels, 0 for the base's own; images are resized (Lanczos) and cropped to squares
     config.crop = "center"  # or "random"
     config.flip = False  # mirror half of the views
     config.views = 1  # augmented views drawn of each image, for random crops and flips
@@ -83,7 +83,6 @@ def get_config(base: str = "tiny") -> ConfigDict:
         if base not in HUB_MODELS:
             raise ValueError(f"dog.py:{base}: expected one of tiny, {', '.join(HUB_MODELS)}")
         config.base = HUB_MODELS[base]
-        config.resolution = 768 if base == "sd21" else 512
         config.num_class_images = 200
         config.class_batch_size = 8
         config.steps = 800

@@ -53,7 +53,7 @@ FIELDS: dict[str, Field] = {
     "class_noun": _text(),
     "instance_prompt": _text(),
     "captions": _one_of("auto", "template"),
-    "resolution": _positive(),
+    "resolution": _not_negative(int),
     "crop": _one_of("center", "random"),
     "flip": Field(bool),
     "views": _positive(),

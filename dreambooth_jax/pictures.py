@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -33,6 +34,11 @@ def save_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping[str, 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def slug(prompt: str) -> str:
+    """A file name in which a person recognises the prompt."""
+    return re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:80] or "prompt"
 
 
 def contact_sheet(

@@ -32,7 +32,7 @@ class NonFiniteLoss(FloatingPointError):
 
 @jax.jit
 def _norm(params: Params) -> jax.Array:
-    return optax.global_norm(params)
+    return optax.tree.norm(params)
 
 
 def check_finite(params: Params, step: int) -> None:
@@ -56,7 +56,8 @@ class Reporter:
         rows = [row for row in _read_rows(self._path) if int(row[0]) <= first_step]
         # Rewritten whole after every call: gs:// files cannot be appended to.
         self._rows: list[Sequence] = rows
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        folder, suffix = str(workdir / "tensorboard"), f".{first_step}"  # a quick restart must not share a file
+        self._events = SummaryWriter(folder, purge_step=first_step + 1, filename_suffix=suffix)
         self._bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", mininterval=1.0)
 
     def record(self, first_step: int, metrics: Metrics, count: int) -> None:

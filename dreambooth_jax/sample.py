@@ -7,7 +7,6 @@ python -m dreambooth_jax.sample --base tiny --prompt "a dog in the snow" --promp
 import argparse
 import functools
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from etils import epath
 
 from dreambooth_jax import runtime
 from dreambooth_jax.paint import Request, make_painter, save_sheet
-from dreambooth_jax.pictures import save_png
+from dreambooth_jax.pictures import save_png, slug
 from dreambooth_jax.pipeline import load_pipeline, read_params
 from dreambooth_jax.sampler import METHODS
 from dreambooth_jax.sharding import make_mesh, param_sharding
@@ -92,10 +91,10 @@ def paint(options: argparse.Namespace) -> epath.Path:
 
 def _file_names(prompts: Sequence[str]) -> dict[str, str]:
     """Prompt -> a file name that a person recognises it in, numbered where several prompts would share one."""
-    slugs = {prompt: re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:80] or "prompt" for prompt in prompts}
-    shared = {slug for slug, times in Counter(slugs.values()).items() if times > 1}
+    slugs = {prompt: slug(prompt) for prompt in prompts}
+    shared = {name for name, times in Counter(slugs.values()).items() if times > 1}
     return {
-        prompt: f"{slug}_{number}" if slug in shared else slug for number, (prompt, slug) in enumerate(slugs.items(), 1)
+        prompt: f"{name}_{number}" if name in shared else name for number, (prompt, name) in enumerate(slugs.items(), 1)
     }
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app
 from etils import epath
 from jax.sharding import Mesh
@@ -22,11 +23,12 @@ from ml_collections import ConfigDict, config_flags
 from dreambooth_jax import checkpoint, runtime
 from dreambooth_jax.config import ConfigError, check_config, check_resumable, fill
 from dreambooth_jax.identifier import check_identifier
-from dreambooth_jax.images import Examples, list_images, read_examples
+from dreambooth_jax.images import Examples, decode_image, list_images, read_examples
 from dreambooth_jax.method import combine, split, trainable_pattern
 from dreambooth_jax.optimizer import learning_rate, make_optimizer
-from dreambooth_jax.paint import Painter, make_painter, paint_sheet, save_sheet
+from dreambooth_jax.paint import Painter, Request, make_painter, paint_sheet, save_sheet
 from dreambooth_jax.params import Params, count
+from dreambooth_jax.pictures import save_png, slug
 from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.preemption import Preemption
 from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
@@ -61,6 +63,7 @@ def set_up(config: ConfigDict) -> Run:
     _claim(workdir, config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp)
     pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    config = ConfigDict(dict(config) | {"resolution": config.resolution or pipeline.resolution})
     paint = make_painter(
         pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
         method=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
@@ -261,6 +264,8 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
         manager.wait_until_finished()
 
     guard.before_leaving(save_and_wait)
+    if step == 0:
+        paint_before(run, combine(frozen, state.trainable))
     if _sheet_is_missing(run, step):  # the run was stopped after it had saved and before it had painted
         paint_samples(run, combine(frozen, state.ema or state.trainable), step)
     while step < config.steps:
@@ -302,16 +307,47 @@ def _sheet_is_missing(run: Run, step: int) -> bool:
     return step > 0 and _paints(step, config) and bool(config.sample_prompts) and not _sheet(run, step).exists()
 
 
+def paint_before(run: Run, params: Params) -> None:
+    """Paints what the base makes of the prompts without identifier, for every later sheet to show beside."""
+    config = run.config
+    prompts = [fill(prompt, config) for prompt in config.sample_prompts if _is_of_class(prompt)]
+    requests = [
+        (prompt, seed, Request(prompt, config.negative_prompt, jax.random.key(seed)))
+        for prompt in prompts
+        for seed in range(config.sample_count)
+    ]
+    for number, image in run.paint(params, [request for _, _, request in requests]):
+        prompt, seed, _ = requests[number]
+        about = {"model": config.base, "prompt": prompt, "seed": str(seed)}
+        save_png(_before(run, prompt, seed), image, about)
+
+
+def _is_of_class(prompt: str) -> bool:
+    return "{identifier}" not in prompt
+
+
+def _before(run: Run, prompt: str, seed: int) -> epath.Path:
+    return run.workdir / "samples" / "before" / f"{slug(prompt)}_{seed}.png"
+
+
 def paint_samples(run: Run, params: Params, step: int) -> None:
-    """Paints the fixed prompts and seeds into samples/, the training images above them."""
+    """Paints the fixed prompts and seeds into samples/, the training images above them, and for prompts without
+    identifier what the base made of them."""
     config = run.config
     prompts = [fill(prompt, config) for prompt in config.sample_prompts]
-    rows = paint_sheet(run.paint, params, prompts, range(config.sample_count), negative=config.negative_prompt)
+    painted = paint_sheet(run.paint, params, prompts, range(config.sample_count), negative=config.negative_prompt)
     if not prompts or not runtime.is_first_process():
         return
+    labels, rows = ["training images"], [list(run.examples.images[: config.sample_count])]
+    for prompt, row in zip(prompts, painted, strict=True):
+        before = [_before(run, prompt, seed) for seed in range(config.sample_count)]
+        if all(path.exists() for path in before):
+            labels.append(f"{prompt}: before training")
+            rows.append([np.asarray(decode_image(path.read_bytes())) for path in before])
+        labels.append(prompt)
+        rows.append(row)
     about = {"model": config.base, "step": str(step), "seeds": f"0 to {config.sample_count - 1}"}
-    shown = list(run.examples.images[: config.sample_count])
-    save_sheet(_sheet(run, step), [shown, *rows], ["training images", *prompts], about)
+    save_sheet(_sheet(run, step), rows, labels, about)
 
 
 def _farewell(run: Run, step: int) -> str:
