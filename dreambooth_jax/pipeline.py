@@ -66,9 +66,10 @@ class Pipeline:
         """
         multiple = self.vae_spec.downscale * self.unet_spec.downscale
         if resolution % multiple:
+            below = resolution // multiple * multiple
             raise ValueError(
                 f"resolution = {resolution}: this base needs a multiple of {multiple}; "
-                f"nearest: {max(multiple, resolution // multiple * multiple)}, {resolution // multiple * multiple + multiple}"
+                f"nearest: {max(multiple, below)}, {below + multiple}"
             )
         side = resolution // self.vae_spec.downscale
         return side, side, self.vae_spec.latent_channels
@@ -126,7 +127,8 @@ def resolve_base(base: str) -> Path:
         return Path(base).expanduser()
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
+            f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
+            f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
         )
     patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
     patterns += [f"{part}/{end}" for part in PARTS for end in ("*.json", "*.safetensors")]
@@ -134,7 +136,8 @@ def resolve_base(base: str) -> Path:
         folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"])
     except Exception as error:  # offline, unknown or gated: the hub client has a type for each
         raise FileNotFoundError(
-            f"base = {base!r}: no such folder, and the model hub did not give it ({error}). Check the name and the network, or give a local folder with --config.base=/path."
+            f"base = {base!r}: no such folder, and the model hub did not give it ({error}). "
+            "Check the name and the network, or give a local folder with --config.base=/path."
         ) from error
     return Path(folder)
 
@@ -156,7 +159,8 @@ def load_pipeline(base: str, *, dtype=jnp.float32, remat: bool = False, vae_dtyp
     index = _read_json(folder, "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise UnsupportedConfig(
-            f"{folder}/model_index.json: {index.get('_class_name')} is not implemented; expected StableDiffusionPipeline"
+            f"{folder}/model_index.json: {index.get('_class_name')} is not implemented; "
+            "expected StableDiffusionPipeline"
         )
     configs = {part: _read_json(folder, f"{part}/config.json") for part in PARTS}
     unet_spec = UNetSpec.from_config(configs["unet"])
@@ -164,7 +168,8 @@ def load_pipeline(base: str, *, dtype=jnp.float32, remat: bool = False, vae_dtyp
     text_spec = CLIPTextSpec.from_config(configs["text_encoder"])
     if {text_spec.hidden_size} != set(unet_spec.cross_attention_dim):
         raise UnsupportedConfig(
-            f"{folder}: text encoder of width {text_spec.hidden_size}, UNet cross_attention_dim {unet_spec.cross_attention_dim}"
+            f"{folder}: text encoder of width {text_spec.hidden_size}, "
+            f"UNet cross_attention_dim {unet_spec.cross_attention_dim}"
         )
     return Pipeline(
         folder=folder,

@@ -31,7 +31,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     if math.prod(sizes) != len(devices):
         divisors = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} does not cover {len(devices)} devices; each axis must be one of {divisors}, their product {len(devices)}"
+            f"mesh data={data} x fsdp={fsdp} does not cover {len(devices)} devices; "
+            f"each axis must be one of {divisors}, their product {len(devices)}"
         )
     return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=(AxisType.Auto,) * 2)
 

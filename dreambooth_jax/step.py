@@ -172,8 +172,8 @@ def _split(x: Array, halves: int, parts: int) -> Array:
 
 
 def run_steps(step: Callable, capacity: int) -> Callable:
-    """Builds `run(state, frozen, data, key, count) -> (state, metrics stacked [capacity])`, up to `capacity` steps on the
-    device in one call.
+    """Builds `run(state, frozen, data, key, count) -> (state, metrics stacked [capacity])`, up to `capacity` steps on
+    the device in one call.
 
     `count` is an array, so that the last, shorter call runs the very same program: neither a second compile nor a
     different rounding. Metrics from `count` on are 0.
