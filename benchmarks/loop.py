@@ -1,4 +1,4 @@
-"""What the training loop costs over the bare compiled step, on the embedded base: reporting, CSV, TensorBoard, progress bar.
+"""What the training loop costs over the bare compiled step, on the embedded base: reports, progress bar, signals.
 
     python benchmarks/loop.py
 

@@ -2,8 +2,8 @@
 
     python benchmarks/step.py
 
-Forward, backward and AdamW in float32; latents 32x32, channels 64-128-256-256, one layer per block, context 128, 8 heads,
-batch 4. Rounds of both alternate, so that a machine that is busy elsewhere slows both alike.
+Forward, backward and AdamW in float32; latents 32x32, channels 64-128-256-256, one layer per block, context 128, 8
+heads, batch 4. Rounds of both alternate, so that a machine that is busy elsewhere slows both alike.
 """
 
 import statistics

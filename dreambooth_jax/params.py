@@ -1,8 +1,9 @@
 """Flat params: the one currency of the library.
 
 A model's parameters are a plain dict `{"down_blocks.0.resnets.1.conv1.kernel": array}`. Names are the module's
-attribute path, and modules carry the attribute names of the files people have, so that reading, writing, freezing, LoRA targets
-and sharding rules address one namespace. `functional` turns an `nnx.Module` into pure functions of such a dict.
+attribute path, and modules carry the attribute names of the files people have, so that reading, writing, freezing,
+LoRA targets and sharding rules address one namespace. `functional` turns an `nnx.Module` into pure functions of such a
+dict.
 """
 
 from collections.abc import Callable, Mapping
