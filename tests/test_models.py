@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from torch_folders import TEXT_15, TEXT_21, UNET_15, UNET_21, VAE, randomise
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -153,15 +154,18 @@ def test_text(config, tmp_path):
     assert relative(jax.jit(split.apply)(params, ids), expected) <= 1e-4
 
 
-def torch_loss(pipe, batch: Corrupted, num_instance: int, prior_weight: float) -> torch.Tensor:
+def torch_loss(pipe, batch: Corrupted, num_instance: int, prior_weight: float, gamma=None) -> torch.Tensor:
     """The DreamBooth loss as PyTorch trainers write it, with diffusers' scheduler."""
-    x0, eps, t = nchw(np.asarray(batch.x0)), nchw(np.asarray(batch.eps)), torch.from_numpy(np.array(batch.t))
+    x0, eps = nchw(np.asarray(batch.x0)), nchw(np.asarray(batch.eps))
+    t = torch.from_numpy(np.array(batch.t, np.int64))
     states = pipe.text_encoder(torch.from_numpy(np.array(batch.cond))).last_hidden_state
     prediction = pipe.unet(pipe.scheduler.add_noise(x0, eps, t), t, states).sample
     wanted = eps if pipe.scheduler.config.prediction_type == "epsilon" else pipe.scheduler.get_velocity(x0, eps, t)
-    halves = [slice(0, num_instance), slice(num_instance, None)]
-    instance, prior = (torch.nn.functional.mse_loss(prediction[half], wanted[half]) for half in halves)
-    return instance + prior_weight * prior
+    each = torch.nn.functional.mse_loss(prediction, wanted, reduction="none").mean(dim=(1, 2, 3))
+    if gamma is not None:
+        snr = compute_snr(pipe.scheduler, t)
+        each = each * snr.clamp(max=gamma) / (snr if wanted is eps else snr + 1)
+    return each[:num_instance].mean() + prior_weight * each[num_instance:].mean()
 
 
 @pytest.mark.parametrize(("name", "remat"), [("sd15", False), ("sd21", True)])
@@ -182,11 +186,11 @@ def test_gradient_of_the_training_loss(name, remat, request):
     value, grads = jax.jit(jax.value_and_grad(loss))(trainable)
     for part in parts:
         part.zero_grad()
-    expected = torch_loss(base.torch, batch._replace(t=batch.t.astype(np.int64)), 1, 0.7)
+    expected = torch_loss(base.torch, batch, 1, 0.7)
     expected.backward()
     assert abs(float(value) / expected.item() - 1) <= 1e-4
 
-    reference = as_ours(base.torch, grads)
+    reference = as_ours(base.torch, grads, lambda parameter: parameter.grad)
     assert reference.keys() == grads.keys()
     total = np.sqrt(sum(np.sum(np.square(g.numpy(), dtype=np.float64)) for g in reference.values()))
     negligible = {n for n, g in reference.items() if g.norm() < 1e-6 * total}
@@ -196,8 +200,8 @@ def test_gradient_of_the_training_loss(name, remat, request):
     assert all(np.linalg.norm(grads[n]) < 1e-5 * total for n in negligible)
 
 
-def as_ours(pipe, names) -> dict[str, torch.Tensor]:
-    """The gradients of a PyTorch pipeline's parameters under our names and in our axes."""
+def as_ours(pipe, names, value) -> dict[str, torch.Tensor]:
+    """`value(parameter)` of the PyTorch UNet's and text encoder's parameters, under our names and in our axes."""
     found = {}
     for part in ("unet", "text_encoder"):
         model = getattr(pipe, part)
@@ -208,10 +212,9 @@ def as_ours(pipe, names) -> dict[str, torch.Tensor]:
             stem = name.removesuffix(".weight")
             candidates = (f"{stem}.{kind}" for kind in ("kernel", "scale", "embedding"))
             ours = next((candidate for candidate in candidates if candidate in names), name)
-            grad = parameter.grad
+            found[ours] = value(parameter)
             if ours.endswith(".kernel"):
-                grad = grad.T if grad.ndim == 2 else grad.permute(2, 3, 1, 0)
-            found[ours] = grad
+                found[ours] = found[ours].T if found[ours].ndim == 2 else found[ours].permute(2, 3, 1, 0)
     return found
 
 

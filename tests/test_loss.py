@@ -1,0 +1,78 @@
+"""The DreamBooth loss against PyTorch with diffusers' own corruption, targets and SNR, on the same noise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from dreambooth_jax.loss import Corrupted, dreambooth_loss
+from dreambooth_jax.schedule import Schedule
+
+CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+
+
+def predict(params, x, t, cond):
+    return params["a"] * jnp.tanh(x + cond[:, None, None]) + params["b"] * t[:, None, None] / 1000
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    x0, eps = rng.standard_normal((2, 7, 5, 3), np.float32)
+    return Corrupted(x0, eps, rng.integers(0, 1000, 7), rng.standard_normal(7, np.float32))
+
+
+def torch_losses(batch, prediction, num_instance, gamma):
+    """Mean losses of both halves and what their sum of 1 and 0.3 parts gives for gradients."""
+    scheduler = DDPMScheduler(**CONFIG, prediction_type=prediction)
+    x0, eps, t, cond = map(torch.from_numpy, batch)
+    a, b = torch.tensor(0.7, requires_grad=True), torch.tensor(-0.2, requires_grad=True)
+    noisy = scheduler.add_noise(x0, eps, t)
+    output = a * torch.tanh(noisy + cond[:, None, None]) + b * t[:, None, None] / 1000
+    wanted = eps if prediction == "epsilon" else scheduler.get_velocity(x0, eps, t)
+    each = torch.nn.functional.mse_loss(output, wanted, reduction="none").mean(dim=(1, 2))
+    if gamma is not None:
+        snr = compute_snr(scheduler, t)
+        each = each * snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
+    instance = each[:num_instance].mean()
+    prior = each[num_instance:].mean() if num_instance < len(each) else torch.tensor(0.0)
+    (instance + 0.3 * prior).backward()
+    return instance.item(), prior.item(), a.grad.item(), b.grad.item()
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("num_instance", [7, 3])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_losses_and_gradients(batch, prediction, num_instance, gamma):
+    """Halves of unequal size: each is a mean of its own, and each is weighted by its own timesteps."""
+    schedule, calls = Schedule.from_config(CONFIG | {"prediction_type": prediction}), []
+
+    def loss(params):
+        def counted(params, x, t, cond):
+            calls.append(len(x))
+            return predict(params, x, t, cond)
+
+        kw = {"num_instance": num_instance, "prior_weight": 0.3, "snr_gamma": gamma}
+        losses = dreambooth_loss(counted, params, batch, schedule, **kw)
+        return losses.loss, losses
+
+    grads, losses = jax.grad(loss, has_aux=True)({"a": 0.7, "b": -0.2})
+    instance, prior, a, b = torch_losses(batch, prediction, num_instance, gamma)
+    assert calls == [7]  # one forward pass
+    np.testing.assert_allclose(losses, [instance + 0.3 * prior, instance, prior], rtol=1e-4)
+    np.testing.assert_allclose([grads["a"], grads["b"]], [a, b], rtol=1e-3)
+
+
+def test_low_precision_predictions_are_compared_in_float32(batch):
+    schedule = Schedule.from_config(CONFIG)
+    wrong_by = np.float32(1e-3)
+
+    def nearly_right(params, x, t, cond):
+        return (0 * x).astype(jnp.bfloat16)
+
+    losses = dreambooth_loss(nearly_right, {}, batch._replace(eps=0 * batch.eps + wrong_by), schedule, num_instance=7)
+    assert losses.loss.dtype == jnp.float32
+    np.testing.assert_allclose(losses.loss, 1e-6, rtol=1e-4)

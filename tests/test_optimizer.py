@@ -1,0 +1,120 @@
+"""Optimizers and learning rates against those of PyTorch, transformers and diffusers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from transformers.optimization import Adafactor
+
+from dreambooth_jax.optimizer import learning_rate, make_optimizer
+
+NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("kind", NAMES)
+def test_learning_rates(kind, warmup):
+    """Those of diffusers after the warm-up, during which theirs starts with an update of 0 and ours with a step."""
+    rate = learning_rate(kind, 3e-4, warmup=warmup, steps=50)
+    ours = np.float64([rate(count) for count in range(50)])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_scheduler(NAMES[kind], optimizer, num_warmup_steps=warmup, num_training_steps=50)
+    theirs = []
+    for _ in range(50):
+        theirs.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(ours[warmup:], theirs[warmup:], rtol=1e-4, atol=1e-10)
+    np.testing.assert_allclose([ours[warmup], ours.max()], 3e-4, rtol=1e-6)
+    np.testing.assert_allclose(ours[:warmup], theirs[1 : warmup + 1], rtol=1e-5)
+    assert (ours > 0).all()
+
+
+def test_impossible_learning_rates():
+    with pytest.raises(ValueError, match=r"lr_schedule = 'step'; implemented: constant, linear, cosine"):
+        learning_rate("step", 1e-3, warmup=0, steps=10)
+    with pytest.raises(ValueError, match="lr_warmup_steps = 10 leaves nothing of 10 steps"):
+        learning_rate("cosine", 1e-3, warmup=10, steps=10)
+    with pytest.raises(ValueError, match=r"optimizer = 'sgd'; implemented: adamw, adafactor"):
+        make_optimizer("sgd", optax.constant_schedule(1e-3))
+
+
+SHAPES = {"a.kernel": (128, 160), "b.bias": (7,)}
+
+
+def values(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {name: scale * rng.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+
+
+def follow(optimizer, gradients, start):
+    params = jax.tree.map(jnp.array, start)
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def torch_follow(make, gradients, start, clip):
+    params = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in start.items()}
+    optimizer = make(params)
+    for gradient in gradients:
+        for name, parameter in params.items():
+            parameter.grad = torch.from_numpy(gradient[name].copy())
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(params.values()), clip)
+        optimizer.step()
+    return {name: parameter.detach().numpy() for name, parameter in params.items()}
+
+
+THEIRS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    "adafactor": lambda groups: Adafactor(
+        groups, scale_parameter=False, relative_step=False, warmup_init=False, weight_decay=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("name", THEIRS)
+def test_updates(name, clip):
+    """Clipping over everything trained, decay, and a learning rate of its own for some names."""
+    start, gradients = values(0), [values(seed, 10.0 ** (seed % 3 - 2)) for seed in range(1, 8)]
+    optimizer = make_optimizer(
+        name, optax.constant_schedule(1e-2), weight_decay=0.1, b1=0.8, b2=0.95, eps=1e-6, clip_norm=clip,
+        multiplier=lambda name: 0.5 if name.startswith("a.") else 1.0,
+    )  # fmt: skip
+    rates = {"a.kernel": 5e-3, "b.bias": 1e-2}
+    ours, _ = follow(optimizer, gradients, start)
+    theirs = torch_follow(
+        lambda params: THEIRS[name]([{"params": [p], "lr": rates[n]} for n, p in params.items()]),
+        gradients,
+        start,
+        clip,
+    )
+    for param in start:
+        assert np.abs(ours[param] - start[param]).max() > 1e-3
+        np.testing.assert_allclose(ours[param], theirs[param], atol=1e-5, err_msg=param)
+
+
+def test_adafactor_keeps_rows_and_columns_only():
+    start = values(0)
+    _, state = follow(make_optimizer("adafactor", optax.constant_schedule(1e-2)), [values(1)], start)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 0.05 * start["a.kernel"].size
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_the_rate_is_that_of_the_update_count(name):
+    """Two updates at rates 0 and 1e-2: only the second moves anything, decay included."""
+    start = values(0)
+    optimizer = make_optimizer(name, lambda count: jnp.where(count == 0, 0.0, 1e-2), weight_decay=0.1)
+    once, _ = follow(optimizer, [values(1)], start)
+    twice, _ = follow(optimizer, [values(1), values(1)], start)
+    for param in start:
+        np.testing.assert_array_equal(once[param], start[param])
+        assert np.abs(twice[param] - start[param]).max() > 1e-3
