@@ -30,7 +30,7 @@ def open_checkpoints(
         read_only: touch nothing, such as what a training run beside is writing.
     """
     options = (
-        ocp.CheckpointManagerOptions(read_only=True)
+        ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         if read_only
         else ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True, enable_async_checkpointing=True

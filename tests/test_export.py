@@ -1,0 +1,75 @@
+"""What is exported paints elsewhere what it paints here."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from dreambooth_jax import export, sample
+from dreambooth_jax.pipeline import load_pipeline, read_params
+from dreambooth_jax.sharding import make_mesh
+from dreambooth_jax.trained import open_run
+
+PROMPT, SEEDS = "a sks dog in the snow", (3, 4)
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    export.main(["--workdir", str(finished), "--output", str(folder)])
+    return folder
+
+
+def painted_by_sample(folder, *source) -> np.ndarray:
+    options = ["--sampler=ddim", "--steps=5", "--guidance=4", "--seed=3", "--count=2", "--output", str(folder)]
+    sample.main([*source, f"--prompt={PROMPT}", *options])
+    return np.stack([np.asarray(Image.open(folder / f"a_sks_dog_in_the_snow_{seed}.png")) for seed in SEEDS]) / 255
+
+
+def painted_by_diffusers(folder, dtype=torch.float32) -> np.ndarray:
+    theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    assert isinstance(theirs.scheduler, DDIMScheduler)
+    noise = np.stack([jax.random.normal(jax.random.key(seed), (8, 8, 4)) for seed in SEEDS])
+    latents = torch.from_numpy(np.moveaxis(noise, -1, 1).copy())
+    kw = {"num_inference_steps": 5, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "np"}
+    return theirs([PROMPT] * 2, latents=latents, **kw).images
+
+
+def test_diffusers_paints_what_sample_paints(exported, finished, micro, tmp_path):
+    ours = painted_by_sample(tmp_path / "run", "--workdir", str(finished))
+    assert np.abs(painted_by_diffusers(exported) - ours).max() <= 2e-3 + 0.5 / 255  # half a grey level of the PNG
+    # Not the base's pictures; and the folder is a base itself.
+    assert np.abs(painted_by_diffusers(micro) - ours).max() > 0.02
+    again = painted_by_sample(tmp_path / "export", "--base", str(exported))
+    assert np.abs(again - ours).max() <= 1 / 255
+
+
+def test_the_export_holds_the_runs_weights_to_the_last_bit(exported, finished):
+    _, _, params = open_run(finished, make_mesh())
+    found = read_params(load_pipeline(str(exported)))
+    assert found.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_half_precision(exported, finished, tmp_path):
+    export.main(["--workdir", str(finished), "--output", str(tmp_path), "--dtype", "float16"])
+    full, half = (read_params(load_pipeline(str(folder))) for folder in (exported, tmp_path))
+    for name, value in full.items():
+        np.testing.assert_array_equal(half[name], np.asarray(value).astype(np.float16))
+    sizes = [sum(path.stat().st_size for path in folder.rglob("*.safetensors")) for folder in (exported, tmp_path)]
+    assert sizes[1] < 0.7 * sizes[0]
+    assert np.abs(painted_by_diffusers(tmp_path) - painted_by_diffusers(exported)).max() < 0.1
+
+
+def test_errors(finished, tmp_path):
+    for arguments, message in (
+        ((tmp_path, tmp_path / "out"), "config.json: no such file"),
+        ((finished, tmp_path / "file"), "file"),
+    ):
+        (tmp_path / "file").touch()
+        with pytest.raises(SystemExit, match=message):
+            export.main(["--workdir", str(arguments[0]), "--output", str(arguments[1])])

@@ -1,0 +1,125 @@
+"""Class images: each a function of its number, made once, and the person's own are as good."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from runs import config_of
+
+from dreambooth_jax import train
+from dreambooth_jax.paint import make_painter
+from dreambooth_jax.pipeline import load_pipeline, read_params
+from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
+from dreambooth_jax.sharding import make_mesh, replicated
+
+ABOUT = {"model": "micro", "sampler": "ddim"}
+
+
+class Prior:
+    """Paints class images of the micro base on some of the eight devices."""
+
+    def __init__(self, base: str, devices: int, batch_size: int):
+        mesh = make_mesh(devices, 1, jax.devices()[:devices])
+        pipeline = load_pipeline(base)
+        self.params = jax.device_put(read_params(pipeline), replicated(mesh))
+        self.batch_size = batch_size
+        self.painter = make_painter(
+            pipeline, mesh, resolution=16, batch_size=batch_size, method="ddim", steps=3, guidance=3.0
+        )
+
+    def paint(self, folder, numbers, painter=None):
+        paint_class_images(
+            folder, numbers, painter or self.painter, self.params,
+            prompt="a photo of dog", seed=7, batch_size=self.batch_size, metadata=ABOUT,
+        )  # fmt: skip
+
+    def cut_off(self, after: int):
+        """A painter whose process is killed after so many pictures."""
+
+        def paint(params, requests):
+            for count, painted in enumerate(self.painter(params, requests)):
+                if count == after:
+                    raise KeyboardInterrupt
+                yield painted
+
+        return paint
+
+
+@pytest.fixture(scope="module")
+def prior(micro):
+    return Prior(micro, devices=1, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def complete(prior, tmp_path_factory):
+    """Ten class images painted in one go."""
+    folder = tmp_path_factory.mktemp("complete")
+    prior.paint(folder, missing_class_images(folder, 10))
+    return folder
+
+
+def pixels(folder) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))])
+
+
+def test_pictures_are_named_told_and_different(complete):
+    assert [path.name for path in sorted(complete.iterdir())] == [f"class_{n:05d}.png" for n in range(10)]
+    with Image.open(complete / "class_00003.png") as image:
+        assert image.size == (16, 16)
+        assert image.text == {"prompt": "a photo of dog", "seed": "fold_in(7, 3)", **ABOUT}
+    images = pixels(complete)
+    assert min(np.abs(a - b).mean() for i, a in enumerate(images) for b in images[:i]) > 5
+    assert images.std() > 5
+
+
+@pytest.mark.parametrize(("devices", "batch_size"), [(8, 16), (1, 1)])
+def test_a_picture_is_the_same_in_any_batch_on_any_devices(micro, complete, tmp_path, devices, batch_size):
+    Prior(micro, devices, batch_size).paint(tmp_path, list(range(10)))
+    assert np.abs(pixels(tmp_path) - pixels(complete)).max() <= 1
+
+
+def test_an_interrupted_run_makes_what_is_missing_and_ends_equal_to_the_last_bit(prior, complete, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        prior.paint(tmp_path, missing_class_images(tmp_path, 10), prior.cut_off(6))
+    (tmp_path / "class_00001.png").unlink()
+    made = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert sorted(made) == [f"class_{n:05d}.png" for n in (0, 2, 3, 4, 5)]
+    missing = missing_class_images(tmp_path, 10)
+    assert missing == [1, 6, 7, 8, 9]
+    prior.paint(tmp_path, missing)
+    assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in made.items())
+    assert missing_class_images(tmp_path, 10) == []
+    for path in complete.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def own(folder, *names):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.new("RGB", (20, 30), "red").save(folder / name)
+    return folder
+
+
+def test_a_persons_own_images_count(prior, complete, tmp_path):
+    folder = own(tmp_path / "mixed", "rex.jpg", "fido.png", "class.png", "my_class_00003.png")
+    (folder / "notes.md").write_text("not a picture")
+    (folder / ".class_00000.png.12.partial").write_bytes(b"half")
+    assert missing_class_images(folder, 4) == [] and missing_class_images(folder, 3) == []
+    assert missing_class_images(folder, 6) == [0, 1]
+    prior.paint(folder, [0, 1])
+    assert missing_class_images(folder, 6) == []
+    assert (folder / "class_00001.png").read_bytes() == (complete / "class_00001.png").read_bytes()
+    assert missing_class_images(tmp_path / "not there", 3) == [0, 1, 2]
+
+
+def test_more_than_were_asked_for_are_used(complete, tmp_path, micro):
+    config = config_of(tmp_path, base=micro, num_class_images=3, class_images=str(complete))
+    assert missing_class_images(complete, 3) == []
+    assert len(train.read_class_images(config).images) == 10
+
+
+def test_another_prompt_is_found_out(complete, tmp_path):
+    check_class_images(complete, "a photo of dog")
+    check_class_images(own(tmp_path / "own", "rex.png", "class_00000.png"), "a photo of cat")  # says nothing of itself
+    with pytest.raises(ValueError, match=r"another prompt than 'a photo of cat'.*class_00000\.png.*--config"):
+        check_class_images(complete, "a photo of cat")

@@ -1,0 +1,106 @@
+"""The sample command: what it paints, what it writes, what it refuses."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_jax import sample
+
+PROMPTS = ("a sks dog in the snow", "a dog!")
+
+
+def run(*arguments) -> None:
+    sample.main([str(argument) for argument in arguments])
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def painted(finished, tmp_path_factory):
+    """Three pictures of each of two prompts, from a training run."""
+    folder = tmp_path_factory.mktemp("painted")
+    prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
+    run("--workdir", finished, *prompts, "--count=3", "--seed=5", "--steps=4", "--batch_size=4", "--output", folder)
+    return folder
+
+
+def test_pictures_say_how_they_were_made(painted, finished):
+    names = [f"{slug}_{seed}.png" for slug in ("a_dog", "a_sks_dog_in_the_snow") for seed in (5, 6, 7)]
+    assert sorted(path.name for path in painted.iterdir()) == sorted([*names, "sheet.png"])
+    with Image.open(painted / "a_sks_dog_in_the_snow_6.png") as image:
+        assert image.size == (16, 16)
+        about = image.text
+    assert about["prompt"] == PROMPTS[0] and about["seed"] == "6" and about["model"] == str(finished)
+    assert about["sampler"] == "dpm++" and about["steps"] == "4" and about["guidance"] == "4.0"
+    images = [pixels(painted / name) for name in names]
+    assert min(np.abs(a - b).mean() for i, a in enumerate(images) for b in images[:i]) > 0
+
+
+def test_the_sheet_shows_every_picture(painted):
+    sheet = pixels(painted / "sheet.png")
+    windows = np.lib.stride_tricks.sliding_window_view(sheet, (16, 16, 3))[:, :, 0]
+    places = []
+    for slug in ("a_sks_dog_in_the_snow", "a_dog"):
+        for seed in (5, 6, 7):
+            found = np.argwhere((windows == pixels(painted / f"{slug}_{seed}.png")).all((-1, -2, -3)))
+            assert len(found) == 1
+            places.append(tuple(found[0]))
+    assert places == sorted(places)  # prompts from top to bottom, seeds from left to right
+
+
+def test_a_seed_is_its_picture_whatever_is_painted_beside_it(painted, finished, tmp_path):
+    run("--workdir", finished, f"--prompt={PROMPTS[1]}", "--count=1", "--seed=7", "--steps=4", "--output", tmp_path)
+    alone = pixels(tmp_path / "a_dog_7.png")
+    assert np.abs(alone - pixels(painted / "a_dog_7.png")).max() <= 1
+
+
+def test_prompts_of_one_name_do_not_replace_each_other(micro, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = ("a cat", "A cat!", "a dog", "a dog")
+    run(
+        "--base",
+        micro,
+        *(f"--prompt={p}" for p in prompts),
+        "--count=1",
+        "--steps=2",
+        "--guidance=1",
+        "--dtype=bfloat16",
+    )
+    folder = tmp_path / "pictures"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a_cat_1_0.png",
+        "a_cat_2_0.png",
+        "a_dog_0.png",
+        "sheet.png",
+    ]
+    with Image.open(folder / "a_cat_2_0.png") as image:
+        assert image.text["prompt"] == "A cat!" and image.text["model"] == micro
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir={finished}"], "--prompt"),
+        (["--prompt=a"], "one of the arguments --workdir --base is required"),
+        (["--prompt=a", "--workdir={finished}", "--base={micro}"], "not allowed with argument"),
+        (["--prompt=a", "--workdir={finished}", "--count=0"], "expected a whole number above 0"),
+        (["--prompt=a", "--workdir={empty}"], "config.json: no such file. Give the --workdir of a run"),
+        (["--prompt=a", "--workdir={finished}", "--step=30"], "no checkpoint of step 30; there are 60"),
+        (["--prompt=a", "--workdir={unsaved}"], "no checkpoint; none was saved yet"),
+        (["--prompt=a", "--base=./nowhere"], "nowhere': no such folder"),
+        (["--prompt=a", "--base={micro}", "--resolution=17"], "resolution = 17"),
+    ],
+)
+def test_errors_name_the_remedy(micro, finished, tmp_path, capsys, arguments, message):
+    places = {"micro": micro, "finished": finished, "empty": tmp_path, "unsaved": tmp_path / "unsaved"}
+    places["unsaved"].mkdir()
+    shutil.copy(finished / "config.json", places["unsaved"])
+    with pytest.raises(SystemExit) as end:
+        run(*(argument.format(**places) for argument in arguments))
+    assert end.value.code not in (0, None)
+    assert message in f"{end.value.code}{capsys.readouterr().err}"
+    assert not (places["unsaved"] / "checkpoints").exists()

@@ -1,0 +1,463 @@
+"""The pieces of a training run: what is refused and when, what is saved, what the loop promises."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from PIL import Image
+from runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
+
+from dreambooth_jax import checkpoint, train
+from dreambooth_jax.config import ConfigError, check_config
+from dreambooth_jax.preemption import Preemption
+from dreambooth_jax.report import NonFiniteLoss, Reporter
+from dreambooth_jax.sharding import make_mesh, state_shardings
+from dreambooth_jax.step import Metrics, TrainState, init_state
+from dreambooth_jax.trained import open_run
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Trains on the first of the eight devices: what eight do is tested elsewhere, and takes longer."""
+    monkeypatch.setattr(train, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, jax.devices()[:1]))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whoever reads weights now is too early."""
+    monkeypatch.setattr(train, "read_params", lambda *_: pytest.fail("weights are read"))
+
+
+def run(config) -> None:
+    with Preemption() as guard:
+        train.train(train.set_up(config), guard)
+
+
+# --- what is refused
+
+
+def test_every_wrong_field_is_named_at_once(tmp_path, no_weights, monkeypatch):
+    monkeypatch.setattr(train, "load_pipeline", lambda *_, **__: pytest.fail("a model is read"))
+    config = config_of(tmp_path / "run", base="/nowhere", steps=0, crop="middle", ema_decay=1.0, learning_rate=-1.0)
+    del config.seed
+    config.stepz = 3
+    with config.ignore_type():
+        config.flip, config.batch_size, config.identifier = "yes", 1.5, " "
+    with pytest.raises(ConfigError) as error:
+        train.set_up(config)
+    lines = str(error.value).splitlines()[1:]
+    expected = {
+        "stepz": "unknown", "seed": "missing", "steps": "above 0", "crop": "center, random", "ema_decay": "below 1",
+        "learning_rate": "above 0", "flip": "bool", "batch_size": "int", "identifier": "not empty",
+    }  # fmt: skip
+    assert len(lines) == len(expected)
+    for name, reason in expected.items():
+        assert any(line.strip().startswith(name) and reason in line for line in lines), name
+    assert not (tmp_path / "run").exists()
+
+
+def test_fields_that_contradict_each_other_are_named_at_once(tmp_path):
+    prompts = ("a {identifier}", "a {subject}", "{", "{identifier.x}")
+    config = config_of(tmp_path, batch_size=4, accumulate=3, lr_warmup_steps=60, sample_prompts=prompts)
+    with pytest.raises(ConfigError) as error:
+        check_config(config)
+    assert len(str(error.value).splitlines()) == 1 + 5
+    for name in ("accumulate = 3", "lr_warmup_steps = 60", *(f"sample_prompts[{i}]" for i in (1, 2, 3))):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("base", ["tiny", "sd14", "sd15", "sd21"])
+def test_the_shipped_configs_pass(base):
+    check_config(get_config(base))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": "./no-such-base"}, r"no-such-base.*no such folder"),
+        ({"resolution": 17}, r"resolution = 17.*multiple of 2; nearest: 16, 18"),
+        ({"sampling_steps": 1001}, r"1001 sampling steps: expected .* 1000"),
+        ({"mesh_data": 3, "mesh_fsdp": 1}, r"does not cover 8 devices"),
+        ({"instance_images": "/no/such/photos"}, r"No image folder /no/such/photos"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(micro, tmp_path, no_weights, fields, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(config_of(tmp_path / "run", **{"base": micro} | fields))
+
+
+@pytest.mark.parametrize("field", ["instance_images", "class_images"])
+def test_bad_images_are_listed_before_weights_are_read(micro, tmp_path, no_weights, field):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "good.png")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:60])
+    (folder / "empty.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 images.*cut\.png.*empty\.jpg"):
+        run(config_of(tmp_path / "run", base=micro, **{field: str(folder)}))
+
+
+def test_class_images_of_another_prompt_are_not_used(micro, finished, tmp_path, no_weights):
+    shutil.copytree(finished / "class_images", tmp_path / "run" / "class_images")
+    with pytest.raises(ValueError, match=r"another prompt than 'a photo of cat': class_00000\.png of 'a photo of dog'"):
+        run(config_of(tmp_path / "run", base=micro, class_noun="cat"))
+
+
+def test_an_unknown_flag_is_an_error(tmp_path, micro):
+    assert "stepz" in finish(tmp_path / "run", code=1, base=micro, stepz=3)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "read-only"])
+def test_a_workdir_that_cannot_be_written(micro, tmp_path, no_weights, place):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "read-only").mkdir(mode=0o500)
+    if place == "read-only" and os.access(tmp_path / "read-only", os.W_OK):
+        pytest.skip("the superuser writes everywhere")
+    with pytest.raises(ConfigError, match=r"workdir = .*cannot be written.*--config\.workdir"):
+        run(config_of(tmp_path / place, base=micro))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# --- going on
+
+
+CHANGES = {
+    "learning_rate": 1e-3,
+    "identifier": "xyz",
+    "batch_size": 2,
+    "seed": 1,
+    "train_text_encoder": False,
+    "sampling_steps": 5,
+}
+HARMLESS = {
+    "save_every": 7, "keep_last": 2, "keep_every": 5, "sample_every": 9, "sample_prompts": ("a",), "sample_count": 1,
+    "mesh_fsdp": 2, "remat": True, "steps_per_call": 3, "class_batch_size": 2, "negative_prompt": "blur", "steps": 99,
+}  # fmt: skip
+
+
+def test_going_on_with_another_meaning_names_every_field(micro, finished, tmp_path, no_weights):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    before = (workdir / "config.json").read_text()
+    fields = {"base": micro, "instance_images": "examples/subjects/dog"}
+    with pytest.raises(ConfigError) as error:
+        train.set_up(config_of(workdir, **fields, **CHANGES))
+    lines = str(error.value).splitlines()[1:]
+    assert sorted(line.strip().split(":")[0] for line in lines) == sorted(CHANGES)
+    assert "learning_rate: 0.0002 in the checkpoint, 0.001 now" in str(error.value)
+    assert (workdir / "config.json").read_text() == before
+    assert_same_state(read_state(workdir, 60), read_state(finished, 60))
+
+
+def test_going_on_with_harmless_changes(micro, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = config_of(workdir, base=micro, instance_images="examples/subjects/dog", **HARMLESS)
+    assert train.set_up(config).config.steps == 99
+    earlier = json.loads((workdir / "config.json").read_text()) | {"lr_schedule": "cosine"}
+    (workdir / "config.json").write_text(json.dumps(earlier))
+    with pytest.raises(ConfigError, match="steps: 99 in the checkpoint, 100 now"):
+        config.update(lr_schedule="cosine", steps=100)
+        train.set_up(config)
+
+
+def test_a_finished_run_reads_no_weights_again(micro, finished, tmp_path, no_weights, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    run(config_of(workdir, base=micro, instance_images="examples/subjects/dog"))
+    assert f"Done. Checkpoint: {workdir}/checkpoints/60" in capsys.readouterr().out
+
+
+def test_the_plan_says_what_speaks_against_an_identifier(micro, finished, tmp_path, capsys):
+    assert "the identifier" not in log_of(finished).read_text()
+    for identifier, problem in (("unbelievable", "is 12 tokens"), ("a", "is a common word")):
+        train.print_plan(train.set_up(config_of(tmp_path / "run", base=micro, identifier=identifier)), done=0)
+        assert f"warning: the identifier {identifier!r} {problem}" in capsys.readouterr().out
+
+
+# --- checkpoints
+
+
+def test_an_async_save_holds_the_state_of_its_moment(tmp_path):
+    """Steps that donate the saved buffers run on while it is written."""
+    optimizer = optax.adam(0.1)
+    state = init_state({f"w{i}": jnp.full((256, 1024), float(i)) for i in range(8)}, optimizer, ema=True)
+
+    advance = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    manager = checkpoint.open_checkpoints(tmp_path, keep_last=9)
+    expected = {}
+    for number in (3, 6, 9):
+        for _ in range(3):
+            state = advance(state)
+        expected[number] = jax.tree.map(np.array, state)
+        checkpoint.save(manager, number, state)
+    for _ in range(20):
+        state = advance(state)
+    manager.wait_until_finished()
+    for number, value in expected.items():
+        found = checkpoint.restore(manager, value_like(value), number)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(value), strict=True):
+            np.testing.assert_array_equal(one, other)
+    manager.close()
+
+
+def value_like(tree):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+
+def test_a_state_goes_from_mesh_to_mesh(tmp_path):
+    names = {"unet.a.kernel": (16, 24), "unet.a.bias": (24,), "unet.b.kernel": (3, 3, 8, 16)}
+    params = {n: jax.random.normal(jax.random.key(i), shape) for i, (n, shape) in enumerate(names.items())}
+    optimizer = optax.adam(0.1)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, ema=True), params)
+    meshes = [make_mesh(1, 1, jax.devices()[:1]), make_mesh(2, 4), make_mesh(8, 1), make_mesh(1, 1, jax.devices()[3:4])]
+    state = init_state(params, optimizer, ema=True)
+    grads = jax.tree.map(jnp.cos, params)
+    state = state._replace(opt_state=optimizer.update(grads, state.opt_state, params)[1], step=jnp.asarray(5))
+    for number, mesh in enumerate(meshes):
+        placed = jax.device_put(state, state_shardings(mesh, params, shapes))
+        manager = checkpoint.open_checkpoints(tmp_path / str(number))
+        checkpoint.save(manager, 5, placed)
+        manager.wait_until_finished()
+        for other in meshes:
+            shardings = state_shardings(other, params, shapes)
+            like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+            found = checkpoint.restore(manager, like)
+            jax.tree.map(np.testing.assert_array_equal, found, state)
+            assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, found, shardings))
+        manager.close()
+
+
+def test_a_checkpoint_of_one_device_starts_a_run_on_eight(micro, finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    fields = {"base": micro, "instance_images": "examples/subjects/dog"}
+    set_up = train.set_up(config_of(workdir, **fields, mesh_data=2, mesh_fsdp=4))
+    trainable = {n: jnp.zeros(s.shape) for n, s in set_up.pipeline.shapes.items() if not n.startswith("vae.")}
+    manager = checkpoint.open_checkpoints(workdir / "checkpoints")
+    state = train.start_state(set_up, trainable, manager)
+    stored = read_state(finished, 60)
+    assert int(state.step) == 60
+    for name, value in state.trainable.items():
+        np.testing.assert_array_equal(value, stored[f"['trainable']['{name}']"])
+        np.testing.assert_array_equal(state.ema[name], stored[f"['ema']['{name}']"])
+    assert len({len(value.sharding.device_set) for value in state.trainable.values()}) == 1
+    split = [value for value in state.trainable.values() if not value.sharding.is_fully_replicated]
+    assert len(split) > 20
+    manager.close()
+
+
+def test_too_little_space_is_an_error_before_training(micro, finished, tmp_path, no_weights, monkeypatch):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    fields = {"base": micro, "instance_images": "examples/subjects/dog"}
+    stored = read_state(finished, 60)
+    size = sum(value.nbytes for value in stored.values())
+    usage = shutil.disk_usage(tmp_path)
+    asked = []
+
+    def disk_usage(path):
+        asked.append(Path(path))
+        return usage._replace(free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    # One checkpoint of the two that exist for a moment is there already.
+    free = size - 1
+    with pytest.raises(ConfigError, match=r"the disk has .* GB left .*keep_last, keep_every.*--config\.workdir"):
+        run(config_of(workdir, **fields, steps=70))
+    assert asked == [workdir]
+    free = 3 * size - 1
+    with pytest.raises(ConfigError, match="the disk has"):
+        run(config_of(workdir, **fields, steps=70, keep_last=3))
+    free = 3 * size
+    with pytest.raises(pytest.fail.Exception, match="weights are read"):
+        run(config_of(workdir, **fields, steps=70, keep_last=3))
+    assert_same_state(read_state(workdir, 60), stored)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by the superuser only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk):
+    def state(seed: int) -> TrainState:
+        value = jax.random.normal(jax.random.key(seed), (1024, 640))
+        return TrainState(jnp.asarray(seed), {"w": value, "v": value + 1}, (), None)  # 5 MB that do not compress
+
+    manager = checkpoint.open_checkpoints(small_disk / "checkpoints")
+    checkpoint.save(manager, 1, state(1))
+    manager.wait_until_finished()
+    with pytest.raises(Exception, match=r"(?i)no space|RESOURCE_EXHAUSTED|ENOSPC") as error:
+        checkpoint.save(manager, 2, state(2))
+        manager.wait_until_finished()
+    assert isinstance(error.value, (OSError, ValueError)), repr(error.value)  # these are told without a traceback
+    again = checkpoint.open_checkpoints(small_disk / "checkpoints")
+    assert again.latest_step() == 1
+    found = checkpoint.restore(again, value_like(state(0)))
+    jax.tree.map(np.testing.assert_array_equal, found, state(1))
+    assert not [path for path in (small_disk / "checkpoints").iterdir() if "tmp" in path.name]
+    again.close()
+
+
+# --- the loop
+
+
+def fake_run(tmp_path, monkeypatch, **fields):
+    """A run of which only the loop is real; `events` is what happens in it."""
+    config = config_of(tmp_path / "run", **fields)
+    (tmp_path / "run").mkdir()
+    events = []
+    monkeypatch.setattr(train, "paint_before", lambda run, params: None)
+    monkeypatch.setattr(train, "paint_samples", lambda run, params, step: events.append(("paint", step)))
+
+    def told(event, function):
+        return lambda first, number, *rest: (events.append((event, number)), function(first, number, *rest))
+
+    monkeypatch.setattr(Reporter, "record", told("report", Reporter.record))
+    monkeypatch.setattr(checkpoint, "save", told("save", checkpoint.save))
+    return train.Run(config, epath.Path(config.workdir), None, None, None, None, None), events
+
+
+def fake_advance(events, capacity, losses=lambda step: 1.0, weights=lambda step: float(step)):
+    def advance(state, count):
+        first, count = int(state.step), int(count)
+        assert count <= capacity
+        events.append(("call", first))
+        values = np.array([losses(first + i + 1) for i in range(capacity)])
+        step = first + count
+        return TrainState(jnp.asarray(step), {"w": jnp.asarray([weights(step)])}, (), None), Metrics(*[values] * 4)
+
+    return advance
+
+
+def loop(run, events, guard=None, **kw):
+    manager = checkpoint.open_checkpoints(run.workdir / "checkpoints", keep_last=9)
+    done = manager.latest_step() or 0
+    state = TrainState(jnp.asarray(done), {"w": jnp.asarray([float(done)])}, (), None)
+    try:
+        return train.loop(run, guard or Preemption(), manager, state, {}, fake_advance(events, **kw))
+    finally:
+        manager.close()
+
+
+def test_the_loop_reports_one_call_late_and_stops_where_something_is_due(tmp_path, monkeypatch):
+    fields = {"steps": 11, "steps_per_call": 3, "save_every": 4, "sample_every": 5}
+    run, events = fake_run(tmp_path, monkeypatch, **fields)
+    assert int(loop(run, events, capacity=3).step) == 11
+    assert events == [
+        ("call", 0), ("call", 3), ("report", 0), ("report", 3), ("save", 4),
+        ("call", 4), ("report", 4), ("paint", 5),
+        ("call", 5), ("report", 5), ("save", 8),
+        ("call", 8), ("report", 8), ("paint", 10),
+        ("call", 10), ("report", 10), ("save", 11), ("paint", 11),
+    ]  # fmt: skip
+    assert checkpoints(run.workdir) == [4, 8, 11]
+
+
+def test_what_was_saved_but_not_painted_is_painted_at_the_next_start(tmp_path, monkeypatch):
+    run, events = fake_run(tmp_path, monkeypatch, steps=4, steps_per_call=2, save_every=2, sample_every=2)
+    loop(run, events, capacity=2)
+    shutil.rmtree(run.workdir / "checkpoints" / "4")
+    (run.workdir / "samples").mkdir()
+    events.clear()
+    loop(run, events, capacity=2)
+    assert events == [("paint", 2), ("call", 2), ("report", 2), ("save", 4), ("paint", 4)]
+    (run.workdir / "samples" / "step_000004.png").touch()
+    events.clear()
+    loop(run, events, capacity=2)
+    assert events == []
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, bad):
+    run, events = fake_run(tmp_path, monkeypatch, steps=12, steps_per_call=2, save_every=3, sample_every=12)
+    with pytest.raises(NonFiniteLoss, match="step 6"):
+        loop(run, events, capacity=2, losses=lambda step: bad if step >= 6 else 1.0)
+    assert checkpoints(run.workdir) == [3]
+    assert (run.workdir / "metrics.csv").read_text().splitlines()[-1].startswith("5,")
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """The loss of a step is of the weights before it, so that it cannot tell."""
+    run, events = fake_run(tmp_path, monkeypatch, steps=12, steps_per_call=3, save_every=3, sample_every=12)
+    with pytest.raises(NonFiniteLoss, match="step 6"):
+        loop(run, events, capacity=3, weights=lambda step: np.nan if step == 6 else 1.0)
+    assert checkpoints(run.workdir) == [3]
+
+
+def test_a_base_that_is_not_finite_stops_the_command_and_keeps_the_checkpoint(micro, finished, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    base = shutil.copytree(micro, tmp_path / "base")
+    weights = load_file(base / "vae" / "diffusion_pytorch_model.safetensors")
+    weights["encoder.conv_in.bias"][0] = np.inf
+    save_file(weights, base / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    earlier = json.loads((workdir / "config.json").read_text()) | {"base": str(base)}
+    (workdir / "config.json").write_text(json.dumps(earlier))
+    log = finish(workdir, code=1, base=str(base), steps=70)
+    assert "error: step 61: loss nan" in log and "learning_rate" in log and "Traceback" not in log
+    assert checkpoints(workdir) == [60]
+    assert_same_state(read_state(workdir, 60), read_state(finished, 60))
+
+
+# --- real steps
+
+
+VARIANTS = {
+    "bfloat16, remat, no prior": {"dtype": "bfloat16", "remat": True, "prior_preservation": False},
+    "frozen text encoder, adafactor, accumulation, min-SNR": {
+        "train_text_encoder": False, "optimizer": "adafactor", "batch_size": 2, "accumulate": 2, "snr_gamma": 5.0,
+        "lr_schedule": "cosine", "lr_warmup_steps": 1, "ema_decay": 0.0, "sample_prompts": (),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train_without_compiling_twice(micro, finished, tmp_path, one_device, monkeypatch, variant):
+    shutil.copytree(finished / "class_images", tmp_path / "run" / "class_images")
+    fields = {"steps": 8, "steps_per_call": 1, "save_every": 2, "sample_every": 2, "sample_prompts": ("a dog",)}
+    config = config_of(tmp_path / "run", **{"base": micro} | fields | VARIANTS[variant])
+    compiles, counts = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None
+    )
+    record = Reporter.record
+    monkeypatch.setattr(Reporter, "record", lambda *args: (counts.append(len(compiles)), record(*args)))
+    run(config)
+    assert counts[0] > 0 and len(counts) == 8
+    assert counts[3] == counts[-1], counts  # by then everything was called once: step, save, picture
+    one, other = read_state(tmp_path / "run", 8), open_run(tmp_path / "run", make_mesh(1, 1, jax.devices()[:1]))[2]
+    base = train.read_params(train.load_pipeline(micro))
+    trained = {name.split("'")[3] for name in one if "trainable" in name}
+    moved = {name for name in base if not np.array_equal(base[name], other[name])}
+    assert {name.split(".")[0] for name in trained} == (
+        {"unet"} if "frozen" in variant else {"unet", "text_encoder"}
+    )  # nothing frozen is in the checkpoint
+    assert moved <= trained and len(moved) > 0.9 * len(trained)
+    assert all(value.dtype != jnp.bfloat16 for value in one.values())
+
+
+def test_the_text_encoder_trains_and_is_used(micro, finished):
+    _, pipeline, params = open_run(finished, make_mesh())
+    base = train.read_params(pipeline)
+    average = {name.split("'")[3]: value for name, value in read_state(finished, 60).items() if "['ema']" in name}
+    assert {name.split(".")[0] for name in average} == {"unet", "text_encoder"}
+    for name, value in average.items():
+        np.testing.assert_array_equal(params[name], value)
+    still = [name for name in average if np.array_equal(average[name], base[name])]
+    assert not [name for name in still if "token_embedding" not in name]
+    one, other = (pipeline.encode_text(weights, pipeline.tokenize(["a sks dog"])) for weights in (params, base))
+    assert np.abs(np.asarray(one) - np.asarray(other)).max() > 1e-3
