@@ -152,6 +152,16 @@ def encode_all(vae: Functional, params: Params, images: Array, batch: int = 100)
     return np.concatenate(means), np.concatenate(deviations)
 
 
+def cached(path: Path, compute: Callable[[], tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    """The arrays in `path`, computed and written there if they are not: a resumed run does not repeat minutes of work."""
+    if not path.exists():
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, *compute())
+        partial.rename(path)
+    with np.load(path) as arrays:
+        return [arrays[name] for name in arrays.files]
+
+
 def render_pictures(config, tokenizer, sprites) -> Pictures:
     """Renders the data set; some captions are empty, so that the UNet learns the unconditional distribution too."""
     images, captions, _, _ = world.render(
@@ -196,7 +206,9 @@ def main(_) -> None:
     clip_step = plain_step(clip_loss(clip, tokenizer.eos_token_id), optimizer, config.clip.batch_size)
     clip_params = fit("clip", clip_step, clip.init(next(keys)), optimizer, pictures, config, config.clip).trainable
 
-    mean, std = encode_all(vae, vae_params, pictures.images)
+    mean, std = cached(
+        Path(config.workdir) / f"latents_{config.num_images}.npz", lambda: encode_all(vae, vae_params, pictures.images)
+    )
     scale = float(1 / mean.astype(np.float32).std())
     unet_config = config.unet.model.to_dict()
     unet = functional(lambda rngs: UNet2DConditionModel(UNetSpec.from_config(unet_config), rngs=rngs))

@@ -120,7 +120,8 @@ def make_step(
         combine: (frozen, trainable) -> the params that `predict` takes: what distinguishes the methods.
         prior_weight, snr_gamma: see `dreambooth_loss`.
         accumulate: number of equal parts in which the batch is computed, one after the other.
-        ema_decay: of the running average of the trainable params; None for none.
+        ema_decay: of the running average of the trainable params, reached over the first steps (`_decay`); None for
+            none.
         constrain: applied to every part of the batch, to place it on a mesh.
 
     Raises:
@@ -158,11 +159,17 @@ def make_step(
         grads, losses = mean_gradient(state.trainable, frozen, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        ema = state.ema and optax.incremental_update(trainable, state.ema, 1.0 - ema_decay)
-        metrics = Metrics(*losses, optax.global_norm(grads))
+        ema = state.ema and optax.incremental_update(trainable, state.ema, 1.0 - _decay(ema_decay, state.step))
+        metrics = Metrics(*losses, optax.tree.norm(grads))
         return TrainState(state.step + 1, trainable, opt_state, ema), metrics
 
     return step
+
+
+def _decay(limit: float, step: Int[Array, ""]) -> Array:
+    """(1 + step) / (10 + step) up to `limit`: the average forgets the initial weights from the start instead of
+    carrying them for 1 / (1 - limit) steps (tf.train.ExponentialMovingAverage with num_updates)."""
+    return jnp.minimum(limit, (1 + step) / (10 + step))
 
 
 def _split(x: Array, halves: int, parts: int) -> Array:

@@ -1,0 +1,45 @@
+"""The base that ships inside the package is an ordinary Stable Diffusion folder."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from dreambooth_jax.identifier import check_identifier
+from dreambooth_jax.pipeline import EMBEDDED_FOLDER, load_pipeline, read_params
+from dreambooth_jax.sampler import make_sampler, noise_for_seeds
+
+
+@pytest.fixture(scope="module")
+def base():
+    pipeline = load_pipeline("tiny")
+    return pipeline, read_params(pipeline)
+
+
+def test_fits_in_the_package():
+    size = sum(path.stat().st_size for path in EMBEDDED_FOLDER.rglob("*") if path.is_file())
+    assert size < 40e6
+
+
+def test_identifiers_are_rare_single_tokens(base):
+    pipeline, _ = base
+    assert check_identifier(pipeline.tokenizer, "sks") == []
+    assert check_identifier(pipeline.tokenizer, "dog")  # a common word is warned of
+
+
+def test_pytorch_paints_the_same_picture(base):
+    pipeline, params = base
+    reference = StableDiffusionPipeline.from_pretrained(EMBEDDED_FOLDER, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    noise = noise_for_seeds([0], pipeline.latent_shape(pipeline.resolution))
+    prompt = "a dog on the beach"
+    states = pipeline.encode_text(params, pipeline.tokenize([prompt, ""]))
+    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.schedule, method="ddim", steps=10))
+    ours = pipeline.decode_latents(params, sample(params, noise, states[:1], states[1:], 4.0))
+    theirs = reference(
+        prompt, latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2)), num_inference_steps=10,
+        guidance_scale=4.0, output_type="np",
+    ).images  # fmt: skip
+    assert np.abs(np.asarray(ours) - theirs).max() < 2e-3
+    assert theirs.std() > 0.05  # a picture, not a grey square
