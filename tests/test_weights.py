@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from torch_folders import write_folder
 
 from dreambooth_jax.params import under_prefix
-from dreambooth_jax.sharding import make_mesh, param_sharding
+from dreambooth_jax.sharding import make_mesh, param_sharding, split_largest
 from dreambooth_jax.weights import WEIGHT_FILES, WeightsError, read_model, save_model
 
 UNET_FILE, TEXT_FILE = WEIGHT_FILES
@@ -91,6 +91,29 @@ def test_variants(sd15, tmp_path):
     changed = {name: value + 1 for name, value in plain.items()}
     save_model(tmp_path, changed, {}, stem=UNET_FILE)
     assert_same(read_model(tmp_path, shapes), changed)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_tensors_of_every_rank(tmp_path, stored):
+    """Whole and in shards of sizes that no strip of rows divides."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "a": (),
+        "b.bias": (37,),
+        "c.scale": (40,),
+        "d.embedding": (56, 3),
+        "e.kernel": (24, 40),
+        "f.kernel": (3, 3, 5, 40),
+    }
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    values = {name: rng.standard_normal(s.shape).astype(stored).astype(np.float32) for name, s in shapes.items()}
+    save_model(tmp_path, values, {}, dtype=stored, stem=TEXT_FILE)
+    in_file = load_file(tmp_path / TEXT_FILE)
+    assert in_file["f.weight"].shape == (40, 5, 3, 3) and in_file["e.weight"].shape == (40, 24)
+    assert_same(read_model(tmp_path, shapes), values)
+    mesh = make_mesh(1, 8)
+    split = lambda name, shape: jax.NamedSharding(mesh, split_largest(shape, 8))  # noqa: E731
+    assert_same(read_model(tmp_path, shapes, split), values)
 
 
 @pytest.mark.parametrize("convolutions", [False, True])
@@ -190,7 +213,7 @@ def test_onto_a_mesh(sd15):
 MEASURE = """
 import sys
 import jax, jax.numpy as jnp
-from dreambooth_jax.sharding import make_mesh, param_sharding
+from dreambooth_jax.sharding import make_mesh, param_sharding, split_largest
 from dreambooth_jax.weights import read_model
 
 def peak():  # resident bytes, mapped files included; ru_maxrss would begin at what the parent process had
