@@ -260,7 +260,8 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
         checkpoint.save(manager, step, state)
 
     def save_and_wait() -> None:
-        save()
+        if step > 0:
+            save()
         manager.wait_until_finished()
 
     guard.before_leaving(save_and_wait)

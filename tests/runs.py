@@ -106,7 +106,7 @@ def kill_when(process: subprocess.Popen, happened, delay: float = 0.0) -> bool:
     deadline = time.monotonic() + 300
     while not happened() and process.poll() is None:
         assert time.monotonic() < deadline, "what should happen before the kill never did"
-        time.sleep(0.002)
+        time.sleep(0.01)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
