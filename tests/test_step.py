@@ -1,5 +1,7 @@
 """The training step: equal to PyTorch's AdamW, a function of its number, blind to devices and to how it is cut up."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dreambooth_jax.optimizer import make_optimizer
 from dreambooth_jax.schedule import Schedule
-from dreambooth_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated, state_shardings
+from dreambooth_jax.sharding import batch_sharding, gather, make_mesh, param_sharding, replicated, state_shardings
 from dreambooth_jax.step import Data, Resident, TrainState, draw, init_state, make_step, pick, run_steps
 
 SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
@@ -82,6 +84,7 @@ def real(sd15):
         step = make_step(
             pipeline.denoise_ids, optimizer, pipeline.schedule, batch_size=BATCH, prior_weight=0.7, snr_gamma=5.0,
             constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
+            combine=lambda frozen, trainable: gather(mesh, frozen | trainable),
         )  # fmt: skip
         placed = {n: jax.device_put(v, param_sharding(mesh, n, v.shape)) for n, v in trainable.items()}
         shardings = state_shardings(mesh, placed, jax.eval_shape(lambda p: init_state(p, optimizer), placed))
@@ -94,7 +97,7 @@ def real(sd15):
         for _ in range(STEPS):  # a compiled program takes only what it was compiled for: no second compile hides here
             state, metrics = compiled(state, *rest)
             losses.append([float(metrics.loss[0]), float(metrics.instance[0]), float(metrics.prior[0])])
-        return state, np.float64(losses)
+        return state, np.float64(losses), compiled.as_text()
 
     return run, trainable, data
 
@@ -106,7 +109,7 @@ def on_one_device(real):
 
 def test_five_steps_of_adamw(sd15, real, on_one_device):
     _, trainable, data = real
-    (state, losses), pipe = on_one_device, sd15.torch
+    (state, losses, _), pipe = on_one_device, sd15.torch
     before = {name: torch.from_numpy(np.array(value)) for name, value in trainable.items()}
     start = {
         part: {n: v.clone() for n, v in getattr(pipe, part).state_dict().items()} for part in ("unet", "text_encoder")
@@ -139,8 +142,12 @@ def test_five_steps_of_adamw(sd15, real, on_one_device):
 
 
 def test_eight_devices_and_one_train_alike(real, on_one_device):
-    """Two examples of each half on eight devices: some compute the same, and nothing changes."""
-    state, losses = real[0](make_mesh(2, 4))
+    """Two examples of each half on eight devices: some compute the same, and nothing changes. What the devices exchange
+    is parameters and their gradients, not activations."""
+    mesh = make_mesh(2, 4)
+    state, losses, program = real[0](mesh)
+    split = [name for name, value in state.trainable.items() if not value.is_fully_replicated]
+    assert len(split) > 50 and len(re.findall(r" all-gather(-start)?\(", program)) <= len(split)
     np.testing.assert_allclose(losses, on_one_device[1], rtol=1e-5)
     kernel = state.trainable["unet.mid_block.resnets.0.conv1.kernel"]
     moments = [
