@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from test_models import as_ours, torch_loss
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dreambooth_jax.optimizer import make_optimizer
 from dreambooth_jax.schedule import Schedule
@@ -214,16 +214,24 @@ def test_frozen_parameters_are_neither_differentiated_nor_clipped_nor_in_the_sta
     assert all(np.abs(after.trainable[name] - trainable[name]).max() > 1e-3 for name in trainable)
 
 
-def test_ema_is_that_of_pytorch(params, data):
-    state, average = None, {name: torch.from_numpy(value.copy()) for name, value in params.items()}
-    step = jax.jit(make_step(predict, OPTIMIZER, SCHEDULE, batch_size=2, ema_decay=0.9))
-    state = init_state(jax.tree.map(jnp.array, params), OPTIMIZER, ema=True)
-    for number in range(4):
+def test_ema_is_that_of_diffusers(params, data):
+    """From the second step on: at the first, theirs forgets the initial weights altogether. The decay reaches its limit."""
+    step = jax.jit(make_step(predict, OPTIMIZER, SCHEDULE, batch_size=2, ema_decay=0.22))
+    state, _ = step(init_state(jax.tree.map(jnp.array, params), OPTIMIZER, ema=True), {}, data, KEY)
+    for name, before in params.items():
+        assert np.all(
+            (np.abs(state.ema[name] - state.trainable[name]) < np.abs(state.ema[name] - before))
+            | (before == state.ema[name])
+        )
+    theirs = EMAModel([torch.from_numpy(np.array(state.ema[name])) for name in params], decay=0.22)
+    theirs.optimization_step = 1
+    for _ in range(4):
         state, _ = step(state, {}, data, KEY)
-        now = [torch.from_numpy(np.array(state.trainable[name])) for name in params]
-        get_ema_multi_avg_fn(min(0.9, (1 + number) / (10 + number)))(list(average.values()), now, number)
-    assert_same(state.ema, {name: value.numpy() for name, value in sorted(average.items())}, rtol=1e-5, atol=1e-6)
-    assert all(np.abs(state.ema[name] - state.trainable[name]).max() > 1e-3 for name in params)
+        theirs.step([torch.from_numpy(np.array(state.trainable[name])) for name in params])
+        average = dict(zip(params, (value.numpy() for value in theirs.shadow_params), strict=True))
+        for name in params:
+            np.testing.assert_allclose(state.ema[name], average[name], rtol=1e-5, atol=1e-6)
+            assert np.abs(state.ema[name] - state.trainable[name]).max() > 1e-4
 
 
 def test_training_lowers_the_loss(params, data):
