@@ -14,7 +14,7 @@ from dreambooth_jax.params import Params
 from dreambooth_jax.pictures import contact_sheet, save_png
 from dreambooth_jax.pipeline import Pipeline
 from dreambooth_jax.sampler import make_sampler
-from dreambooth_jax.sharding import batch_sharding, replicated
+from dreambooth_jax.sharding import batch_sharding, gather, replicated
 
 
 class Request(NamedTuple):
@@ -45,6 +45,7 @@ def make_painter(
 
     def paint_batch(params: Params, ids: Array, negative_ids: Array, keys: Array) -> Array:
         keys, ids, negative_ids = jax.lax.with_sharding_constraint((keys, ids, negative_ids), spread)
+        params = gather(mesh, params)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(jax.random.wrap_key_data(keys))
         states = pipeline.encode_text(params, jnp.concatenate([negative_ids, ids]))
         uncond, cond = jnp.split(states, 2)

@@ -33,7 +33,7 @@ from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.preemption import Preemption
 from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
 from dreambooth_jax.report import NonFiniteLoss, Reporter, check_finite, write_whole
-from dreambooth_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated, state_shardings
+from dreambooth_jax.sharding import batch_sharding, gather, make_mesh, param_sharding, replicated, state_shardings
 from dreambooth_jax.step import Data, TrainState, init_state, make_step, run_steps
 from dreambooth_jax.subject import make_encoder
 
@@ -169,6 +169,7 @@ def compile_steps(run: Run, state: TrainState, frozen: Params, data: Data, key: 
         run.optimizer,
         pipeline.schedule,
         batch_size=config.batch_size,
+        combine=lambda frozen, trainable: gather(run.mesh, combine(frozen, trainable)),
         prior_weight=config.prior_weight,
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,
