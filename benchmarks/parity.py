@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 and 2.1 in full size, beside PyTorch diffusers and transformers: values, gradients, loading.
 
-    python benchmarks/parity.py                       # everything: 20 minutes on two cores, 15 GB of memory, 12 GB of disk
+    python benchmarks/parity.py      # everything: 20 minutes on two cores, 15 GB of memory, 12 GB of disk
     python benchmarks/parity.py --arch sd21 --part text --part vae
 
 The weights are random and written by PyTorch. Every model runs in a process of its own, the reference before ours, so
