@@ -84,7 +84,7 @@ def main() -> None:
         print(f"{name:16} {statistics.median(values):.3f} s  (best {min(values):.3f})")
     ratios = [b / a for a, b in zip(*times.values(), strict=True)]
     print(
-        f"dreambooth_jax / PyTorch: median {statistics.median(ratios):.2f}, range {min(ratios):.2f} to {max(ratios):.2f}"
+        f"dreambooth_jax / PyTorch: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
     )
 
 

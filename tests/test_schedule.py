@@ -36,7 +36,7 @@ def both(config):
 def test_noise_levels(config):
     theirs, ours = both(config)
     alpha_bar = theirs.alphas_cumprod.double().numpy()
-    assert ours.T == len(alpha_bar)
+    assert len(alpha_bar) == ours.T
     # Theirs are float32 products of a thousand factors, and of differences from 1.
     np.testing.assert_allclose(ours.alpha, np.sqrt(alpha_bar), rtol=2e-3, atol=1e-6)
     np.testing.assert_allclose(ours.sigma, np.sqrt(1 - alpha_bar), rtol=2e-3, atol=1e-6)
