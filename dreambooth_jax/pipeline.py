@@ -65,11 +65,11 @@ class Pipeline:
             ValueError: autoencoder and UNet cannot halve that size often enough.
         """
         multiple = self.vae_spec.downscale * self.unet_spec.downscale
-        if resolution % multiple:
+        if resolution < multiple or resolution % multiple:
             below = resolution // multiple * multiple
             raise ValueError(
                 f"resolution = {resolution}: this base needs a multiple of {multiple}; "
-                f"nearest: {max(multiple, below)}, {below + multiple}"
+                f"nearest: {max(multiple, below)}, {max(multiple, below) + multiple}"
             )
         side = resolution // self.vae_spec.downscale
         return side, side, self.vae_spec.latent_channels

@@ -43,6 +43,7 @@ def open_run(
     """
     config = read_config(workdir)
     pipeline = load_pipeline(config.base, dtype=jnp.dtype(dtype or config.dtype))
+    config.resolution = config.resolution or pipeline.resolution
     place = functools.partial(param_sharding, mesh)
     shapes, _ = split(pipeline.shapes, trainable_pattern(config))
     like = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(n, s.shape)) for n, s in shapes.items()}

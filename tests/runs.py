@@ -36,7 +36,6 @@ VAE = {
 }
 # The one program of the runs that are compared bit by bit, so that it is compiled once.
 SMALL = {
-    "resolution": 16,
     "num_class_images": 10,
     "class_batch_size": 4,
     "steps": 60,
