@@ -153,7 +153,7 @@ def encode_all(vae: Functional, params: Params, images: Array, batch: int = 100)
 
 
 def cached(path: Path, compute: Callable[[], tuple[np.ndarray, ...]]) -> list[np.ndarray]:
-    """The arrays in `path`, computed and written there if they are not: a resumed run does not repeat minutes of work."""
+    """The arrays in `path`, computed and written there if they are not: a resumed run does not repeat them."""
     if not path.exists():
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, *compute())

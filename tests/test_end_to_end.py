@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+
 from runs import (
     assert_same_run,
     assert_same_state,
