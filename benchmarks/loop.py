@@ -8,6 +8,7 @@ Rounds of the bare call and of the whole loop alternate, so that a machine that 
 import contextlib
 import functools
 import io
+import runpy
 import statistics
 import tempfile
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from configs import dog
 from dreambooth_jax import runtime
 from dreambooth_jax.checkpoint import open_checkpoints
 from dreambooth_jax.method import split, trainable_pattern
@@ -25,6 +25,7 @@ from dreambooth_jax.preemption import Preemption
 from dreambooth_jax.sharding import param_sharding, replicated
 from dreambooth_jax.train import compile_steps, loop, prepare_data, set_up, start_state
 
+ROOT = Path(__file__).parent.parent
 ROUNDS, STEPS = 5, 60
 
 
@@ -35,7 +36,8 @@ class Enough(Exception):
 def main() -> None:
     runtime.start()
     with tempfile.TemporaryDirectory() as folder:
-        config = dog.get_config()
+        config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]()
+        config.instance_images = str(ROOT / config.instance_images)
         config.workdir, config.num_class_images = folder, 8
         config.steps = config.save_every = config.sample_every = 10**6
         run = set_up(config)

@@ -113,7 +113,7 @@ def test_a_persons_own_images_count(prior, complete, tmp_path):
 
 
 def test_more_than_were_asked_for_are_used(complete, tmp_path, micro):
-    config = config_of(tmp_path, base=micro, num_class_images=3, class_images=str(complete))
+    config = config_of(tmp_path, base=micro, resolution=16, num_class_images=3, class_images=str(complete))
     assert missing_class_images(complete, 3) == []
     assert len(train.read_class_images(config).images) == 10
 
