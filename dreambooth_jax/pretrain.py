@@ -1,15 +1,16 @@
-"""Trains the embedded base from scratch: tokenizer, autoencoder, CLIP, UNet; then writes it as a diffusers folder.
+"""Trains the embedded base from scratch: tokenizer, autoencoder, CLIP, ViT, UNet; then writes it as a diffusers folder.
 
     python -m dreambooth_jax.pretrain --config configs/tiny_base.py
 
 Stable Diffusion's recipe (arXiv 2112.10752): the autoencoder, a text tower trained contrastively, then the UNet on
-frozen latents and text states. Every part is checkpointed and goes on where it was killed.
+frozen latents and text states; and a ViT for subject fidelity. Every part is checkpointed and goes on where it was
+killed.
 """
 
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,13 @@ from jaxtyping import Array
 from ml_collections import config_flags
 from tqdm import trange
 
-from dreambooth_jax import checkpoint, world
+from dreambooth_jax import checkpoint, sharding, world
 from dreambooth_jax.identifier import load_tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextSpec
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
+from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.optimizer import learning_rate
 from dreambooth_jax.params import Functional, Params, count, functional
 from dreambooth_jax.schedule import Schedule
@@ -43,26 +45,46 @@ SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
 }
 
 
 class Pictures(NamedTuple):
-    """The rendered data set: images [n, h, w, 3] uint8, distinct token ids [u, l], and which of them each image has."""
+    """The rendered data set, or a batch of it.
+
+    Attributes:
+        images: [n, h, w, 3] uint8.
+        ids: distinct token ids [u, l]; in a batch, each example's [b, l].
+        caption: which of the distinct ids each image has, [n].
+        sprite: which sprite it shows, [n].
+    """
 
     images: Array
     ids: Array
     caption: Array
+    sprite: Array
+
+
+class Pairs(NamedTuple):
+    """Pictures sorted by what they show: those of sprite s are `order[first[s] : first[s] + count[s]]`."""
+
+    pictures: Pictures
+    order: Array
+    first: Array
+    count: Array
 
 
 def fit(name: str, step: Callable, params: Params, optimizer, data: Any, config, part) -> TrainState:
     """Runs `step(state, frozen, data, key)` for `part.steps` steps, from the last checkpoint if there is one."""
     manager = checkpoint.open_checkpoints(Path(config.workdir) / name, keep_last=1)
-    state = init_state(params, optimizer, ema="ema_decay" in part)
+    everywhere = sharding.replicated(sharding.make_mesh())
+    state = jax.device_put(init_state(params, optimizer, ema="ema_decay" in part), everywhere)
     state = checkpoint.restore(manager, state) or state
+    data = jax.device_put(data, everywhere)
     run = jax.jit(run_steps(step, config.steps_per_call), donate_argnums=0)
     key = jax.random.key(config.seed)
     saved = time.monotonic()
@@ -86,18 +108,55 @@ def fit(name: str, step: Callable, params: Params, optimizer, data: Any, config,
     return state
 
 
-def plain_step(loss: Callable, optimizer, batch_size: int) -> Callable:
-    """A step that minimises `loss(params, batch, key)` over uniformly drawn examples of `data`."""
+def plain_step(loss: Callable, optimizer, draw: Callable) -> Callable:
+    """A step that minimises `loss(params, batch, key)` over the batches `draw(data, key)`."""
 
-    def step(state: TrainState, frozen: Params, data: Pictures, key: Array):
-        index_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-        index = jax.random.randint(index_key, (batch_size,), 0, len(data.images))
-        batch = Pictures(data.images[index], data.ids[data.caption[index]], data.caption[index])
-        value, grads = jax.value_and_grad(loss)(state.trainable, batch, loss_key)
+    def step(state: TrainState, frozen: Params, data: Any, key: Array):
+        draw_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+        value, grads = jax.value_and_grad(loss)(state.trainable, spread(draw(data, draw_key)), loss_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state, None), (value,)
 
     return step
+
+
+def take(pictures: Pictures, index: Array) -> Pictures:
+    """The batch of the pictures at `index`."""
+    caption = pictures.caption[index]
+    return Pictures(pictures.images[index], pictures.ids[caption], caption, pictures.sprite[index])
+
+
+def draw_any(batch_size: int) -> Callable[[Pictures, Array], Pictures]:
+    """Pictures drawn uniformly."""
+    return lambda data, key: take(data, jax.random.randint(key, (batch_size,), 0, len(data.images)))
+
+
+def draw_pairs(batch_size: int) -> Callable[[Pairs, Array], Pictures]:
+    """Half a batch of pictures, then for each another picture of the same sprite."""
+
+    def draw(data: Pairs, key: Array) -> Pictures:
+        one_key, other_key = jax.random.split(key)
+        one = jax.random.randint(one_key, (batch_size // 2,), 0, len(data.pictures.images))
+        sprite = data.pictures.sprite[one]
+        other = data.order[data.first[sprite] + jax.random.randint(other_key, one.shape, 0, data.count[sprite])]
+        return take(data.pictures, jnp.concatenate([one, other]))
+
+    return draw
+
+
+def pairs(pictures: Pictures) -> Pairs:
+    """Sorts `pictures` by sprite."""
+    sprites = np.asarray(pictures.sprite)
+    count = np.bincount(sprites)
+    first = np.cumsum(count) - count
+    order = np.argsort(sprites, kind="stable")
+    return Pairs(pictures, *(jnp.asarray(x, jnp.int32) for x in (order, first, count)))
+
+
+def spread(batch: Any) -> Any:
+    """Divides a batch over all devices, inside a jitted function."""
+    place = sharding.batch_sharding(sharding.make_mesh(), len(jax.tree.leaves(batch)[0]))
+    return jax.lax.with_sharding_constraint(batch, place)
 
 
 def adam(part) -> optax.GradientTransformation:
@@ -139,9 +198,25 @@ def clip_loss(clip: Functional, end: int) -> Callable:
     return loss
 
 
+def vit_loss(vit: Functional, temperature: float) -> Callable:
+    """Tells instances apart (NT-Xent, arXiv 2002.05709, equation 1): two pictures of one cut-out in different places,
+    sizes and poses attract each other and repel the others. Colours are never jittered: they are part of a subject."""
+
+    def loss(params: Params, batch: Pictures, key: Array) -> Array:
+        features = vit.apply(params, normalise(batch.images), method="features")
+        number = jnp.arange(len(features))
+        partner = jnp.roll(number, len(features) // 2)
+        logits = features @ features.T / temperature
+        same = batch.sprite[:, None] == batch.sprite[None]  # its own cut-out once more is no negative
+        hidden = same & (number[None] != partner[:, None])
+        return optax.softmax_cross_entropy_with_integer_labels(jnp.where(hidden, -1e9, logits), partner).mean()
+
+    return loss
+
+
 def encode_all(vae: Functional, params: Params, images: Array, batch: int = 100) -> tuple[Array, Array]:
     """Unscaled posterior mean and standard deviation of all images, float16 on the host."""
-    encode = jax.jit(lambda x: vae.apply(params, normalise(x), method="encode"))
+    encode = jax.jit(lambda x: vae.apply(params, normalise(spread(x)), method="encode"))
     means, deviations = [], []
     for start in trange(0, len(images), batch, desc="encode", mininterval=5):
         part = images[start : start + batch]
@@ -164,14 +239,66 @@ def cached(path: Path, compute: Callable[[], tuple[np.ndarray, ...]]) -> list[np
 
 def render_pictures(config, tokenizer, sprites) -> Pictures:
     """Renders the data set; some captions are empty, so that the UNet learns the unconditional distribution too."""
-    images, captions, _, _ = world.render(
+    images, captions, sprite, _ = world.render(
         sprites, config.num_images, config.resolution, config.seed, subject_weight=config.subject_weight
     )
     dropped = np.random.default_rng(config.seed).random(len(captions)) < config.unconditional
     captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
     distinct, caption = np.unique(captions, return_inverse=True)
     encoded = tokenizer(list(distinct), padding="max_length", max_length=config.max_length, truncation=True)
-    return Pictures(jnp.asarray(images), jnp.asarray(encoded.input_ids, jnp.int32), jnp.asarray(caption, jnp.int32))
+    ids, caption, sprite = (jnp.asarray(x, jnp.int32) for x in (encoded.input_ids, caption, sprite))
+    return Pictures(jnp.asarray(images), ids, caption, sprite)
+
+
+def train_vae(config, pictures: Pictures, key: Array) -> tuple[Functional, Params]:
+    """The autoencoder, on all pictures."""
+    vae = functional(lambda rngs: AutoencoderKL(VAESpec.from_config(config.vae.model.to_dict()), rngs=rngs))
+    optimizer = adam(config.vae)
+    step = plain_step(vae_loss(vae, config.vae.kl_weight), optimizer, draw_any(config.vae.batch_size))
+    return vae, fit("vae", step, vae.init(key), optimizer, pictures, config, config.vae).trainable
+
+
+def train_clip(config, pictures: Pictures, tokenizer, key: Array) -> tuple[Functional, Params, dict]:
+    """Both towers of the CLIP, and its config.json."""
+    text = {
+        "vocab_size": len(tokenizer), "max_position_embeddings": config.max_length,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id, **config.clip.text.to_dict(),
+    }  # fmt: skip
+    vision = config.clip.vision.to_dict()
+    clip = functional(
+        lambda rngs: CLIPModel(
+            CLIPTextSpec.from_config(text), CLIPVisionSpec.from_config(vision), config.clip.projection_dim, rngs=rngs
+        )
+    )
+    optimizer = adam(config.clip)
+    step = plain_step(clip_loss(clip, tokenizer.eos_token_id), optimizer, draw_any(config.clip.batch_size))
+    params = fit("clip", step, clip.init(key), optimizer, pictures, config, config.clip).trainable
+    model_config = {
+        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.clip.projection_dim,
+        "text_config": text | {"model_type": "clip_text_model", "projection_dim": config.clip.projection_dim},
+        "vision_config": vision | {"model_type": "clip_vision_model"},
+    }  # fmt: skip
+    return clip, params, model_config
+
+
+def train_vit(config, pictures: Pictures, key: Array) -> Params:
+    """The image features of subject fidelity."""
+    vit = functional(lambda rngs: ViTModel(ViTSpec.from_config(config.vit.model.to_dict()), rngs=rngs))
+    optimizer = adam(config.vit)
+    step = plain_step(vit_loss(vit, config.vit.temperature), optimizer, draw_pairs(config.vit.batch_size))
+    return fit("vit", step, vit.init(key), optimizer, pairs(pictures), config, config.vit).trainable
+
+
+def train_unet(config, examples: Resident, key: Array) -> Params:
+    """The running average of the UNet's weights, trained on latents and text states by the library's own step."""
+    unet = functional(lambda rngs: UNet2DConditionModel(UNetSpec.from_config(config.unet.model.to_dict()), rngs=rngs))
+    optimizer = adam(config.unet)
+    step = make_step(
+        unet.apply, optimizer, Schedule.from_config(SCHEDULER), batch_size=config.unet.batch_size,
+        ema_decay=config.unet.ema_decay, constrain=spread,
+    )  # fmt: skip
+    return fit("unet", step, unet.init(key), optimizer, Data(examples, None), config, config.unet).ema
 
 
 def main(_) -> None:
@@ -181,57 +308,38 @@ def main(_) -> None:
     sprites = world.load_sprites(config.world or None)
     world.write_tokenizer(output / "tokenizer", world.words(sprites), config.max_length)
     tokenizer = load_tokenizer(output)
+    if config.vocabulary == "core":
+        sprites = [sprite for sprite in sprites if sprite.noun in world.CORE_NOUNS]
     pictures = render_pictures(config, tokenizer, sprites)
-    keys = iter(jax.random.split(jax.random.key(config.seed), 3))
+    vae_key, clip_key, vit_key, unet_key = jax.random.split(jax.random.key(config.seed), 4)
 
-    vae = functional(lambda rngs: AutoencoderKL(VAESpec.from_config(config.vae.model.to_dict()), rngs=rngs))
-    optimizer = adam(config.vae)
-    vae_step = plain_step(vae_loss(vae, config.vae.kl_weight), optimizer, config.vae.batch_size)
-    vae_params = fit("vae", vae_step, vae.init(next(keys)), optimizer, pictures, config, config.vae).trainable
-
-    text_config = {
-        "vocab_size": len(tokenizer), "max_position_embeddings": config.max_length,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, **config.clip.text.to_dict(),
-    }  # fmt: skip
-    clip = functional(
-        lambda rngs: CLIPModel(
-            CLIPTextSpec.from_config(text_config),
-            CLIPVisionSpec.from_config(config.clip.vision.to_dict()),
-            config.clip.projection_dim,
-            rngs=rngs,
-        )
-    )
-    optimizer = adam(config.clip)
-    clip_step = plain_step(clip_loss(clip, tokenizer.eos_token_id), optimizer, config.clip.batch_size)
-    clip_params = fit("clip", clip_step, clip.init(next(keys)), optimizer, pictures, config, config.clip).trainable
-
+    vae, vae_params = train_vae(config, pictures, vae_key)
+    clip, clip_params, clip_config = train_clip(config, pictures, tokenizer, clip_key)
+    vit_params = train_vit(config, pictures, vit_key)
     mean, std = cached(
         Path(config.workdir) / f"latents_{config.num_images}.npz", lambda: encode_all(vae, vae_params, pictures.images)
     )
     scale = float(1 / mean.astype(np.float32).std())
-    unet_config = config.unet.model.to_dict()
-    unet = functional(lambda rngs: UNet2DConditionModel(UNetSpec.from_config(unet_config), rngs=rngs))
     states = encode_captions(clip, clip_params, pictures.ids)
-    resident = Resident(jnp.asarray(mean) * scale, jnp.asarray(std) * scale, states, pictures.caption)
-    optimizer = adam(config.unet)
-    unet_step = make_step(
-        unet.apply, optimizer, Schedule.from_config(SCHEDULER), batch_size=config.unet.batch_size,
-        snr_gamma=config.unet.snr_gamma, ema_decay=config.unet.ema_decay,
-    )  # fmt: skip
-    state = fit("unet", unet_step, unet.init(next(keys)), optimizer, Data(resident, None), config, config.unet)
+    examples = Resident(jnp.asarray(mean) * scale, jnp.asarray(std) * scale, states, pictures.caption)
+    unet_params = train_unet(config, examples, unet_key)
 
-    logging.info(
-        "UNet %.1f M, autoencoder %.1f M, CLIP %.1f M parameters",
-        *(count(p) / 1e6 for p in (state.ema, vae_params, clip_params)),
-    )
+    parts = {"UNet": unet_params, "autoencoder": vae_params, "CLIP": clip_params, "ViT": vit_params}
+    logging.info("parameters: %s", ", ".join(f"{part} {count(p) / 1e6:.1f} M" for part, p in parts.items()))
     vae_config = config.vae.model.to_dict() | {"scaling_factor": scale}
-    clip_config = {
-        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.clip.projection_dim,
-        "text_config": text_config | {"model_type": "clip_text_model", "projection_dim": config.clip.projection_dim},
-        "vision_config": config.clip.vision.to_dict() | {"model_type": "clip_vision_model"},
-    }  # fmt: skip
-    write_base(output, state.ema, unet_config, vae_params, vae_config, clip_params, clip_config)
+    vit_config = config.vit.model.to_dict() | {"architectures": ["ViTModel"], "model_type": "vit"}
+    text = {name: value for name, value in clip_params.items() if name.startswith("text_model.")}
+    text_config = clip_config["text_config"] | {"architectures": ["CLIPTextModel"]}
+    diffusion, plain = WEIGHT_FILES
+    for name, params, model_config, stem in (
+        ("unet", unet_params, config.unet.model.to_dict(), diffusion),
+        ("vae", vae_params, vae_config, diffusion),
+        ("text_encoder", text, text_config, plain),
+        ("clip", clip_params, clip_config, plain),
+        ("vit", vit_params, vit_config, plain),
+    ):
+        save_model(output / name, params, model_config, dtype=np.float16, stem=stem)
+    write_index(output)
 
 
 def encode_captions(clip: Functional, params: Params, ids: Array, batch: int = 1000) -> Array:
@@ -242,22 +350,8 @@ def encode_captions(clip: Functional, params: Params, ids: Array, batch: int = 1
     return jnp.asarray(np.concatenate(parts)[: len(ids)])
 
 
-def write_base(
-    folder: Path,
-    unet: Params,
-    unet_config: Mapping,
-    vae: Params,
-    vae_config: Mapping,
-    clip: Params,
-    clip_config: Mapping,
-) -> None:
-    """Writes a StableDiffusionPipeline folder in float16, and the whole CLIP beside it as `clip/`."""
-    text_config = clip_config["text_config"] | {"architectures": ["CLIPTextModel"]}
-    text = {name: value for name, value in clip.items() if name.startswith("text_model.")}
-    save_model(folder / "unet", unet, unet_config, dtype=np.float16, stem=WEIGHT_FILES[0])
-    save_model(folder / "vae", vae, vae_config, dtype=np.float16, stem=WEIGHT_FILES[0])
-    save_model(folder / "text_encoder", text, text_config, dtype=np.float16, stem=WEIGHT_FILES[1])
-    save_model(folder / "clip", clip, clip_config, dtype=np.float16, stem=WEIGHT_FILES[1])
+def write_index(folder: Path) -> None:
+    """Makes the models in `folder` a StableDiffusionPipeline; `clip/` and `vit/` lie beside it."""
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     index = {

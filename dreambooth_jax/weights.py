@@ -33,7 +33,8 @@ _ALIASES = (
     (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),
 )
 _ROWS = 16  # a cache line: transposing in strips is three times as fast as all at once
-_IGNORED = ("embeddings.position_ids",)  # a constant buffer of older transformers
+# A constant buffer of older transformers; a head that features are not read from.
+_IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
 class WeightsError(ValueError):

@@ -8,7 +8,7 @@ It is what the embedded base model is trained on. Licences and attribution: LICE
 
 from dreambooth_jax.world.captions import words
 from dreambooth_jax.world.dataset import render
-from dreambooth_jax.world.names import COLOURS, SUBJECT_NOUNS
+from dreambooth_jax.world.names import COLOURS, CORE_NOUNS, SUBJECT_NOUNS
 from dreambooth_jax.world.scenes import BACKGROUNDS, SETTINGS
 from dreambooth_jax.world.sprites import Sprite, load_sprites
 from dreambooth_jax.world.tokenizer import rare_words, write_tokenizer
@@ -16,6 +16,7 @@ from dreambooth_jax.world.tokenizer import rare_words, write_tokenizer
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "CORE_NOUNS",
     "SETTINGS",
     "SUBJECT_NOUNS",
     "Sprite",

@@ -53,7 +53,7 @@ def _background(rng: np.random.Generator, size: int, split: str):
 
 def _stand(rng: np.random.Generator, sprite: Sprite, grounded: bool) -> dict:
     """A pose: scale, position, angle, mirror. On a ground the thing stands in the lower part, upright."""
-    scale = rng.uniform(0.45, 0.92)
+    scale = rng.uniform(0.5, 0.92)
     height, width = (side * scale / max(sprite.rgba.shape[:2]) for side in sprite.rgba.shape[:2])
     slack = 1 - width
     x = width / 2 + slack * rng.uniform(-0.04, 1.04)
