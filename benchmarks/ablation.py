@@ -1,0 +1,175 @@
+"""The paper's ablations on the embedded base: what the prior buys, and what the class noun (arXiv 2208.12242, tables 3
+and 4), averaged over the six example subjects and several seeds.
+
+    python benchmarks/ablation.py             # an hour or two on two cores; goes on where it was stopped
+
+Each run trains on one subject, then paints it in settings that its photos do not show, and its bare class. Features
+are those of the ViT beside the base. Results are kept as one JSON line per run; intervals are 95 % bootstraps over
+subjects.
+"""
+
+import argparse
+import json
+import runpy
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from dreambooth_jax import metrics, runtime
+from dreambooth_jax.method import combine, split, trainable_pattern
+from dreambooth_jax.models.vit import ViTModel, ViTSpec
+from dreambooth_jax.paint import Request
+from dreambooth_jax.params import functional
+from dreambooth_jax.pictures import contact_sheet, save_png
+from dreambooth_jax.pipeline import EMBEDDED_FOLDER, read_params
+from dreambooth_jax.sharding import replicated
+from dreambooth_jax.step import init_state
+from dreambooth_jax.train import compile_steps, prepare_data, set_up
+from dreambooth_jax.weights import read_model
+
+ROOT = Path(__file__).parent.parent
+SUBJECTS = {"dog": "dog", "cat": "cat", "car": "car", "backpack": "backpack", "teapot": "teapot", "robot": "robot"}
+WRONG = {"dog": "can", "cat": "boot", "car": "clock", "backpack": "duck", "teapot": "sneaker", "robot": "bowl"}
+SETTINGS = ("in the snow", "on the beach", "in front of a brick wall", "on a red background")
+CLASS_PICTURES = 32
+
+# name -> (prior preservation, what stands for the class noun in the instance prompt)
+ARMS = {
+    "prior, right noun": (True, lambda subject: SUBJECTS[subject]),
+    "no prior, right noun": (False, lambda subject: SUBJECTS[subject]),
+    "no prior, no noun": (False, lambda subject: ""),
+    "no prior, wrong noun": (False, lambda subject: WRONG[subject]),
+}
+
+
+class Eye:
+    """The ViT beside the base."""
+
+    def __init__(self):
+        folder = EMBEDDED_FOLDER / "vit"
+        spec = ViTSpec.from_config(json.loads((folder / "config.json").read_text()))
+        vit = functional(lambda rngs: ViTModel(spec, rngs=rngs))
+        params = read_model(folder, vit.shapes)
+        self._features = jax.jit(lambda x: vit.apply(params, _normalised(x), method="features"))
+        self._states = jax.jit(lambda x: vit.apply(params, _normalised(x), method="hidden_states"))
+
+    def features(self, images: np.ndarray) -> jax.Array:
+        return self._features(images)
+
+    def states(self, images: np.ndarray) -> list[jax.Array]:
+        return [state[:, 1:] for state in self._states(images)]
+
+
+def _normalised(images):
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, eye: Eye, sheet: Path) -> dict:
+    """Trains, paints and measures."""
+    prior, noun_of = ARMS[arm]
+    noun, wanted = SUBJECTS[subject], noun_of(subject)
+    config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]()
+    with tempfile.TemporaryDirectory() as workdir:
+        config.update(
+            workdir=workdir, instance_images=str(ROOT / "examples" / "subjects" / subject), class_noun=noun,
+            instance_prompt=f"a photo of {{identifier}} {wanted}".rstrip(), prior_preservation=prior,
+            class_images=str(class_folder / noun), seed=seed, steps=steps,
+        )  # fmt: skip
+        run = set_up(config)
+        params = read_params(run.pipeline)
+        data = prepare_data(run, params)
+        trainable, frozen = split(params, trainable_pattern(config))
+        state = init_state(trainable, run.optimizer)
+        key = jax.device_put(jax.random.key(seed), replicated(run.mesh))
+        advance = compile_steps(run, state, frozen, data, key)
+        for start in range(0, steps, config.steps_per_call):
+            number = min(config.steps_per_call, steps - start)
+            state, _ = advance(state, frozen, data, key, jnp.asarray(number, jnp.int32))
+        tuned = combine(frozen, state.trainable)
+
+        def paint(prompts: list[str]) -> np.ndarray:
+            keys = jax.random.split(jax.random.key(1000 + seed), len(prompts))
+            requests = [Request(prompt, "", key) for prompt, key in zip(prompts, keys, strict=True)]
+            painted = dict(run.paint(tuned, requests))
+            return np.stack([painted[i] for i in range(len(requests))])
+
+        phrase = f"a {config.identifier} {wanted}".rstrip()
+        of_subject = paint([f"{phrase} {place}" for place in SETTINGS for _ in range(4)])
+        same_prompt = of_subject.reshape(len(SETTINGS), 4, *of_subject.shape[1:])
+        of_class = paint([f"a {noun}"] * CLASS_PICTURES)
+        real = run.examples.images
+    rows = [list(real), *map(list, same_prompt), list(of_class[:8])]
+    save_png(sheet, contact_sheet(rows, [f"{subject}, {arm}", *SETTINGS, f"a {noun}"]), {})
+    reals = eye.features(real)
+    return {
+        "subject": subject, "arm": arm, "seed": seed, "steps": steps,
+        "DINO": float(metrics.similarity(eye.features(of_subject), reals)),
+        "PRES": float(metrics.similarity(eye.features(of_class), reals)),
+        "DIV": float(np.mean([metrics.diversity(eye.states(row)) for row in same_prompt])),
+        "class DIV": float(metrics.diversity(eye.states(of_class))),
+    }  # fmt: skip
+
+
+MEASURES = ("DINO", "PRES", "DIV", "class DIV")
+
+
+def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over subjects; `values` [subjects, seeds]."""
+    picks = rng.integers(len(values), size=(10_000, len(values)))
+    return tuple(np.quantile(values.mean(1)[picks].mean(1), (0.025, 0.975)))
+
+
+def table(results: list[dict]) -> str:
+    """Means with intervals per arm, then the paired differences to the first arm that each question asks about."""
+    rng = np.random.default_rng(0)
+    complete = [s for s in SUBJECTS if all(any(r["subject"] == s and r["arm"] == a for r in results) for a in ARMS)]
+
+    def of(arm: str, measure: str) -> np.ndarray:
+        rows = {s: [r[measure] for r in results if r["subject"] == s and r["arm"] == arm] for s in complete}
+        fewest = min(map(len, rows.values()))
+        return np.array([row[:fewest] for row in rows.values()])
+
+    def cell(values: np.ndarray, sign: str = "") -> str:
+        low, high = interval(values, rng)
+        return f"{values.mean():{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+    head = f"| {len(complete)} subjects | " + " | ".join(MEASURES) + " |\n|---|" + "---|" * len(MEASURES)
+    lines = [f"| {arm} | " + " | ".join(cell(of(arm, m)) for m in MEASURES) + " |" for arm in ARMS]
+    for arm, other in (
+        ("no prior, right noun", "prior, right noun"),
+        ("no prior, no noun", "no prior, right noun"),
+        ("no prior, wrong noun", "no prior, right noun"),
+    ):
+        pairs = ((of(arm, m), of(other, m)) for m in MEASURES)
+        cells = (cell(a.mean(1, keepdims=True) - b.mean(1, keepdims=True), "+") for a, b in pairs)
+        lines.append(f"| {arm} - {other} | " + " | ".join(cells) + " |")
+    return "\n".join([head, *lines])
+
+
+def main() -> None:
+    runtime.start()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = options.output / "results.jsonl"
+    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(r["subject"], r["arm"], r["seed"]) for r in results if r["steps"] == options.steps}
+    wanted = [(s, a, seed) for seed in range(options.seeds) for s in SUBJECTS for a in ARMS]
+    eye = Eye()
+    for subject, arm, seed in tqdm([run for run in wanted if run not in done], desc="runs"):
+        sheet = options.output / f"{subject}_{arm.replace(', ', '_').replace(' ', '-')}_{seed}.png"
+        results.append(run_one(subject, arm, seed, options.steps, options.output / "class_images", eye, sheet))
+        with open(log, "a") as lines:
+            lines.write(json.dumps(results[-1]) + "\n")
+    print(table([r for r in results if r["steps"] == options.steps]))
+
+
+if __name__ == "__main__":
+    main()
