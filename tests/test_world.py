@@ -1,13 +1,11 @@
 """The picture world, on a few synthetic sprites in npm's layout: no network, no emoji package."""
 
-import io
-import json
 import pathlib
-import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from npm_packages import write_packages
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from dreambooth_jax.world import (
@@ -26,50 +24,10 @@ from dreambooth_jax.world.names import CLASSES, with_article
 from dreambooth_jax.world.scenes import place, setting
 from dreambooth_jax.world.sprites import FLUENT, HELD_OUT, NOTO, Sprite, fetch, tarball_name
 
-# short_name, name, code point, category, subcategory
-EMOJI = (
-    ("dog", "DOG FACE", "1F436", "Animals & Nature", "animal-mammal"),
-    ("dog2", "DOG", "1F415", "Animals & Nature", "animal-mammal"),
-    ("service_dog", "SERVICE DOG", "1F415-200D-1F9BA", "Animals & Nature", "animal-mammal"),
-    ("black_cat", "BLACK CAT", "1F408-200D-2B1B", "Animals & Nature", "animal-mammal"),
-    ("teapot", "TEAPOT", "1FAD6", "Food & Drink", "drink"),
-    ("eyeglasses", "EYEGLASSES", "1F453", "Objects", "clothing"),
-    ("blue_car", "RECREATIONAL VEHICLE", "1F699", "Travel & Places", "transport-ground"),
-    ("anchor", "ANCHOR", "2693-FE0F", "Travel & Places", "transport-water"),
-    ("hearts", "BLACK HEART SUIT", "2665-FE0F", "Activities", "game"),
-    ("jp", "REGIONAL INDICATOR SYMBOL LETTERS JP", "1F1EF-1F1F5", "Flags", "country-flag"),
-    ("wave", "WAVING HAND SIGN", "1F44B", "People & Body", "hand-fingers-open"),
-)
-
-
-def _picture(side: int, number: int, file_format: str) -> bytes:
-    image = Image.new("RGBA", (side, side))
-    box = (side // 8, side // 4, side - side // 8, side - side // 4)
-    ImageDraw.Draw(image).ellipse(box, fill=(20 * number, 220 - 20 * number, 120, 255))
-    data = io.BytesIO()
-    image.save(data, file_format)
-    return data.getvalue()
-
-
-def _write_package(path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("npm")
-    keys = ("short_name", "name", "unified", "category", "subcategory")
-    metadata = [dict(zip(keys, emoji, strict=True)) | {"non_qualified": None} for emoji in EMOJI]
-    codes = [emoji[2].lower() for emoji in EMOJI]
-    fluent = {f"assets/{code}.webp": _picture(256, i, "WEBP") for i, code in enumerate(codes)}
-    noto = {f"img/google/64/{code}.png": _picture(64, i, "PNG") for i, code in enumerate(codes)}
-    _write_package(folder / tarball_name(FLUENT), fluent | {"README.md": b"pictures"})
-    _write_package(folder / tarball_name(NOTO), {"emoji.json": json.dumps(metadata).encode()} | noto)
-    return folder
+    return write_packages(tmp_path_factory.mktemp("npm"))
 
 
 @pytest.fixture(scope="module")

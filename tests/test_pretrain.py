@@ -1,0 +1,105 @@
+"""The embedded base's training, at a size of seconds: killed anywhere it goes on, and what it writes others open."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline
+from npm_packages import write_packages
+from safetensors.numpy import load_file
+
+from dreambooth_jax.pipeline import load_pipeline, read_params
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+import importlib.util
+
+spec = importlib.util.spec_from_file_location("tiny_base", {path!r})
+tiny_base = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_base)
+
+
+def get_config():
+    config = tiny_base.get_config()
+    config.num_images, config.resolution, config.steps_per_call, config.save_seconds = 60, 16, 2, 0
+    for part in (config.vae, config.clip, config.vit, config.unet):
+        part.steps, part.batch_size = 6, 8
+    config.vae.model.update(block_out_channels=[8, 8], norm_num_groups=4, sample_size=16)
+    config.vae.model.update(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config.clip.text.update(small)
+    config.clip.vision.update(small, image_size=16, patch_size=8)
+    config.vit.model.update(small, image_size=16, patch_size=8)
+    config.unet.model.update(
+        sample_size=8, down_block_types=["CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D"],
+        block_out_channels=[16], cross_attention_dim=16, attention_head_dim=[2], norm_num_groups=4,
+    )
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts the command with output and checkpoints in a folder."""
+    world = write_packages(tmp_path_factory.mktemp("npm"))
+    config = tmp_path_factory.mktemp("config") / "small.py"
+    config.write_text(CONFIG.format(path=str(ROOT / "configs" / "tiny_base.py")))
+
+    def run(folder: Path) -> subprocess.Popen:
+        options = {"world": world, "workdir": folder / "parts", "output": folder / "base"}
+        command = [sys.executable, "-m", "dreambooth_jax.pretrain", f"--config={config}"]
+        command += [f"--config.{name}={value}" for name, value in options.items()]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+    return run
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(start(folder))
+    return folder / "base"
+
+
+def test_others_open_what_it_writes(undisturbed):
+    painter = StableDiffusionPipeline.from_pretrained(undisturbed, torch_dtype=torch.float32)
+    painter.set_progress_bar_config(disable=True)
+    image = painter("a dog", num_inference_steps=2, output_type="np").images
+    assert image.shape == (1, 16, 16, 3) and np.isfinite(image).all()
+    for model, folder in ((transformers.CLIPModel, "clip"), (transformers.ViTModel, "vit")):
+        _, about = model.from_pretrained(undisturbed / folder, output_loading_info=True)
+        assert not about["unexpected_keys"] and not about["mismatched_keys"]
+        assert all(name.startswith("pooler.") for name in about["missing_keys"])
+    pipeline = load_pipeline(str(undisturbed))
+    assert all(np.isfinite(value).all() for value in read_params(pipeline).values())
+    assert pipeline.schedule.alpha[-1] == 0  # the last step of noising leaves nothing of the picture
+
+
+@pytest.mark.parametrize("part", ["clip", "unet"])
+def test_killed_it_goes_on_and_ends_with_the_same_weights(start, undisturbed, tmp_path, part):
+    process = start(tmp_path)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "parts" / part).glob("[0-9]*")):  # its first checkpoint
+        assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "base" / "unet").exists()
+    finish(start(tmp_path))
+    for path in undisturbed.rglob("*.safetensors"):
+        expected, found = load_file(path), load_file(tmp_path / "base" / path.relative_to(undisturbed))
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(value, found[name], err_msg=f"{path.parent.name}: {name}")
