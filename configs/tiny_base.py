@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     }
 
     config.clip = ConfigDict()
-    config.clip.steps = 1200
+    config.clip.steps = 1000
     config.clip.batch_size = 128
     config.clip.learning_rate = 1e-3
     config.clip.lr_schedule = "cosine"

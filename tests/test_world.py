@@ -1,6 +1,9 @@
 """The picture world, on a few synthetic sprites in npm's layout: no network, no emoji package."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -33,6 +36,18 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sprites(source):
     return load_sprites(source)
+
+
+def test_the_tokenizer_is_the_same_in_every_process(sprites, tmp_path):
+    """The text tower knows tokens by their ids: another order of merges would turn it into noise."""
+    program = (
+        "import sys; from dreambooth_jax.world import write_tokenizer; write_tokenizer(sys.argv[1], sys.argv[2:])"
+    )
+    for number in range(3):
+        command = [sys.executable, "-c", program, str(tmp_path / str(number)), *words(sprites)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": str(number)})
+    for name in ("vocab.json", "merges.txt"):
+        assert len({(tmp_path / str(number) / name).read_bytes() for number in range(3)}) == 1
 
 
 def test_things_are_kept_and_people_flags_and_symbols_left_out(sprites):

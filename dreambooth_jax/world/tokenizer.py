@@ -10,8 +10,7 @@ import itertools
 import json
 import os
 import pathlib
-
-from tokenizers import Tokenizer, models, trainers
+from collections import Counter
 
 START, END, SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
 Merge = tuple[str, str]
@@ -45,18 +44,34 @@ def _split(word: str, ranks: dict[Merge, int]) -> list[str]:
 
 
 def _shared_merges(words: list[str], limit: int) -> list[Merge]:
-    """Up to `limit` merges of a BPE trained on `words`, each counted once: the pieces that the words share."""
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=SUFFIX))
-    alphabet = sorted({letter for word in words for letter in word})
-    trainer = trainers.BpeTrainer(
-        vocab_size=2 * len(alphabet) + limit,
-        min_frequency=2,
-        initial_alphabet=alphabet,
-        end_of_word_suffix=SUFFIX,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([[word] for word in words], trainer)
-    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+    """Up to `limit` merges of a BPE trained on `words`, each counted once: the pieces that the words share.
+
+    Of equally common pairs the first in the alphabet goes first: libraries leave such ties to the order of a hash
+    table, and a tokenizer that differs from run to run is worthless to the text tower that was trained with it.
+    """
+    pieces = [[*word[:-1], word[-1] + SUFFIX] for word in words]
+    counts = Counter(pair for word in pieces for pair in itertools.pairwise(word))
+    merges: list[Merge] = []
+    while len(merges) < limit and counts:
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        if counts[best] < 2:
+            break
+        merges.append(best)
+        for word in pieces:
+            if best in itertools.pairwise(word):
+                counts.subtract(itertools.pairwise(word))
+                _merge(word, best)
+                counts.update(itertools.pairwise(word))
+    return merges
+
+
+def _merge(word: list[str], pair: Merge) -> None:
+    """Joins every `pair` in `word`, in place, from the left."""
+    i = 0
+    while i < len(word) - 1:
+        if (word[i], word[i + 1]) == pair:
+            word[i : i + 2] = ["".join(pair)]
+        i += 1
 
 
 def learn_merges(words: list[str], rare: list[str], shared: int = 1024) -> list[Merge]:
