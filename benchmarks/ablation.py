@@ -26,9 +26,10 @@ from dreambooth_jax.paint import Request
 from dreambooth_jax.params import functional
 from dreambooth_jax.pictures import contact_sheet, save_png
 from dreambooth_jax.pipeline import EMBEDDED_FOLDER, read_params
+from dreambooth_jax.program import lower_steps
 from dreambooth_jax.sharding import replicated
 from dreambooth_jax.step import init_state
-from dreambooth_jax.train import compile_steps, prepare_data, set_up
+from dreambooth_jax.train import prepare_data, set_up
 from dreambooth_jax.weights import read_model
 
 ROOT = Path(__file__).parent.parent
@@ -83,9 +84,9 @@ def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, e
         params = read_params(run.pipeline)
         data = prepare_data(run, params)
         trainable, frozen = split(params, trainable_pattern(config))
-        state = init_state(trainable, run.optimizer)
+        state = init_state(trainable, run.job.optimizer)
         key = jax.device_put(jax.random.key(seed), replicated(run.mesh))
-        advance = compile_steps(run, state, frozen, data, key)
+        advance = lower_steps(run.job, state, frozen, data, key).compile()
         for start in range(0, steps, config.steps_per_call):
             number = min(config.steps_per_call, steps - start)
             state, _ = advance(state, frozen, data, key, jnp.asarray(number, jnp.int32))

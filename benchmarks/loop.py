@@ -22,8 +22,9 @@ from dreambooth_jax.checkpoint import open_checkpoints
 from dreambooth_jax.method import split, trainable_pattern
 from dreambooth_jax.pipeline import read_params
 from dreambooth_jax.preemption import Preemption
+from dreambooth_jax.program import lower_steps
 from dreambooth_jax.sharding import param_sharding, replicated
-from dreambooth_jax.train import compile_steps, loop, prepare_data, set_up, start_state
+from dreambooth_jax.train import loop, prepare_data, set_up, start_state
 
 ROOT = Path(__file__).parent.parent
 ROUNDS, STEPS = 5, 60
@@ -48,7 +49,7 @@ def main() -> None:
         manager = open_checkpoints(Path(folder) / "checkpoints")
         state = start_state(run, trainable, manager)
         key = jax.device_put(jax.random.key(0), replicated(run.mesh))
-        steps = compile_steps(run, state, frozen, data, key)
+        steps = lower_steps(run.job, state, frozen, data, key).compile()
 
         bare, looped = [], []
         state, _ = steps(state, frozen, data, key, jnp.asarray(10))

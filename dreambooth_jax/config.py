@@ -70,6 +70,7 @@ FIELDS: dict[str, Field] = {
     "train_text_encoder": Field(bool),
     "text_encoder_multiplier": _not_negative(float),
     "optimizer": _one_of(*OPTIMIZERS),
+    "moment_dtype": _one_of("float32", "bfloat16"),
     "learning_rate": Field(float, lambda v: v > 0, "above 0"),
     "lr_schedule": _one_of(*SCHEDULES),
     "lr_warmup_steps": _not_negative(int),

@@ -28,13 +28,11 @@ class Request(NamedTuple):
 Painter = Callable[[Params, Sequence[Request]], Iterator[tuple[int, np.ndarray]]]
 
 
-def make_painter(
+def make_paint_batch(
     pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size: int, method: str, steps: int, guidance: float
-) -> Painter:
-    """Builds `paint(params, requests)`, which yields (number of the request, uint8 image [h, w, 3]) as they are done.
-
-    The pictures are computed `batch_size` at a time, split over the mesh, by one compiled program; each depends on its
-    request alone. With several processes every request is yielded by exactly one of them.
+):
+    """Builds the jitted `paint_batch(params, ids, negative_ids, keys) -> uint8 images [b, h, w, 3]`, split over the
+    mesh: text encoder, sampler and decoder in one program.
 
     Raises:
         ValueError: unknown sampler method or a number of steps it does not take.
@@ -52,7 +50,17 @@ def make_painter(
         latents = sampler(params, noise, cond, uncond if guidance != 1.0 else None, guidance)
         return jnp.round(pipeline.decode_latents(params, latents) * 255).astype(jnp.uint8)
 
-    compiled = jax.jit(paint_batch, out_shardings=spread)
+    return jax.jit(paint_batch, out_shardings=spread)
+
+
+def make_painter(pipeline: Pipeline, mesh: Mesh, *, batch_size: int, **kw) -> Painter:
+    """Builds `paint(params, requests)`, which yields (number of the request, uint8 image [h, w, 3]) as they are done.
+
+    The pictures are computed `batch_size` at a time, split over the mesh, by one compiled program; each depends on its
+    request alone. With several processes every request is yielded by exactly one of them. Arguments and errors are
+    those of `make_paint_batch`.
+    """
+    compiled = make_paint_batch(pipeline, mesh, batch_size=batch_size, **kw)
 
     def paint(params: Params, requests: Sequence[Request]) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(requests), batch_size):

@@ -14,6 +14,7 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from jaxtyping import Array, Float, Int, UInt8
 
+from dreambooth_jax import bases
 from dreambooth_jax.identifier import load_tokenizer
 from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
 from dreambooth_jax.models.spec import UnsupportedConfig
@@ -35,9 +36,9 @@ class Pipeline:
 
     Attributes:
         folder: where it was read from.
-        configs: part -> its config.json as it stands in the file.
+        configs: part, or "scheduler" -> its config file as it stands.
         unet, vae, text_encoder: the models as functions of flat params.
-        vae_spec, unet_spec: sizes that callers need.
+        vae_spec, unet_spec, text_spec: sizes that callers need.
         schedule: noise levels and prediction type.
         tokenizer: of transformers.
     """
@@ -49,6 +50,7 @@ class Pipeline:
     text_encoder: Functional
     unet_spec: UNetSpec
     vae_spec: VAESpec
+    text_spec: CLIPTextSpec
     schedule: Schedule
     tokenizer: object
 
@@ -163,6 +165,24 @@ def load_pipeline(base: str, *, dtype=jnp.float32, remat: bool = False, vae_dtyp
             "expected StableDiffusionPipeline"
         )
     configs = {part: _read_json(folder, f"{part}/config.json") for part in PARTS}
+    configs["scheduler"] = _read_json(folder, "scheduler/scheduler_config.json")
+    return build_pipeline(folder, configs, load_tokenizer(folder), dtype=dtype, remat=remat, vae_dtype=vae_dtype)
+
+
+def build_pipeline(
+    folder: Path,
+    configs: Mapping[str, dict],
+    tokenizer,
+    *,
+    dtype=jnp.float32,
+    remat: bool = False,
+    vae_dtype=jnp.float32,
+) -> Pipeline:
+    """The pipeline that `configs` (of the PARTS and of "scheduler") describe; `tokenizer` may be None for shapes alone.
+
+    Raises:
+        UnsupportedConfig: a config asks for something not implemented.
+    """
     unet_spec = UNetSpec.from_config(configs["unet"])
     vae_spec = VAESpec.from_config(configs["vae"])
     text_spec = CLIPTextSpec.from_config(configs["text_encoder"])
@@ -179,9 +199,17 @@ def load_pipeline(base: str, *, dtype=jnp.float32, remat: bool = False, vae_dtyp
         text_encoder=functional(lambda rngs: CLIPTextModel(text_spec, dtype=dtype, rngs=rngs)),
         unet_spec=unet_spec,
         vae_spec=vae_spec,
-        schedule=Schedule.from_config(_read_json(folder, "scheduler/scheduler_config.json")),
-        tokenizer=load_tokenizer(folder),
+        text_spec=text_spec,
+        schedule=Schedule.from_config(configs["scheduler"]),
+        tokenizer=tokenizer,
     )
+
+
+def describe_base(base: str, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
+    """Like `load_pipeline`, for shapes alone: of the published bases in `bases.CONFIGS` nothing is fetched."""
+    if base in bases.CONFIGS:
+        return build_pipeline(Path(base), bases.CONFIGS[base], None, dtype=dtype, remat=remat)
+    return load_pipeline(base, dtype=dtype, remat=remat)
 
 
 def _read_json(folder: Path, name: str) -> dict:

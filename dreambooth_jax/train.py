@@ -25,16 +25,16 @@ from dreambooth_jax.config import ConfigError, check_config, check_resumable, fi
 from dreambooth_jax.identifier import check_identifier
 from dreambooth_jax.images import Examples, decode_image, list_images, read_examples
 from dreambooth_jax.method import combine, split, trainable_pattern
-from dreambooth_jax.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.paint import Painter, Request, make_painter, paint_sheet, save_sheet
 from dreambooth_jax.params import Params, count
 from dreambooth_jax.pictures import save_png, slug
 from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.preemption import Preemption
 from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
+from dreambooth_jax.program import Job, initial, lower_steps, make_job, state_shapes
 from dreambooth_jax.report import NonFiniteLoss, Reporter, check_finite, write_whole
-from dreambooth_jax.sharding import batch_sharding, gather, make_mesh, param_sharding, replicated, state_shardings
-from dreambooth_jax.step import Data, TrainState, init_state, make_step, run_steps
+from dreambooth_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated
+from dreambooth_jax.step import Data, TrainState
 from dreambooth_jax.subject import make_encoder
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "such as configs/dog.py or configs/dog.py:sd15")
@@ -43,13 +43,22 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "such as configs/dog.p
 class Run(NamedTuple):
     """A training run after set-up: what is fixed while the state changes."""
 
-    config: ConfigDict
+    job: Job
     workdir: epath.Path
-    pipeline: Pipeline
-    mesh: Mesh
     paint: Painter
-    optimizer: object
     examples: Examples
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.job.config
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.job.pipeline
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.job.mesh
 
 
 def class_folder(config: ConfigDict) -> epath.Path:
@@ -63,7 +72,8 @@ def set_up(config: ConfigDict) -> Run:
     _claim(workdir, config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp)
     pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    config = ConfigDict(dict(config) | {"resolution": config.resolution or pipeline.resolution})
+    job = make_job(config, pipeline, mesh)
+    config = job.config
     paint = make_painter(
         pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
         method=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
@@ -76,12 +86,7 @@ def set_up(config: ConfigDict) -> Run:
     if config.prior_preservation and list_images(class_folder(config)):
         read_class_images(config)  # what cannot be read is an error now, not after the missing ones are painted
         check_class_images(class_folder(config), fill(config.class_prompt, config))
-    rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
-    optimizer = make_optimizer(
-        config.optimizer, rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None,
-        multiplier=lambda name: config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0,
-    )  # fmt: skip
-    return Run(config, workdir, pipeline, mesh, paint, optimizer, examples)
+    return Run(job, workdir, paint, examples)
 
 
 def _claim(workdir: epath.Path, config: ConfigDict) -> None:
@@ -159,42 +164,11 @@ def prepare_data(run: Run, params: Params) -> Data:
     return Data(encode(params, run.examples), encode(params, read_class_images(config)))
 
 
-def compile_steps(run: Run, state: TrainState, frozen: Params, data: Data, key: jax.Array):
-    """The compiled call of up to `steps_per_call` steps."""
-    config, pipeline = run.config, run.pipeline
-    batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
-    spread = batch_sharding(run.mesh, batch)
-    step = make_step(
-        pipeline.denoise_ids if config.train_text_encoder else pipeline.denoise,
-        run.optimizer,
-        pipeline.schedule,
-        batch_size=config.batch_size,
-        combine=lambda frozen, trainable: gather(run.mesh, combine(frozen, trainable)),
-        prior_weight=config.prior_weight,
-        snr_gamma=config.snr_gamma or None,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay or None,
-        constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    steps = jax.jit(
-        run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(run.mesh))
-    )
-    return steps.lower(state, frozen, data, key, jnp.zeros((), jnp.int32)).compile()
-
-
-def _initial(run: Run):
-    """trainable -> the state before the first step."""
-    return functools.partial(init_state, optimizer=run.optimizer, ema=run.config.ema_decay > 0)
-
-
 def start_state(run: Run, trainable: Params, manager) -> TrainState:
     """The state to begin with, placed on the mesh: from the newest checkpoint, or fresh."""
-    init = _initial(run)
-    shapes = jax.eval_shape(init, trainable)
-    shardings = state_shardings(run.mesh, trainable, shapes)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return checkpoint.restore(manager, like) or jax.jit(init, out_shardings=shardings)(trainable)
+    like = state_shapes(run.job, trainable)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    return checkpoint.restore(manager, like) or jax.jit(initial(run.job), out_shardings=shardings)(trainable)
 
 
 def train(run: Run, guard: Preemption) -> None:
@@ -216,7 +190,7 @@ def train(run: Run, guard: Preemption) -> None:
             state = start_state(run, trainable, manager)
             del trainable
             key = jax.device_put(jax.random.key(config.seed), replicated(run.mesh))
-            steps = compile_steps(run, state, frozen, data, key)
+            steps = lower_steps(run.job, state, frozen, data, key).compile()
             loop(run, guard, manager, state, frozen, lambda state, n: steps(state, frozen, data, key, n))
     print(_farewell(run, max(done, config.steps)), flush=True)
 
@@ -227,7 +201,7 @@ def check_space(run: Run, manager) -> None:
     if "://" in config.workdir:
         return
     trained, _ = split(run.pipeline.shapes, trainable_pattern(config))
-    size = checkpoint.size(jax.eval_shape(_initial(run), trained))
+    size = checkpoint.size(jax.eval_shape(initial(run.job), trained))
     kept = config.keep_last + (config.steps // config.keep_every if config.keep_every else 0)
     # A new checkpoint is complete before an old one goes.
     need = size * max(1, kept + 1 - len(manager.all_steps()))

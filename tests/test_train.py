@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from dreambooth_jax import checkpoint, train
+from dreambooth_jax import checkpoint, program, train
 from dreambooth_jax.config import ConfigError, check_config
 from dreambooth_jax.preemption import Preemption
 from dreambooth_jax.report import NonFiniteLoss, Reporter
@@ -327,7 +327,7 @@ def fake_run(tmp_path, monkeypatch, **fields):
 
     monkeypatch.setattr(Reporter, "record", told("report", Reporter.record))
     monkeypatch.setattr(checkpoint, "save", told("save", checkpoint.save))
-    return train.Run(config, epath.Path(config.workdir), None, None, None, None, None), events
+    return train.Run(program.Job(config, None, None, None), epath.Path(config.workdir), None, None), events
 
 
 def fake_advance(events, capacity, losses=lambda step: 1.0, weights=lambda step: float(step)):

@@ -1,0 +1,270 @@
+"""Says before a TPU is rented whether a training run fits it, how long it takes, and what to change if it does not.
+
+    python -m dreambooth_jax.plan --config configs/dog.py:sd15 --topology v5e:2x4
+    python -m dreambooth_jax.plan --config configs/dog.py:sd15 --sweep
+
+The TPU compiler (`pip install -e ".[plan]"`) compiles the very programs that `train` would run, from shapes alone, on
+any machine: no TPU and no weights are needed. Memory figures are the compiler's own and reliable; times are estimates,
+see docs/tpu.md.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from dreambooth_jax import runtime
+from dreambooth_jax.config import check_config
+from dreambooth_jax.images import list_images
+from dreambooth_jax.paint import make_paint_batch
+from dreambooth_jax.pipeline import describe_base
+from dreambooth_jax.program import Job, data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
+from dreambooth_jax.sharding import make_mesh, replicated
+from dreambooth_jax.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "such as configs/dog.py:sd15")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPU slice: v4, v5e, v5p or v6e, and its shape")
+_SWEEP = flags.DEFINE_bool("sweep", False, "compare slices and settings in one table")
+_JSON = flags.DEFINE_bool("json", False, "print JSON instead of text")
+_ADVISE = flags.DEFINE_bool("advise", True, "when it does not fit, compile what would")
+
+GIB = 2**30
+# Tried in this order, each on top of the ones before: what costs least comes first.
+REMEDIES = (
+    ("remat=True", {"remat": True}),
+    ("mesh_fsdp=-1, mesh_data=1", {"mesh_fsdp": -1, "mesh_data": 1}),
+    ("moment_dtype=bfloat16", {"moment_dtype": "bfloat16"}),
+    ("train_text_encoder=False", {"train_text_encoder": False}),
+    ("optimizer=adafactor", {"optimizer": "adafactor"}),
+)
+SWEEP_TOPOLOGIES = ("v5e:1x1", "v5e:2x4", "v6e:1x1", "v6e:2x4", "v5p:2x2x1", "v4:2x2x1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one configuration costs on one slice. Bytes and seconds are per device and per step.
+
+    Attributes:
+        parameters, optimizer_state, data: bytes of the arguments, by what they are.
+        cost: the compiler's answer for the training steps; None if they do not fit, then `missing` says by how much.
+        class_images: the compiler's answer for painting one batch of class images; None without prior preservation.
+        class_image_seconds: for one batch.
+    """
+
+    topology: str
+    devices: int
+    chip: Chip
+    parameters: int
+    optimizer_state: int
+    data: int
+    cost: Cost | None
+    missing: int
+    class_images: Cost | None
+    class_image_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.cost is not None
+
+    def run_seconds(self, config: ConfigDict) -> float:
+        """The whole run: steps and class images, without start and compile times."""
+        batches = -(-config.num_class_images // config.class_batch_size) if config.prior_preservation else 0
+        return config.steps * self.cost.seconds + batches * self.class_image_seconds
+
+
+def plan(config: ConfigDict, topology: str, *, class_images: bool = True) -> Plan:
+    """Compiles the run for a slice.
+
+    Args:
+        class_images: also compile the program that paints them.
+
+    Raises:
+        ValueError: unknown topology, or a mesh that does not cover it.
+    """
+    devices = devices_of(topology)
+    chip = chip_of(topology)
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
+    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    job = make_job(config, pipeline, mesh)
+    trainable, frozen = split_shapes(job)
+    state = state_shapes(job, trainable)
+    data = data_shapes(job, _instances(config), config.num_class_images)
+    cost, missing = None, 0
+    try:
+        cost = compile_for(chip, lower_steps(job, state, frozen, data, key_shape(job)))
+    except OutOfMemory as error:
+        missing = error.missing
+    painting, seconds = None, 0.0
+    if class_images and config.prior_preservation and cost is not None:
+        painting, seconds = _class_images(job, chip)
+    return Plan(
+        topology=topology,
+        devices=len(devices),
+        chip=chip,
+        parameters=shard_bytes(trainable) + shard_bytes(frozen),
+        optimizer_state=shard_bytes(state.opt_state) + (shard_bytes(state.ema) if state.ema else 0),
+        data=shard_bytes(data),
+        cost=cost,
+        missing=missing,
+        class_images=painting,
+        class_image_seconds=seconds,
+    )
+
+
+def _instances(config: ConfigDict) -> int:
+    """Images in the folder, or the five of a typical subject where there is none yet."""
+    try:
+        return max(1, len(list_images(config.instance_images))) * config.views
+    except (OSError, ValueError):
+        return 5 * config.views
+
+
+def _class_images(job: Job, chip: Chip) -> tuple[Cost, float]:
+    """The compiler's answer for one batch of class images, and its seconds.
+
+    The compiler counts a loop's body once: seconds are scaled by the FLOPs of all sampling steps over those counted.
+    """
+    config, pipeline = job.config, job.pipeline
+    batch, length = config.class_batch_size, pipeline.text_spec.max_position_embeddings
+    paint = make_paint_batch(
+        pipeline, job.mesh, resolution=config.resolution, batch_size=batch, method=config.sampler,
+        steps=config.sampling_steps, guidance=config.guidance_scale,
+    )  # fmt: skip
+    place = replicated(job.mesh)
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=place)
+    keys = jax.ShapeDtypeStruct((batch, 2), jnp.uint32, sharding=place)
+    trainable, frozen = split_shapes(job)
+    cost = compile_for(chip, paint.lower(trainable | frozen, ids, ids, keys))
+    shape = jax.ShapeDtypeStruct
+    latents = shape((2 * batch, *pipeline.latent_shape(config.resolution)), jnp.float32)
+    states = shape((2 * batch, length, pipeline.text_spec.hidden_size), jnp.dtype(config.dtype))
+    one_step = jax.jit(pipeline.denoise).lower(pipeline.shapes, latents, shape((2 * batch,), jnp.float32), states)
+    per_device = one_step.cost_analysis()["flops"] / job.mesh.size
+    return cost, cost.seconds * (cost.flops + (config.sampling_steps - 1) * per_device) / cost.flops
+
+
+def advise(config: ConfigDict, topology: str):
+    """Yields (changes, plan), each compiled, until one fits; the changes add up."""
+    changed, names = ConfigDict(dict(config)), []
+    for name, fields in REMEDIES:
+        if all(changed[field] == value for field, value in fields.items()):
+            continue
+        if "mesh_fsdp" in fields and len(devices_of(topology)) == 1:
+            continue
+        changed.update(fields)
+        names.append(name)
+        tried = plan(changed, topology, class_images=False)
+        yield ", ".join(names), tried
+        if tried.fits:
+            return
+
+
+def describe(plan: Plan, config: ConfigDict) -> str:
+    """For a person."""
+    chip, cost = plan.chip, plan.cost
+    images = config.batch_size * (1 + config.prior_preservation)
+    lines = [
+        ("slice", f"{plan.topology}: {plan.devices} {chip.device}s of {chip.hbm / GIB:.2f} GiB"),
+        ("batch", f"{images} images a step over all devices"),
+        ("parameters", f"{plan.parameters / GIB:7.2f} GiB a device"),
+        ("optimizer", f"{plan.optimizer_state / GIB:7.2f} GiB"),
+        ("data", f"{plan.data / GIB:7.2f} GiB"),
+    ]
+    if cost is None:
+        lines += [("fits", f"NO: {plan.missing / GIB:.2f} GiB too much")]
+        return _lines(lines)
+    spare = chip.hbm - cost.peak
+    lines += [
+        ("temporaries", f"{cost.temporaries / GIB:7.2f} GiB"),
+        ("peak", f"{cost.peak / GIB:7.2f} GiB of {chip.hbm / GIB:.2f}: fits, {spare / GIB:.2f} GiB to spare"),
+        ("work", f"{cost.flops / 1e12:.2f} TFLOP and {cost.bytes / 1e9:.1f} GB moved in HBM, a device and step"),
+    ]
+    for kind, (count, size) in cost.collectives.items():
+        lines.append((kind, f"{count} of {size / 1e6:.1f} MB in all"))
+    lines += [
+        (
+            "step",
+            f"{cost.seconds * 1e3:.0f} ms at least, bound by {cost.bound}; by cycles {cost.cycle_seconds * 1e3:.0f} ms",
+        ),
+        ("run", f"{plan.run_seconds(config) / 60:.1f} minutes for {config.steps} steps and the class images"),
+        ("compiled in", f"{cost.compile_seconds:.0f} s"),
+    ]
+    if plan.class_images is not None:
+        painting = plan.class_images
+        lines.insert(-1, (
+            "class images",
+            f"{plan.class_image_seconds:.1f} s for {config.class_batch_size}, peak {painting.peak / GIB:.2f} GiB",
+        ))  # fmt: skip
+    return _lines(lines)
+
+
+def _lines(lines) -> str:
+    return "\n".join(f"{name:>18}: {text}" for name, text in lines)
+
+
+def as_json(plan: Plan, config: ConfigDict) -> dict:
+    """Everything that `describe` shows, in bytes and seconds."""
+    values = dataclasses.asdict(plan) | {"fits": plan.fits}
+    if plan.fits:
+        values["run_seconds"] = plan.run_seconds(config)
+    return values
+
+
+def sweep(config: ConfigDict):
+    """Yields (settings, plan) over slices and settings, (1+1) images a device at least."""
+    for topology in SWEEP_TOPOLOGIES:
+        devices = len(devices_of(topology))
+        for remat in (False, True):
+            for fsdp in sorted({1, devices}):
+                changed = ConfigDict(dict(config))
+                changed.update(remat=remat, mesh_data=-1, mesh_fsdp=fsdp, batch_size=max(config.batch_size, devices))
+                yield (
+                    f"remat {remat}, fsdp {fsdp}, batch {changed.batch_size}",
+                    plan(changed, topology, class_images=False),
+                )
+
+
+def main(_) -> None:
+    runtime.start()
+    config = _CONFIG.value
+    try:
+        check_config(config)
+        if _SWEEP.value:
+            print_sweep(config)
+        else:
+            print_plan(config, _TOPOLOGY.value)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def print_plan(config: ConfigDict, topology: str) -> None:
+    found = plan(config, topology)
+    print(json.dumps(as_json(found, config), indent=2) if _JSON.value else describe(found, config), flush=True)
+    if not found.fits and _ADVISE.value and not _JSON.value:
+        print("what to change, each compiled:", flush=True)
+        for changes, tried in advise(config, topology):
+            answer = "still too much"
+            if tried.fits:
+                answer = f"fits, peak {tried.cost.peak / GIB:.2f} GiB, {tried.cost.seconds * 1e3:.0f} ms a step"
+            print(f"  {changes}: {answer}", flush=True)
+
+
+def print_sweep(config: ConfigDict) -> None:
+    print("| slice | settings | peak GiB | fits | step ms | images/s | bound |\n|---|---|---|---|---|---|---|")
+    for settings, found in sweep(config):
+        row = [found.topology, settings]
+        if found.fits:
+            images = int(settings.rsplit(" ", 1)[1]) * (1 + config.prior_preservation)
+            row += [f"{found.cost.peak / GIB:.2f}", "yes", f"{found.cost.seconds * 1e3:.0f}"]
+            row += [f"{images / found.cost.seconds:.1f}", found.cost.bound]
+        else:
+            row += [f"{(found.chip.hbm + found.missing) / GIB:.2f}", "no", "", "", ""]
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,116 @@
+"""The compiled programs of a training run, from shapes alone: `train` runs them, `plan` compiles them for a machine
+that is not there."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dreambooth_jax.method import combine, split, trainable_pattern
+from dreambooth_jax.optimizer import learning_rate, make_optimizer
+from dreambooth_jax.params import Params
+from dreambooth_jax.pipeline import Pipeline
+from dreambooth_jax.sharding import batch_sharding, gather, param_sharding, replicated, state_shardings
+from dreambooth_jax.step import Data, Resident, TrainState, init_state, make_step, run_steps
+
+
+class Job(NamedTuple):
+    """What determines the programs. `config.resolution` is in pixels here, no longer 0."""
+
+    config: ConfigDict
+    pipeline: Pipeline
+    mesh: Mesh
+    optimizer: object
+
+
+def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
+    """Resolves what a config leaves to the base, and the optimizer.
+
+    Raises:
+        ValueError: the optimizer or its schedule is not implemented.
+    """
+    config = ConfigDict(dict(config) | {"resolution": config.resolution or pipeline.resolution})
+    rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
+    optimizer = make_optimizer(
+        config.optimizer, rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None,
+        moment_dtype=config.moment_dtype,
+        multiplier=lambda name: config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0,
+    )  # fmt: skip
+    return Job(config, pipeline, mesh, optimizer)
+
+
+def initial(job: Job):
+    """trainable -> the state before the first step."""
+    return functools.partial(init_state, optimizer=job.optimizer, ema=job.config.ema_decay > 0)
+
+
+def split_shapes(job: Job) -> tuple[Params, Params]:
+    """(trainable, frozen) shapes, as the mesh holds them."""
+    place = functools.partial(param_sharding, job.mesh)
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name, x.shape))
+        for name, x in job.pipeline.shapes.items()
+    }
+    return split(shapes, trainable_pattern(job.config))
+
+
+def state_shapes(job: Job, trainable: Params) -> TrainState:
+    """Shapes of the whole train state, as the mesh holds it; `trainable` may be arrays or shapes."""
+    shapes = jax.eval_shape(initial(job), trainable)
+    shardings = state_shardings(job.mesh, trainable, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def data_shapes(job: Job, num_instance: int, num_class: int) -> Data:
+    """Shapes of the resident examples, each half with one caption; every device has all of them."""
+    config, pipeline = job.config, job.pipeline
+    length, width = pipeline.text_spec.max_position_embeddings, pipeline.text_spec.hidden_size
+    cond = _everywhere(job, (1, length), jnp.int32)
+    if not config.train_text_encoder:
+        cond = _everywhere(job, (1, length, width), jnp.float32)
+
+    def resident(count: int) -> Resident:
+        latents = _everywhere(job, (count, *pipeline.latent_shape(config.resolution)), jnp.float32)
+        return Resident(latents, latents, cond, _everywhere(job, (count,), jnp.int32))
+
+    return Data(resident(num_instance), resident(num_class) if config.prior_preservation else None)
+
+
+def key_shape(job: Job) -> jax.ShapeDtypeStruct:
+    """Of the run's key."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return _everywhere(job, key.shape, key.dtype)
+
+
+def _everywhere(job: Job, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(job.mesh))
+
+
+def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: jax.Array) -> jax.stages.Lowered:
+    """The call of up to `steps_per_call` training steps: (state, frozen, data, key, count) -> (state, metrics).
+
+    Arguments may be arrays or ShapeDtypeStructs with shardings. The state is donated.
+    """
+    config, pipeline, mesh = job.config, job.pipeline, job.mesh
+    batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
+    spread = batch_sharding(mesh, batch)
+    step = make_step(
+        pipeline.denoise_ids if config.train_text_encoder else pipeline.denoise,
+        job.optimizer,
+        pipeline.schedule,
+        batch_size=config.batch_size,
+        combine=lambda frozen, trainable: gather(mesh, combine(frozen, trainable)),
+        prior_weight=config.prior_weight,
+        snr_gamma=config.snr_gamma or None,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay or None,
+        constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    steps = jax.jit(
+        run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+    )
+    return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))

@@ -1,0 +1,197 @@
+"""TPU chips and slices that are not there: their published figures, and what their compiler says of a program."""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX sees it: a chip, or on v4 one of the two cores of a chip.
+
+    Attributes:
+        device: how to call it.
+        hbm: bytes that a program can use.
+        flops: bfloat16 FLOP/s, published.
+        bandwidth: HBM bytes/s, published.
+        interconnect: bytes/s to all neighbours together, published.
+        clock: cycles/s, for the compiler's cycle estimates.
+    """
+
+    device: str
+    hbm: int
+    flops: float
+    bandwidth: float
+    interconnect: float
+    clock: float
+
+
+_GIB = 2**30
+# cloud.google.com/tpu/docs/system-architecture; usable HBM as the compiler's out-of-memory check has it.
+CHIPS = {
+    "v4": Chip("TensorCore", int(15.48 * _GIB), 137.5e12, 614e9, 150e9, 1.05e9),
+    "v5e": Chip("chip", int(15.75 * _GIB), 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip("chip", int(95.74 * _GIB), 459e12, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip("chip", int(31.25 * _GIB), 918e12, 1640e9, 448e9, 1.75e9),
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """Raises ValueError for a generation that is not known."""
+    generation = topology.partition(":")[0]
+    if generation not in CHIPS:
+        raise ValueError(f"topology = {topology!r}: expected one of {', '.join(CHIPS)} and a shape, such as v5e:2x4")
+    return CHIPS[generation]
+
+
+@functools.cache
+def devices_of(topology: str) -> Sequence[Any]:
+    """The devices of a slice that is not there, for meshes to compile against. "v5e:1x1" is one chip of a host.
+
+    Raises:
+        ImportError: libtpu, which holds the compiler, is not installed.
+        ValueError: no such slice.
+    """
+    chip_of(topology)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask nobody what machine this is
+    generation, _, shape = topology.partition(":")
+    wanted = math.prod(map(int, re.findall(r"\d+", shape))) if shape else 0
+    smallest = {"v4": "2x2x1", "v5p": "2x2x1"}.get(generation, "2x4")
+    name = f"{generation}:{smallest}" if wanted == 1 else topology
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # jaxlib has one type for all that can go wrong
+        if "libtpu" in str(error).lower() or "Unable to initialize" in str(error):
+            raise ImportError(f'the TPU compiler is not installed ({error}): pip install -e ".[plan]"') from error
+        raise ValueError(
+            f"topology = {topology!r}: {error}; such as v5e:2x4, v6e:16x16, v5p:2x2x2, v4:2x2x1"
+        ) from error
+    return devices[:1] if wanted == 1 else devices
+
+
+class OutOfMemory(Exception):
+    """The program does not fit; `missing` is by how many bytes."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        amount = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT])", message)
+        scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        self.missing = int(float(amount[1]) * scale[amount[2]]) if amount else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the compiler says of one program, per device.
+
+    Attributes:
+        arguments, temporaries, peak: bytes of HBM.
+        flops, bytes: of one pass; the bodies of loops count once.
+        collectives: kind -> (number, bytes that one device receives).
+        roofline_seconds: sum over instructions of the longer of compute and memory time: a lower bound.
+        cycle_seconds: the compiler's cycle estimates: the second opinion.
+        interconnect_seconds: bytes of the collectives at full bandwidth.
+        compile_seconds: how long the compiler took.
+    """
+
+    arguments: int
+    temporaries: int
+    peak: int
+    flops: float
+    bytes: float
+    collectives: dict[str, tuple[int, int]]
+    compute_seconds: float
+    memory_seconds: float
+    interconnect_seconds: float
+    roofline_seconds: float
+    cycle_seconds: float
+    compile_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The estimate: what bounds it if everything else overlaps."""
+        return max(self.roofline_seconds, self.interconnect_seconds)
+
+    @property
+    def bound(self) -> str:
+        """What the program waits for most."""
+        times = {
+            "compute": self.compute_seconds, "HBM": self.memory_seconds, "interconnect": self.interconnect_seconds,
+        }  # fmt: skip
+        return max(times, key=times.get)
+
+
+def compile_for(chip: Chip, lowered: jax.stages.Lowered, options: dict | None = None) -> Cost:
+    """Compiles and reads the compiler's analyses.
+
+    Raises:
+        OutOfMemory: it does not fit.
+    """
+    started = time.monotonic()
+    try:
+        compiled = lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
+            raise OutOfMemory(str(error)) from error
+        raise
+    seconds = time.monotonic() - started
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    exchanged = collectives(text)
+    return Cost(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        flops=cost["flops"],
+        bytes=cost["bytes accessed"],
+        collectives=exchanged,
+        compute_seconds=cost["flops"] / chip.flops,
+        memory_seconds=cost["bytes accessed"] / chip.bandwidth,
+        interconnect_seconds=sum(size for _, size in exchanged.values()) / chip.interconnect,
+        # Every call that the cost model cannot see into is counted as -1 second.
+        roofline_seconds=cost["optimal_seconds"] % 1.0,
+        cycle_seconds=sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) / chip.clock,
+        compile_seconds=seconds,
+    )
+
+
+_COLLECTIVE = re.compile(
+    r"= (?P<result>\(?[^=]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\("
+)
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """Number and result bytes of the collectives in optimized HLO, by kind."""
+    found: dict[str, list[int]] = {}
+    for match in _COLLECTIVE.finditer(hlo):
+        sizes = [_bytes_of(kind, dims) for kind, dims in _ARRAY.findall(match["result"])]
+        # A "-start" returns its operands beside its results; the larger half is what is exchanged.
+        size = max(sizes, default=0) if match["start"] else sum(sizes)
+        found.setdefault(match["kind"], []).append(size)
+    return {kind: (len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())}
+
+
+def _bytes_of(kind: str, dims: str) -> int:
+    bits = {"pred": 8, "bf16": 16}.get(kind) or int(kind[1:])
+    return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays or ShapeDtypeStructs with shardings."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
