@@ -25,7 +25,7 @@ class Request(NamedTuple):
     key: jax.Array
 
 
-Painter = Callable[[Params, Sequence[Request]], Iterator[tuple[int, np.ndarray]]]
+Painter = Callable[..., Iterator[tuple[int, np.ndarray]]]
 
 
 def make_paint_batch(
@@ -54,23 +54,27 @@ def make_paint_batch(
 
 
 def make_painter(pipeline: Pipeline, mesh: Mesh, *, batch_size: int, **kw) -> Painter:
-    """Builds `paint(params, requests)`, which yields (number of the request, uint8 image [h, w, 3]) as they are done.
+    """Builds `paint(params, requests, everywhere=True)`, which yields (number of the request, uint8 image [h, w, 3]) as
+    they are done.
 
     The pictures are computed `batch_size` at a time, split over the mesh, by one compiled program; each depends on its
-    request alone. With several processes every request is yielded by exactly one of them. Arguments and errors are
-    those of `make_paint_batch`.
+    request alone. With several processes, all of them paint the same requests; each is yielded every picture, or with
+    `everywhere=False` only its own, so that every picture is one process's. Arguments and errors are those of
+    `make_paint_batch`.
     """
     compiled = make_paint_batch(pipeline, mesh, batch_size=batch_size, **kw)
+    whole = jax.jit(lambda images: images, out_shardings=replicated(mesh))
 
-    def paint(params: Params, requests: Sequence[Request]) -> Iterator[tuple[int, np.ndarray]]:
+    def paint(params: Params, requests: Sequence[Request], everywhere: bool = True) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(requests), batch_size):
             part = list(requests[start : start + batch_size])
             padded = part + part[-1:] * (batch_size - len(part))
             ids = pipeline.tokenize([r.prompt for r in padded])
             negative = pipeline.tokenize([r.negative for r in padded])
             keys = np.stack([jax.random.key_data(r.key) for r in padded])
-            images = compiled(params, *jax.device_put((ids, negative, keys), replicated(mesh)))
-            for number, image in _local_rows(images):
+            images = compiled(params, ids, negative, keys)
+            rows = enumerate(np.asarray(whole(images))) if everywhere else _local_rows(images)
+            for number, image in rows:
                 if number < len(part):
                     yield start + number, image
 
@@ -88,15 +92,12 @@ def _local_rows(images: Array) -> Iterator[tuple[int, np.ndarray]]:
 def paint_sheet(
     paint: Painter, params: Params, prompts: Sequence[str], seeds: Sequence[int], *, negative: str = ""
 ) -> list[list[np.ndarray]]:
-    """One row of pictures per prompt, one column per seed; each seed has the same noise in every row.
-
-    With several processes the rows hold this process's pictures only.
-    """
+    """One row of pictures per prompt, one column per seed; each seed has the same noise in every row."""
     requests = [Request(prompt, negative, jax.random.key(seed)) for prompt in prompts for seed in seeds]
     painted = dict(paint(params, requests))
     numbers = range(len(requests))
     rows = (numbers[i : i + len(seeds)] for i in range(0, len(requests), len(seeds)))
-    return [[painted[number] for number in row if number in painted] for row in rows]
+    return [[painted[number] for number in row] for row in rows]
 
 
 def save_sheet(path: str | os.PathLike, rows, labels: Sequence[str], metadata: Mapping[str, str], columns=()) -> None:

@@ -13,6 +13,7 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
+from dreambooth_jax import runtime
 from dreambooth_jax.images import list_images
 from dreambooth_jax.paint import Painter, Request
 from dreambooth_jax.params import Params
@@ -71,10 +72,18 @@ def paint_class_images(
     starts = sorted({number - number % batch_size for number in numbers})
     painted = [number for start in starts for number in range(start, start + batch_size)]
     requests = [Request(prompt, "", jax.random.fold_in(key, number)) for number in painted]
-    with tqdm(total=len(numbers), desc="class images", unit="image") as bar:
-        for index, image in paint(params, requests):
+    with tqdm(total=len(numbers), desc="class images", unit="image", disable=not runtime.is_first_process()) as bar:
+        for index, image in paint(params, requests, everywhere=False):
             number = painted[index]
             if number in numbers:
                 about = {"prompt": prompt, "seed": f"fold_in({seed}, {number})", **metadata}
                 save_png(epath.Path(folder) / f"class_{number:05d}.png", image, about)
                 bar.update()
+    runtime.wait_for_all("class images")
+    absent = set(numbers) & set(missing_class_images(folder, max(numbers) + 1))
+    if absent:
+        raise OSError(
+            f"{folder}: {len(absent)} class images that other hosts have painted are not seen from this one. The "
+            "workdir (or class_images) of a run on several hosts must be one folder for all: gs://bucket/..., or a "
+            "shared disk."
+        )

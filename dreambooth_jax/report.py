@@ -56,9 +56,12 @@ class Reporter:
         rows = [row for row in _read_rows(self._path) if int(row[0]) <= first_step]
         # Rewritten whole after every call: gs:// files cannot be appended to.
         self._rows: list[Sequence] = rows
+        first = runtime.is_first_process()
         folder, suffix = str(workdir / "tensorboard"), f".{first_step}"  # a quick restart must not share a file
-        self._events = SummaryWriter(folder, purge_step=first_step + 1, filename_suffix=suffix)
-        self._bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", mininterval=1.0)
+        self._events = SummaryWriter(folder, purge_step=first_step + 1, filename_suffix=suffix, write_to_disk=first)
+        self._bar = tqdm(
+            total=steps, initial=first_step, desc="training", unit="step", mininterval=1.0, disable=not first
+        )
 
     def record(self, first_step: int, metrics: Metrics, count: int) -> None:
         """Writes the first `count` steps of a call; waits until they are computed.

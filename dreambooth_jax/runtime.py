@@ -1,31 +1,57 @@
-"""What every command does to JAX before its first computation."""
+"""What every command does to JAX before its first computation, and what several processes of one run must agree on."""
 
+import glob
+import importlib.util
 import os
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 
 def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     """Joins the other hosts of a pod, if there are any, and keeps compiled programs for the next run.
 
-    The cache directory of the environment (JAX_COMPILATION_CACHE_DIR) comes before `cache`.
+    TPU VMs and GKE tell JAX who the others are. Elsewhere the environment does: JAX_COORDINATOR_ADDRESS (host:port of
+    process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The cache directory of the environment
+    (JAX_COMPILATION_CACHE_DIR) comes before `cache`.
     """
     logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life otherwise
-    if _on_pod():
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        jax.distributed.initialize(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
+    elif _has_tpu():
         jax.distributed.initialize()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _on_pod() -> bool:
-    """Whether the environment, a TPU VM's or a launcher's, says that this is one of several hosts."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return len(hosts) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
+def _has_tpu() -> bool:
+    """Whether this is a host with TPU chips that JAX is to use: of a slice, maybe, and JAX can find out."""
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    wanted = jax.config.jax_platforms is None or "tpu" in jax.config.jax_platforms
+    return bool(chips) and wanted and importlib.util.find_spec("libtpu") is not None
 
 
 def is_first_process() -> bool:
     """The one process that writes what a person reads."""
     return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    """Whether the run is this one process."""
+    return jax.process_count() == 1
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process has come here."""
+    if not is_alone():
+        multihost_utils.sync_global_devices(what)
+
+
+def as_first_process_has_it(value: np.ndarray) -> np.ndarray:
+    """Process 0's `value`, in every process; shapes must agree."""
+    return value if is_alone() else np.asarray(multihost_utils.broadcast_one_to_all(value))

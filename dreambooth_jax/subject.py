@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -38,5 +37,5 @@ def make_encoder(pipeline: Pipeline, mesh: Mesh, *, text_states: bool, batch_siz
 def _in_batches(function, rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
     """Applies `function` (rows -> tuple of arrays) to equal batches: one compiled shape for any number of rows."""
     padded = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % size, axis=0)])
-    parts = [jax.device_get(function(jnp.asarray(padded[i : i + size]))) for i in range(0, len(padded), size)]
+    parts = [jax.device_get(function(padded[i : i + size])) for i in range(0, len(padded), size)]
     return [np.concatenate(column)[: len(rows)] for column in zip(*parts, strict=True)]

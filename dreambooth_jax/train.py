@@ -8,6 +8,7 @@ Running the same command again goes on from the last checkpoint. SIGTERM saves a
 import contextlib
 import functools
 import json
+import os
 import shutil
 import sys
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from dreambooth_jax.paint import Painter, Request, make_painter, paint_sheet, sa
 from dreambooth_jax.params import Params, count
 from dreambooth_jax.pictures import save_png, slug
 from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
-from dreambooth_jax.preemption import Preemption
+from dreambooth_jax.preemption import Agreement, Preemption
 from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
 from dreambooth_jax.program import Job, initial, lower_steps, make_job, state_shapes
 from dreambooth_jax.report import NonFiniteLoss, Reporter, check_finite, write_whole
@@ -152,7 +153,7 @@ def prepare_data(run: Run, params: Params) -> Data:
     if not config.prior_preservation:
         return Data(encode(params, run.examples), None)
     folder = class_folder(config)
-    if numbers := missing_class_images(folder, config.num_class_images):
+    if numbers := _agreed(missing_class_images(folder, config.num_class_images), config.num_class_images):
         about = {
             "model": config.base, "sampler": config.sampler, "steps": str(config.sampling_steps),
             "guidance": str(config.guidance_scale),
@@ -162,6 +163,13 @@ def prepare_data(run: Run, params: Params) -> Data:
             batch_size=config.class_batch_size, metadata=about,
         )  # fmt: skip
     return Data(encode(params, run.examples), encode(params, read_class_images(config)))
+
+
+def _agreed(numbers: list[int], count: int) -> list[int]:
+    """`numbers` below `count` as the first process has them: one that looks later may already see new pictures."""
+    chosen = np.zeros(count, bool)
+    chosen[numbers] = True
+    return np.flatnonzero(runtime.as_first_process_has_it(chosen)).tolist()
 
 
 def start_state(run: Run, trainable: Params, manager) -> TrainState:
@@ -180,7 +188,8 @@ def train(run: Run, guard: Preemption) -> None:
     with contextlib.closing(manager):  # also after an error: what is being saved becomes complete
         guard.before_leaving(manager.wait_until_finished)
         done = manager.latest_step() or 0
-        print_plan(run, done)
+        if runtime.is_first_process():
+            print_plan(run, done)
         if done < config.steps or _sheet_is_missing(run, done):
             check_space(run, manager)
             params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
@@ -189,10 +198,13 @@ def train(run: Run, guard: Preemption) -> None:
             del params
             state = start_state(run, trainable, manager)
             del trainable
-            key = jax.device_put(jax.random.key(config.seed), replicated(run.mesh))
+            key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(run.mesh))()
             steps = lower_steps(run.job, state, frozen, data, key).compile()
-            loop(run, guard, manager, state, frozen, lambda state, n: steps(state, frozen, data, key, n))
-    print(_farewell(run, max(done, config.steps)), flush=True)
+            # Several processes leave together, from inside the loop only.
+            with contextlib.nullcontext() if runtime.is_alone() else guard.polled():
+                loop(run, guard, manager, state, frozen, lambda state, n: steps(state, frozen, data, key, n))
+    if runtime.is_first_process():
+        print(_farewell(run, max(done, config.steps)), flush=True)
 
 
 def check_space(run: Run, manager) -> None:
@@ -222,7 +234,7 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
     config = run.config
     step = int(state.step)
     reporter = Reporter(run.workdir, first_step=step, steps=config.steps)
-    late = []
+    late, agree = [], Agreement(run.mesh)
 
     def report_late() -> None:
         while late:
@@ -249,11 +261,11 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
             until = _next_stop(step, config)
             while step < until:
                 number = min(config.steps_per_call, until - step)
-                state, metrics = advance(state, jnp.asarray(number, jnp.int32))
+                state, metrics = advance(state, np.int32(number))
                 report_late()
                 late.append((step, metrics, number))
                 step += number
-                if guard.requested:
+                if agree(guard.requested):
                     guard.leave()
             if step % config.save_every == 0 or step == config.steps:
                 save()
@@ -295,7 +307,8 @@ def paint_before(run: Run, params: Params) -> None:
     for number, image in run.paint(params, [request for _, _, request in requests]):
         prompt, seed, _ = requests[number]
         about = {"model": config.base, "prompt": prompt, "seed": str(seed)}
-        save_png(_before(run, prompt, seed), image, about)
+        if runtime.is_first_process():
+            save_png(_before(run, prompt, seed), image, about)
 
 
 def _is_of_class(prompt: str) -> bool:
@@ -344,6 +357,15 @@ def main(_) -> None:
             train(set_up(_CONFIG.value), guard)
         except (OSError, ValueError, NonFiniteLoss) as error:
             sys.exit(f"error: {error}")
+        except jax.errors.JaxRuntimeError as error:
+            if runtime.is_alone():
+                raise
+            print(
+                f"error: process {jax.process_index()} cannot go on without the others ({str(error).splitlines()[0]}). "
+                "See the log of the one that stopped first; the same command on all hosts goes on from the checkpoint.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            os._exit(1)  # an orderly end would wait for the process that is gone
 
 
 if __name__ == "__main__":

@@ -73,13 +73,14 @@ def config_of(workdir: Path, **fields):
     return config
 
 
-def start(workdir: Path, *, program=("-m", "dreambooth_jax.train"), devices=1, environment=(), **fields):
-    """The train command in a process of its own; its output goes to `workdir`.log."""
+def start(workdir: Path, *, program=("-m", "dreambooth_jax.train"), devices=1, environment=(), log=None, **fields):
+    """The train command in a process of its own; its output goes to `log`, or to `workdir`.log."""
     platform = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": platform, "PYTHONPATH": str(ROOT)} | dict(environment)
     command = [sys.executable, *program, "--config", "configs/dog.py", *flags(workdir=str(workdir), **SMALL | fields)]
-    with log_of(workdir).open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+    log_of(workdir).parent.mkdir(parents=True, exist_ok=True)
+    with log_of(log or workdir).open("a") as output:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=output)
 
 
 def log_of(workdir: Path) -> Path:

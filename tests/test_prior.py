@@ -36,8 +36,8 @@ class Prior:
     def cut_off(self, after: int):
         """A painter whose process is killed after so many pictures."""
 
-        def paint(params, requests):
-            for count, painted in enumerate(self.painter(params, requests)):
+        def paint(params, requests, everywhere):
+            for count, painted in enumerate(self.painter(params, requests, everywhere)):
                 if count == after:
                     raise KeyboardInterrupt
                 yield painted

@@ -327,7 +327,7 @@ def fake_run(tmp_path, monkeypatch, **fields):
 
     monkeypatch.setattr(Reporter, "record", told("report", Reporter.record))
     monkeypatch.setattr(checkpoint, "save", told("save", checkpoint.save))
-    return train.Run(program.Job(config, None, None, None), epath.Path(config.workdir), None, None), events
+    return train.Run(program.Job(config, None, make_mesh(), None), epath.Path(config.workdir), None, None), events
 
 
 def fake_advance(events, capacity, losses=lambda step: 1.0, weights=lambda step: float(step)):

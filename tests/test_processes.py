@@ -1,0 +1,132 @@
+"""One run over several processes, as on the hosts of a pod: on this machine, with CPU collectives."""
+
+import csv
+import signal
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runs import checkpoints, log_of, pictures, start, wait
+
+FIELDS = {"batch_size": 4, "steps": 12, "save_every": 4, "sample_every": 12, "num_class_images": 10, "mesh_fsdp": 2}
+
+
+def start_all(workdir: Path, count: int, devices: int, workdirs=None, **fields):
+    """`count` processes of one run, each with its own log `workdir.N.log`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for number in range(count):
+        environment = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(number),
+        }
+        folder = workdirs[number] if workdirs else workdir
+        log = workdir.with_name(f"{workdir.name}.{number}")
+        processes.append(start(folder, devices=devices, environment=environment, log=log, **FIELDS | fields))
+    return processes
+
+
+def wait_all(workdir: Path, processes, codes) -> None:
+    found = [wait(process) for process in processes]
+    logs = [log_of(workdir.with_name(f"{workdir.name}.{number}")) for number in range(len(found))]
+    assert found == codes, "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def losses(workdir: Path) -> np.ndarray:
+    rows = list(csv.reader((workdir / "metrics.csv").open()))[1:]
+    assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
+    return np.array([[float(value) for value in row[1:]] for row in rows])
+
+
+def until(happened, processes) -> None:
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def one(micro, tmp_path_factory):
+    """The run as one process of eight devices."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert wait(start(workdir, devices=8, base=micro, **FIELDS)) == 0, log_of(workdir).read_text()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(micro, tmp_path_factory):
+    """The same as two processes of four devices each."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    wait_all(workdir, start_all(workdir, 2, 4, base=micro), [0, 0])
+    return workdir
+
+
+def test_two_processes_are_one_process_with_all_devices(one, two):
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5, atol=1e-5)
+    assert pictures(two / "class_images").keys() == pictures(one / "class_images").keys()
+    assert len(pictures(two / "class_images")) == 10
+    assert pictures(two / "samples").keys() == pictures(one / "samples").keys()
+    assert checkpoints(two) == checkpoints(one)
+
+
+def test_one_process_speaks_for_all(two):
+    logs = [log_of(two.with_name(f"{two.name}.{number}")).read_text() for number in range(2)]
+    assert "Done. Checkpoint" in logs[0] and "training:" in logs[0]
+    assert "Done. Checkpoint" not in logs[1] and "training:" not in logs[1] and "class images:" not in logs[1]
+    assert len(list((two / "tensorboard").glob("events*"))) == 1
+
+
+def test_four_processes(one, micro, tmp_path):
+    workdir = tmp_path / "run"
+    wait_all(workdir, start_all(workdir, 4, 2, base=micro, mesh_fsdp=4), [0] * 4)
+    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sigterm_to_one_is_a_save_of_all(two, micro, tmp_path, asked):
+    workdir = tmp_path / "run"
+    processes = start_all(workdir, 2, 4, base=micro, steps=4000, save_every=40, sample_every=4000)
+    until(lambda: checkpoints(workdir), processes)  # both are in the loop then
+    processes[asked].send_signal(signal.SIGTERM)
+    wait_all(workdir, processes, [143, 143])
+    (saved,) = checkpoints(workdir)
+    assert 0 < saved < 4000
+    wait_all(workdir, start_all(workdir, 2, 4, base=micro, steps=saved + 4, sample_every=4000), [0, 0])
+    found = losses(workdir)
+    assert len(found) == saved + 4
+    steps = min(len(found), len(losses(two)))
+    np.testing.assert_allclose(found[:steps], losses(two)[:steps], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_is_killed_the_others_say_so_and_the_restart_goes_on(two, micro, tmp_path, killed):
+    workdir = tmp_path / "run"
+    processes = start_all(workdir, 2, 4, base=micro, steps=4000, save_every=4, sample_every=4000)
+    until(lambda: checkpoints(workdir), processes)
+    processes[killed].send_signal(signal.SIGKILL)
+    other = processes[1 - killed]
+    assert wait(other, timeout=150) not in (0, -signal.SIGKILL)
+    log = log_of(workdir.with_name(f"run.{1 - killed}")).read_text()
+    assert (
+        "cannot go on without the others" in log or "another task died" in log or "coordination service" in log.lower()
+    )
+    processes[killed].wait()
+    saved = checkpoints(workdir)[-1]
+    wait_all(workdir, start_all(workdir, 2, 4, base=micro, steps=saved + 4, sample_every=4000), [0, 0])
+    found = losses(workdir)
+    assert len(found) == saved + 4
+    np.testing.assert_allclose(found[:12], losses(two)[: len(found)], rtol=1e-5, atol=1e-5)
+
+
+def test_hosts_that_share_no_folder_are_told(micro, tmp_path):
+    workdirs = [tmp_path / "here" / "run", tmp_path / "there" / "run"]
+    workdir = tmp_path / "run"
+    processes = start_all(workdir, 2, 4, workdirs=workdirs, base=micro)
+    assert wait(processes[0]) != 0 and wait(processes[1]) != 0
+    assert "must be one folder for all" in log_of(workdir.with_name("run.0")).read_text()
