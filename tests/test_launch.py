@@ -1,0 +1,147 @@
+"""The launch files: their whole life against a `gcloud` that runs the hosts as processes here; and their form."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dreambooth_jax.export import main as export
+from runs import SMALL, checkpoints, flags
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+FIELDS = SMALL | {"steps": 120, "save_every": 10, "sample_every": 120, "batch_size": 2}
+
+# What a host has in place of the real python3: making an environment gives it this one, installing into it nothing.
+HOST_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+"-m uv venv"*)
+    mkdir -p env/bin
+    printf '#!/usr/bin/env bash\nexec {python} "$@"\n' >env/bin/python && chmod +x env/bin/python ;;
+"-m pip install"* | "-m uv pip install"*) ;;
+*) echo "unexpected: $*" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def cloud(micro, tmp_path):
+    """The environment of a launch script: a fake cloud, and variables for a small run."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, text in (
+        ("gcloud", f'#!/usr/bin/env bash\nexec {sys.executable} {ROOT / "tests" / "fake_gcloud.py"} "$@"\n'),
+        ("python3", HOST_PYTHON.format(python=sys.executable)),
+    ):
+        (bin_folder / name).write_text(text)
+        (bin_folder / name).chmod(0o755)
+    (tmp_path / "cloud").mkdir()
+    return os.environ | {
+        "PATH": f"{bin_folder}:{os.environ['PATH']}", "FAKE_CLOUD": str(tmp_path / "cloud"), "POLL": "0.2",
+        "WORKDIR": str(tmp_path / "bucket"), "RESULTS": str(tmp_path / "results"), "NAME": "job",
+        "CONFIG": "configs/dog.py", "ARGS": " ".join(f"'{flag}'" for flag in flags(base=micro, **FIELDS)),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+    }  # fmt: skip
+
+
+def calls(cloud) -> list[str]:
+    return (Path(cloud["FAKE_CLOUD"]) / "calls").read_text().splitlines()
+
+
+def assert_slice_is_gone(cloud) -> None:
+    assert not (Path(cloud["FAKE_CLOUD"]) / "state").exists()
+
+
+def test_a_preempted_slice_is_asked_for_again_and_the_run_resumes(cloud, tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([ROOT / "launch" / "queued.sh", "all"], env=cloud, stdout=log, stderr=log)
+    while not checkpoints(tmp_path / "bucket"):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    (tmp_path / "cloud" / "preempt").touch()
+    assert process.wait(600) == 0, (tmp_path / "log").read_text()[-5000:]
+    text = (tmp_path / "log").read_text()
+    assert "the slice was taken away" in text and "going on from step" in text
+    kinds = [
+        next((kind for kind in ("create", "delete", "scp", "rsync") if f" {kind} " in call), "")
+        for call in calls(cloud)
+    ]
+    assert [kind for kind in kinds if kind] == ["create", "scp", "delete", "create", "scp", "rsync", "delete"]
+    assert_slice_is_gone(cloud)
+
+    results = tmp_path / "results"
+    assert [int(row.split(",")[0]) for row in (results / "metrics.csv").read_text().splitlines()[1:]] == list(
+        range(1, 121)
+    )
+    assert list((results / "samples").glob("*.png"))
+    assert not list(results.glob("checkpoints/*/optimizer/*"))
+    export(["--workdir", str(results), "--output", str(tmp_path / "model")])
+    assert (tmp_path / "model" / "unet" / "config.json").exists()
+
+
+def test_a_training_that_fails_by_itself_ends_and_deletes_the_slice(cloud):
+    cloud["ARGS"] += " --config.learning_rate=-1.0"
+    done = subprocess.run([ROOT / "launch" / "queued.sh", "all"], env=cloud, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "learning_rate = -1.0: expected above 0" in done.stderr and "on a slice that is well" in done.stderr
+    assert sum(" create " in call for call in calls(cloud)) == 1
+    assert_slice_is_gone(cloud)
+
+
+def test_a_slice_on_demand(cloud, tmp_path):
+    cloud["ARGS"] += " --config.steps=4"
+    done = subprocess.run([ROOT / "launch" / "tpu_vm.sh", "all"], env=cloud, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert checkpoints(tmp_path / "results") == [4]
+    assert_slice_is_gone(cloud)
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "queued.sh"])
+def test_a_dry_run_prints_what_a_run_does_and_does_nothing(cloud, script, tmp_path):
+    done = subprocess.run(
+        [ROOT / "launch" / script, "all"], env=cloud | {"DRY_RUN": "1"}, capture_output=True, text=True, check=True
+    )
+    assert not (tmp_path / "cloud" / "calls").exists() and not (tmp_path / "results").exists()
+    steps = [line for line in done.stderr.splitlines() if line.startswith("+ ")]
+    for command in (" create job ", " scp ", "dreambooth_jax.train", " rsync ", " delete job "):
+        assert sum(command in step for step in steps) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    done = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "common.sh"], ids=lambda path: path.name)
+def test_without_a_word_it_says_which_there_are(script):
+    done = subprocess.run([script], capture_output=True, text=True)
+    assert done.returncode == 2 and "delete" in done.stderr
+
+
+def test_the_jobset_has_the_shape_that_kubernetes_takes():
+    done = subprocess.run(
+        [ROOT / "launch" / "gke.sh", "submit"], capture_output=True, text=True, check=True,
+        env=os.environ | {"DRY_RUN": "1", "NAME": "rex", "HOSTS": "4", "QUEUE": "spot"},
+    )  # fmt: skip
+    assert "$" not in done.stdout
+    job = yaml.safe_load(done.stdout)
+    assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert job["metadata"]["name"] == "rex"
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "spot"}
+    spec = job["spec"]
+    assert spec.keys() == {"failurePolicy", "replicatedJobs"} and type(spec["failurePolicy"]["maxRestarts"]) is int
+    (replicated,) = spec["replicatedJobs"]
+    assert replicated.keys() == {"name", "replicas", "template"}
+    work = replicated["template"]["spec"]
+    assert work["parallelism"] == work["completions"] == 4 and work["backoffLimit"] == 0
+    pod = work["template"]["spec"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] > 30
+    assert pod["nodeSelector"].keys() == {"cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"}
+    (container,) = pod["containers"]
+    assert container["resources"]["requests"] == container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert all(argument.startswith("--config") for argument in container["args"])
