@@ -83,19 +83,23 @@ def _ddim(schedule: Schedule, t: np.ndarray) -> Table:
     return _first_order(t, schedule.alpha[t], schedule.sigma[t], next_alpha, next_sigma)
 
 
+def _never_zero(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """alpha and sigma, with alpha^2 = 2^-24 in place of a 0 at the end of a zero-SNR schedule: quotients and logarithms
+    of them stay finite. The reference has the same number."""
+    zero = schedule.alpha == 0
+    return np.where(zero, 2.0**-12, schedule.alpha), np.where(zero, np.sqrt(1 - 2.0**-24), schedule.sigma)
+
+
 def _euler(schedule: Schedule, t: np.ndarray) -> Table:
-    if schedule.alpha[-1] == 0:
-        raise ValueError("sampler = 'euler' starts at finite noise; this zero-SNR schedule needs ddim")
-    s = np.interp(t, np.arange(schedule.T), schedule.sigma / schedule.alpha)
+    alpha, sigma = _never_zero(schedule)
+    s = np.interp(t, np.arange(schedule.T), sigma / alpha)
     alpha, sigma = 1 / np.hypot(1, s), s / np.hypot(1, s)
     init_scale = 1.0 if schedule.spacing == "leading" else sigma[0]
     return _first_order(t, alpha, sigma, np.append(alpha[1:], 1), np.append(sigma[1:], 0), init_scale)
 
 
 def _dpm(schedule: Schedule, t: np.ndarray) -> Table:
-    if schedule.alpha[t[0]] == 0:
-        raise ValueError("sampler = 'dpm++' starts at finite noise; this zero-SNR schedule needs ddim")
-    alpha, sigma = schedule.alpha[t], schedule.sigma[t]
+    alpha, sigma = (values[t] for values in _never_zero(schedule))
     table = _first_order(t, alpha, sigma, np.append(alpha[1:], 1), np.append(sigma[1:], 0))
     # Second order from the second step on; the last step goes to lambda = infinity, where only the first is defined.
     h = np.diff(np.log(alpha) - np.log(sigma))

@@ -130,13 +130,15 @@ def test_a_file_that_leaves_the_spacing_out_gives_each_sampler_its_own(method, n
 ZERO = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
-def test_zero_snr(noise, tmp_path):
-    theirs = DDIMScheduler(**ZERO, clip_sample=False)
+@pytest.mark.parametrize("method", THEIRS)
+def test_zero_snr(method, noise, tmp_path):
+    """A base that is trained from noise alone, as the embedded one is."""
+    theirs = THEIRS[method](**ZERO, **clip(method))
     schedule = read(theirs, tmp_path)
-    assert relative(our_path(schedule, "ddim", noise, 10), their_path(theirs, noise, COND, 10)) <= 1e-3
-    for method in ("dpm++", "euler"):
-        with pytest.raises(ValueError, match=rf"{method.replace('+', '.')}.*zero-SNR schedule needs ddim"):
-            sampler_table(schedule, method, 10)
+    assert schedule.alpha[-1] == 0
+    for steps in (2, 10, 25):
+        ours = our_path(schedule, method, noise, steps)
+        assert relative(ours, their_path(theirs, noise, COND, steps)) <= 1e-3
 
 
 def test_guidance_runs_both_conditions_in_one_batch(noise):
