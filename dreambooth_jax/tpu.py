@@ -1,5 +1,6 @@
 """TPU chips and slices that are not there: their published figures, and what their compiler says of a program."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -68,7 +69,8 @@ def devices_of(topology: str) -> Sequence[Any]:
     smallest = {"v4": "2x2x1", "v5p": "2x2x1"}.get(generation, "2x4")
     name = f"{generation}:{smallest}" if wanted == 1 else topology
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        with _without_xla_flags():
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # jaxlib has one type for all that can go wrong
         if "libtpu" in str(error).lower() or "Unable to initialize" in str(error):
             raise ImportError(f'the TPU compiler is not installed ({error}): pip install -e ".[plan]"') from error
@@ -78,14 +80,39 @@ def devices_of(topology: str) -> Sequence[Any]:
     return devices[:1] if wanted == 1 else devices
 
 
+@contextlib.contextmanager
+def _without_xla_flags():
+    """The TPU compiler reads XLA_FLAGS when it begins and ends the process over a flag that only the CPU's knows."""
+    jax.devices()  # the CPU's compiler has read them then
+    flags = os.environ.pop("XLA_FLAGS", None)
+    try:
+        yield
+    finally:
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
+
+
 class OutOfMemory(Exception):
-    """The program does not fit; `missing` is by how many bytes."""
+    """The program does not fit; `missing` is by how many bytes, as the compiler's message has it."""
 
     def __init__(self, message: str):
         super().__init__(message)
-        amount = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT])", message)
-        scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        self.missing = int(float(amount[1]) * scale[amount[2]]) if amount else 0
+        exceeded = re.search(rf"Exceeded hbm capacity by {_SIZE}", message)
+        needed = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
+        if exceeded:
+            self.missing = _size(*exceeded.groups())
+        elif needed:
+            number, unit, have, have_unit = needed.groups()
+            self.missing = _size(number, unit) - _size(have, have_unit)
+        else:
+            self.missing = 0
+
+
+_SIZE = r"([\d.]+)([KMGT])"
+
+
+def _size(number: str, unit: str) -> int:
+    return int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +164,8 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, options: dict | None = 
     """
     started = time.monotonic()
     try:
-        compiled = lowered.compile(options)
+        with _without_xla_flags():
+            compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
             raise OutOfMemory(str(error)) from error

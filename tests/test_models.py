@@ -14,7 +14,7 @@ from dreambooth_jax.loss import Corrupted, dreambooth_loss
 from dreambooth_jax.models import clip_text, layers, unet, vae
 from dreambooth_jax.models.spec import UnsupportedConfig
 from dreambooth_jax.params import count, functional, under_prefix
-from dreambooth_jax.pipeline import load_pipeline
+from dreambooth_jax.pipeline import PARTS, describe_base, load_pipeline
 from dreambooth_jax.weights import read_model
 
 CROSS = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
@@ -258,70 +258,17 @@ def test_bfloat16_computes_near_float32_from_float32_parameters(tmp_path):
     assert 1e-5 < relative(out.astype(jnp.float32), expected) < 3e-2
 
 
-# What the files of Stable Diffusion 1.4 (written by the first release of diffusers) and 2.1 say, and their published
-# numbers of parameters.
-SD = {
-    "block_out_channels": [320, 640, 1280, 1280], "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "act_fn": "silu", "center_input_sample": False,
-    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "out_channels": 4,
-    "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32,
-    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.2.2",
-}  # fmt: skip
-SD_VAE = {
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "act_fn": "silu", "in_channels": 3, "out_channels": 3,
-    "latent_channels": 4, "layers_per_block": 2, "sample_size": 512, "_class_name": "AutoencoderKL",
-}  # fmt: skip
-SD_TEXT = {
-    "architectures": ["CLIPTextModel"], "attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2,
-    "initializer_factor": 1.0, "initializer_range": 0.02, "layer_norm_eps": 1e-05, "max_position_embeddings": 77,
-    "model_type": "clip_text_model", "pad_token_id": 1, "torch_dtype": "float32", "vocab_size": 49408,
-    "_name_or_path": "openai/clip-vit-large-patch14", "transformers_version": "4.21.0.dev0",
-}  # fmt: skip
-HUB = {
-    "1.4 unet": (unet, SD | {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64}, 859_520_964),
-    "2.1 unet": (
-        unet,
-        SD
-        | {
-            "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "sample_size": 96,
-            "use_linear_projection": True, "upcast_attention": True, "dual_cross_attention": False,
-            "only_cross_attention": False, "num_class_embeds": None,
-        },
-        865_910_724,
-    ),
-    "vae": (vae, SD_VAE | {"norm_num_groups": 32}, 83_653_863),
-    "1.4 text": (
-        clip_text,
-        SD_TEXT
-        | {
-            "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
-            "num_hidden_layers": 12, "projection_dim": 768,
-        },
-        123_060_480,
-    ),
-    "2.1 text": (
-        clip_text,
-        SD_TEXT
-        | {
-            "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
-            "num_hidden_layers": 23, "projection_dim": 512,
-        },
-        340_387_840,
-    ),
-}  # fmt: skip
+# Published numbers of parameters.
+PUBLISHED = {
+    "CompVis/stable-diffusion-v1-4": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "stabilityai/stable-diffusion-2-1": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+}
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_files_of_stable_diffusion_are_understood(name):
-    module, config, parameters = HUB[name]
-    spec_class, model = {
-        unet: (unet.UNetSpec, unet.UNet2DConditionModel),
-        vae: (vae.VAESpec, vae.AutoencoderKL),
-        clip_text: (clip_text.CLIPTextSpec, clip_text.CLIPTextModel),
-    }[module]
-    spec = spec_class.from_config(config)
-    assert count(functional(lambda rngs: model(spec, rngs=rngs)).shapes) == parameters
+    pipeline = describe_base(name)
+    assert {part: count(getattr(pipeline, part).shapes) for part in PARTS} == PUBLISHED[name]
 
 
 UP, DOWN = ["UpBlock2D", "UpBlock2D"], ["DownBlock2D", "DownBlock2D"]

@@ -1,0 +1,124 @@
+"""Planning: what the TPU compiler says of the programs that `train` runs, for machines that are not there."""
+
+import contextlib
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dreambooth_jax import plan, tpu
+from dreambooth_jax.pipeline import describe_base
+from dreambooth_jax.program import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
+from dreambooth_jax.sharding import make_mesh
+from runs import config_of
+
+
+@pytest.fixture(scope="module")
+def config(micro, tmp_path_factory):
+    return config_of(tmp_path_factory.mktemp("plan") / "run", base=micro, batch_size=8, mesh_fsdp=4, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def planned(config):
+    """One small plan for eight chips."""
+    return plan.plan(config, "v5e:2x4")
+
+
+def test_a_small_run_fits_eight_chips(planned, config):
+    assert planned.fits and planned.devices == 8
+    cost = planned.cost
+    # Parameters are held a quarter each; what is trained, which is not all, has two moments and an average.
+    whole = sum(x.size * 4 for x in describe_base(config.base).shapes.values())
+    assert whole / 4 < planned.parameters < whole
+    assert planned.parameters < planned.optimizer_state < 3.1 * planned.parameters
+    assert cost.arguments >= planned.parameters + planned.optimizer_state
+    assert cost.peak >= cost.arguments + cost.temporaries
+    assert cost.flops > 0 and cost.seconds > 0 and cost.bound in ("compute", "HBM", "interconnect")
+    assert planned.run_seconds(config) > config.steps * cost.seconds
+
+
+def test_it_counts_what_the_chips_exchange(planned):
+    """Split weights are gathered, and their gradients summed up, every step."""
+    exchanged = planned.cost.collectives
+    assert exchanged.keys() & {"all-gather", "all-reduce", "reduce-scatter"}
+    assert all(count > 0 and size > 0 for count, size in exchanged.values())
+
+
+def test_the_planned_program_is_the_one_that_runs(config):
+    """`train` lowers arrays, `plan` shapes: the same text comes of it."""
+    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype))
+    job = make_job(config, pipeline, make_mesh(2, 4))
+    trainable, frozen = split_shapes(job)
+    state, data, key = state_shapes(job, trainable), data_shapes(job, 5, 10), key_shape(job)
+
+    def arrays(tree):
+        return jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), tree)
+
+    real_key = jax.device_put(jax.random.key(0), key.sharding)
+    from_shapes = lower_steps(job, state, frozen, data, key).as_text()
+    assert lower_steps(job, arrays(state), arrays(frozen), arrays(data), real_key).as_text() == from_shapes
+
+
+def test_what_does_not_fit_is_said_with_the_amount(config):
+    """Ten million resident class images: 40 GiB on a chip of 16."""
+    large = config.copy_and_resolve_references()
+    large.num_class_images = 10_000_000
+    found = plan.plan(large, "v5e:2x4")
+    assert not found.fits
+    assert 2**30 < found.missing < 2**36
+    assert "NO" in plan.describe(found, large) and "GiB too much" in plan.describe(found, large)
+    json.dumps(plan.as_json(found, large))
+
+
+def test_remedies_are_compiled_until_one_fits(config, monkeypatch):
+    tried = []
+
+    def fake(changed, topology, class_images):
+        tried.append((changed.remat, changed.mesh_fsdp, changed.moment_dtype))
+        cost = None if len(tried) < 3 else "fits"
+        return plan.Plan(topology, 8, tpu.CHIPS["v5e"], 0, 0, 0, cost, 1, None, 0.0)
+
+    monkeypatch.setattr(plan, "plan", fake)
+    names = [name for name, _ in plan.advise(config, "v5e:2x4")]
+    assert tried == [(True, 4, "float32"), (True, -1, "float32"), (True, -1, "bfloat16")]
+    assert names[-1] == "remat=True, mesh_fsdp=-1, mesh_data=1, moment_dtype=bfloat16"
+
+
+def test_text_and_json_say_the_same(planned, config):
+    text, values = plan.describe(planned, config), plan.as_json(planned, config)
+    assert f"{planned.cost.peak / 2**30:.2f} GiB of 15.75: fits" in text
+    assert json.loads(json.dumps(values))["cost"]["peak"] == planned.cost.peak
+    assert values["fits"] is True and values["run_seconds"] == planned.run_seconds(config)
+
+
+@pytest.mark.parametrize("topology", ["v9:2x4", "tpu", "v5e:3x17"])
+def test_unknown_slices_are_refused(topology):
+    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(ValueError, match=r"topology = .*v5e"):
+        tpu.devices_of(topology)
+
+
+def test_collectives_are_read_from_the_compiled_text():
+    text = """
+      %ag = f32[8,16]{1,0} all-gather(f32[2,16]{1,0} %p), dimensions={0}
+      %s = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(bf16[4,8]{1,0} %q), dimensions={0}
+      %d = bf16[16,8]{1,0} all-gather-done((bf16[4,8]{1,0}, bf16[16,8]{1,0}) %s)
+      %ar = (f32[3]{0}, f32[5]{0}) all-reduce(f32[3]{0} %a, f32[5]{0} %b), to_apply=%add
+      ROOT %fusion = f32[8]{0} fusion(%ar), calls=%all-reduce.clone
+    """
+    assert tpu.collectives(text) == {
+        "all-gather": (2, 8 * 16 * 4 + 16 * 8 * 2),
+        "all-reduce": (1, (3 + 5) * 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 20.45G of 15.75G hbm. Exceeded hbm capacity by 4.70G.", 4.7),
+        ("the total memory required for HLO temporaries (40.00G) exceeds available HBM (15.75G).", 24.25),
+    ],
+)
+def test_what_is_missing_is_read_from_the_compilers_message(message, gib):
+    assert tpu.OutOfMemory(message).missing == pytest.approx(gib * 2**30, rel=1e-6)
