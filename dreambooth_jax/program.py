@@ -2,6 +2,7 @@
 that is not there."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ def data_shapes(job: Job, num_instance: int, num_class: int) -> Data:
         cond = _everywhere(job, (1, length, width), jnp.float32)
 
     def resident(count: int) -> Resident:
-        latents = _everywhere(job, (count, *pipeline.latent_shape(config.resolution)), jnp.float32)
+        latents = _everywhere(job, (count, math.prod(pipeline.latent_shape(config.resolution))), jnp.float32)
         return Resident(latents, latents, cond, _everywhere(job, (count,), jnp.int32))
 
     return Data(resident(num_instance), resident(num_class) if config.prior_preservation else None)
@@ -107,6 +108,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,
         ema_decay=config.ema_decay or None,
+        example_shape=pipeline.latent_shape(config.resolution),
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -22,13 +22,14 @@ class Resident(NamedTuple):
     """Training examples as they stay on the devices.
 
     Attributes:
-        mean, std: of the autoencoder's posterior, scaled latents [n, h, w, c]; std 0 for plain data.
+        mean, std: of the autoencoder's posterior, scaled latents [n, h, w, c]; std 0 for plain data. Or flat,
+            [n, h*w*c]: a TPU pads the last axis of an array to 128, and so holds 4 channels in the place of 128.
         cond: distinct conditions: any pytree with leading axis u (token ids or text states).
         caption: which condition each example has, in [0, u), [n].
     """
 
-    mean: Float[Array, "n h w c"]
-    std: Float[Array, "n h w c"]
+    mean: Float[Array, "n ..."]
+    std: Float[Array, "n ..."]
     cond: Any
     caption: Int[Array, "n"]
 
@@ -75,14 +76,26 @@ def pick(n: int, count: int, key: Key[Array, ""], step: Int[Array, ""]) -> Int[A
     return orders[number // n - first, number % n]
 
 
-def draw(data: Data, schedule: Schedule, batch_size: int, key: Key[Array, ""], step: Int[Array, ""]) -> Corrupted:
-    """The noised batch of step `step`: `batch_size` instance examples, then as many prior examples if there are any."""
+def draw(
+    data: Data,
+    schedule: Schedule,
+    batch_size: int,
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+    shape: tuple[int, ...] | None = None,
+) -> Corrupted:
+    """The noised batch of step `step`: `batch_size` instance examples, then as many prior examples if there are any.
+
+    `shape` is that of an example, where the data are flat.
+    """
     order_key, noise_key = jax.random.split(key)
     instance_key, prior_key = jax.random.split(order_key)
     halves = [_gather(data.instance, pick(len(data.instance.mean), batch_size, instance_key, step))]
     if data.prior is not None:
         halves.append(_gather(data.prior, pick(len(data.prior.mean), batch_size, prior_key, step)))
     mean, std, cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
+    if shape is not None:
+        mean, std = mean.reshape(-1, *shape), std.reshape(-1, *shape)
 
     step_key = jax.random.fold_in(noise_key, step)
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(step_key, i), 3))(jnp.arange(len(mean)))
@@ -108,6 +121,7 @@ def make_step(
     snr_gamma: float | None = None,
     accumulate: int = 1,
     ema_decay: float | None = None,
+    example_shape: tuple[int, ...] | None = None,
     constrain: Callable[[Any], Any] = lambda batch: batch,
 ) -> Callable[[TrainState, Params, Data, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """Builds `step(state, frozen, data, key) -> (state, metrics)`.
@@ -122,6 +136,7 @@ def make_step(
         accumulate: number of equal parts in which the batch is computed, one after the other.
         ema_decay: of the running average of the trainable params, reached over the first steps (`_decay`); None for
             none.
+        example_shape: [h, w, c], where the data are flat.
         constrain: applied to every part of the batch, to place it on a mesh.
 
     Raises:
@@ -155,7 +170,7 @@ def make_step(
         return jax.lax.scan(add_part, zeros, parts)[0]
 
     def step(state: TrainState, frozen: Params, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
-        batch = draw(data, schedule, batch_size, key, state.step)
+        batch = draw(data, schedule, batch_size, key, state.step, example_shape)
         grads, losses = mean_gradient(state.trainable, frozen, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

@@ -14,7 +14,7 @@ from dreambooth_jax.step import Resident
 
 
 def make_encoder(pipeline: Pipeline, mesh: Mesh, *, text_states: bool, batch_size: int = 8):
-    """Builds `encode(params, examples) -> Resident`, on every device of the mesh.
+    """Builds `encode(params, examples) -> Resident`, flat latents on every device of the mesh.
 
     Args:
         text_states: cache the frozen text encoder's states; otherwise the data hold token ids, to train it on.
@@ -29,6 +29,7 @@ def make_encoder(pipeline: Pipeline, mesh: Mesh, *, text_states: bool, batch_siz
         cond = pipeline.tokenize(captions.tolist())
         if text_states:
             (cond,) = _in_batches(lambda part: (encode_text(params, part),), cond, batch_size)
+        mean, std = (x.reshape(len(x), -1) for x in (mean, std))
         return jax.device_put(Resident(mean, std, cond, caption.astype(np.int32)), replicated(mesh))
 
     return encode

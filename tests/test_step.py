@@ -321,3 +321,11 @@ def test_draws_do_not_depend_on_devices(data):
         assert len(many.x0.sharding.device_set) == 8
         assert_same(many._replace(x0=0), one._replace(x0=0))
         np.testing.assert_allclose(many.x0, one.x0, rtol=1e-6)
+
+
+def test_flat_data_are_the_same_examples():
+    ids = np.zeros((1, 4), np.int32)
+    data = Data(resident(4, ids, 0, (8, 8, 4)), resident(6, ids, 1, (8, 8, 4)))
+    flat = jax.tree.map(lambda x: x.reshape(len(x), -1) if x.ndim == 4 else x, data)
+    for step in (0, 3):
+        assert_same(draw(data, SCHEDULE, 2, KEY, step), draw(flat, SCHEDULE, 2, KEY, step, (8, 8, 4)))
