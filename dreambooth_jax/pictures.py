@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -97,3 +98,12 @@ def _text_strip(text: str, width: int, font: ImageFont.FreeTypeFont) -> np.ndarr
     for i, line in enumerate(lines):
         draw.text((0, i * spacing), line, fill="black", font=font)
     return np.asarray(image)
+
+
+def file_names(prompts: Sequence[str]) -> dict[str, str]:
+    """Prompt -> a file name that a person recognises it in, numbered where several prompts would share one."""
+    slugs = {prompt: slug(prompt) for prompt in prompts}
+    shared = {name for name, times in Counter(slugs.values()).items() if times > 1}
+    return {
+        prompt: f"{name}_{number}" if name in shared else name for number, (prompt, name) in enumerate(slugs.items(), 1)
+    }

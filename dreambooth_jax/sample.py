@@ -8,7 +8,6 @@ import argparse
 import functools
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -17,7 +16,7 @@ from etils import epath
 
 from dreambooth_jax import runtime
 from dreambooth_jax.paint import Request, make_painter, save_sheet
-from dreambooth_jax.pictures import save_png, slug
+from dreambooth_jax.pictures import file_names, save_png
 from dreambooth_jax.pipeline import load_pipeline, read_params
 from dreambooth_jax.sampler import METHODS
 from dreambooth_jax.sharding import make_mesh, param_sharding
@@ -78,24 +77,16 @@ def paint(options: argparse.Namespace) -> epath.Path:
         "model": model, "negative_prompt": options.negative_prompt, "sampler": options.sampler,
         "steps": str(options.steps), "guidance": str(guidance),
     }  # fmt: skip
-    names, painted = _file_names(prompts), {}
+    names, painted = file_names(prompts), {}
     for number, image in painter(params, requests):
         prompt, seed = wanted[number]
-        save_png(folder / f"{names[prompt]}_{seed}.png", image, {"prompt": prompt, "seed": str(seed), **about})
+        if runtime.is_first_process():
+            save_png(folder / f"{names[prompt]}_{seed}.png", image, {"prompt": prompt, "seed": str(seed), **about})
         painted[number] = image
-    if len(painted) == len(wanted):
+    if runtime.is_first_process():
         rows = [[painted[i] for i in range(start, start + len(seeds))] for start in range(0, len(wanted), len(seeds))]
         save_sheet(folder / "sheet.png", rows, prompts, about, columns=[f"seed {seed}" for seed in seeds])
     return folder
-
-
-def _file_names(prompts: Sequence[str]) -> dict[str, str]:
-    """Prompt -> a file name that a person recognises it in, numbered where several prompts would share one."""
-    slugs = {prompt: slug(prompt) for prompt in prompts}
-    shared = {name for name, times in Counter(slugs.values()).items() if times > 1}
-    return {
-        prompt: f"{name}_{number}" if name in shared else name for number, (prompt, name) in enumerate(slugs.items(), 1)
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

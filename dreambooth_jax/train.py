@@ -28,7 +28,7 @@ from dreambooth_jax.images import Examples, decode_image, list_images, read_exam
 from dreambooth_jax.method import combine, split, trainable_pattern
 from dreambooth_jax.paint import Painter, Request, make_painter, paint_sheet, save_sheet
 from dreambooth_jax.params import Params, count
-from dreambooth_jax.pictures import save_png, slug
+from dreambooth_jax.pictures import file_names, save_png
 from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.preemption import Agreement, Preemption
 from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
@@ -316,7 +316,8 @@ def _is_of_class(prompt: str) -> bool:
 
 
 def _before(run: Run, prompt: str, seed: int) -> epath.Path:
-    return run.workdir / "samples" / "before" / f"{slug(prompt)}_{seed}.png"
+    names = file_names([fill(prompt, run.config) for prompt in run.config.sample_prompts])
+    return run.workdir / "samples" / "before" / f"{names[prompt]}_{seed}.png"
 
 
 def paint_samples(run: Run, params: Params, step: int) -> None:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_jax.images import list_images
-from dreambooth_jax.pictures import contact_sheet, save_png
+from dreambooth_jax.pictures import contact_sheet, file_names, save_png
 
 
 def flat(value, size=32):
@@ -86,3 +86,9 @@ def test_labels_are_drawn_and_long_ones_wrap():
 def test_contact_sheet_errors(rows, labels, columns):
     with pytest.raises(ValueError, match="contact sheet takes images of one size"):
         contact_sheet(rows, labels, columns)
+
+
+def test_prompts_that_differ_in_punctuation_have_files_of_their_own():
+    names = file_names(["a dog", "a dog!", "a cat", "?"])
+    assert len(set(names.values())) == 4
+    assert names["a cat"] == "a_cat" and names["a dog"].startswith("a_dog_")
