@@ -72,7 +72,8 @@ def make_painter(pipeline: Pipeline, mesh: Mesh, *, batch_size: int, **kw) -> Pa
             ids = pipeline.tokenize([r.prompt for r in padded])
             negative = pipeline.tokenize([r.negative for r in padded])
             keys = np.stack([jax.random.key_data(r.key) for r in padded])
-            images = compiled(params, ids, negative, keys)
+            with jax.set_mesh(mesh):  # kernels split their batch over it
+                images = compiled(params, ids, negative, keys)
             rows = enumerate(np.asarray(whole(images))) if everywhere else _local_rows(images)
             for number, image in rows:
                 if number < len(part):

@@ -138,7 +138,9 @@ def _class_images(job: Job, chip: Chip) -> tuple[Cost, float]:
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=place)
     keys = jax.ShapeDtypeStruct((batch, 2), jnp.uint32, sharding=place)
     trainable, frozen = split_shapes(job)
-    cost = compile_for(chip, paint.lower(trainable | frozen, ids, ids, keys))
+    with jax.set_mesh(job.mesh):
+        lowered = paint.lower(trainable | frozen, ids, ids, keys)
+    cost = compile_for(chip, lowered)
     shape = jax.ShapeDtypeStruct
     latents = shape((2 * batch, *pipeline.latent_shape(config.resolution)), jnp.float32)
     states = shape((2 * batch, length, pipeline.text_spec.hidden_size), jnp.dtype(config.dtype))

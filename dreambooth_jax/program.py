@@ -115,4 +115,5 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
     steps = jax.jit(
         run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
     )
-    return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))
+    with jax.set_mesh(mesh):  # kernels split their batch over it
+        return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))

@@ -5,7 +5,7 @@ Batches are split over both axes, parameters and everything shaped like them (op
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,12 +90,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
-    """Splits a leading axis of `size` over as many devices as divide it: both mesh axes, one of them, or none.
+def batch_axes(sizes: Mapping[str, int], batch: int) -> tuple[str, ...]:
+    """The mesh axes over which a leading axis of size `batch` is split: both, one of them, or none, so that it divides.
 
     A batch smaller than the mesh is thus computed by several devices alike: wasteful, never wrong.
     """
     choices = [AXES, AXES[:1], AXES[1:], ()]
-    fitting = [axes for axes in choices if size % math.prod(mesh.shape[axis] for axis in axes) == 0]
-    best = max(fitting, key=lambda axes: math.prod(mesh.shape[axis] for axis in axes))
-    return NamedSharding(mesh, PartitionSpec(best) if best else PartitionSpec())
+    fitting = [axes for axes in choices if batch % math.prod(sizes[axis] for axis in axes) == 0]
+    return max(fitting, key=lambda axes: math.prod(sizes[axis] for axis in axes))
+
+
+def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
+    """Splits a leading axis of `size` as `batch_axes` says."""
+    axes = batch_axes(mesh.shape, size)
+    return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dreambooth_jax.models import flash
+
 Image = Float[Array, "b h w c"]
 
 
@@ -92,7 +94,10 @@ def attention(
     causal: bool = False,
 ) -> Float[Array, "b q n d"]:
     """softmax(QK^T / sqrt(d)) V, scores and softmax in float32 (so that `upcast_attention` always holds)."""
-    return jax.nn.dot_product_attention(query, key, value, is_causal=causal)
+    plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    if causal or not flash.worthwhile(query, key):
+        return plain(query, key, value)
+    return jax.lax.platform_dependent(query, key, value, tpu=flash.flash_attention, default=plain)
 
 
 class ResnetBlock2D(nnx.Module):

@@ -1,0 +1,65 @@
+"""Attention that never holds its scores, for TPUs: the splash kernel that ships with JAX (in the manner of
+FlashAttention, arXiv 2205.14135).
+
+At 64x64 latents the scores of one self-attention are 4096 x 4096 for every head: 1 GiB in float32 for two images. The
+kernel keeps one tile of them in the chip's own memory. Heads narrower than 128 are padded with zeros, which changes
+nothing: a TPU computes on 128 lanes whatever their number.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jaxtyping import Array, Float
+
+from dreambooth_jax.sharding import batch_axes
+
+LANES = 128
+# Tiles of queries and keys; of a tile of keys, how much is computed at once. Chosen by benchmarks/attention.py.
+BLOCK, BLOCK_COMPUTE = 1024, 512
+
+
+def worthwhile(query: Float[Array, "b q n d"], key: Float[Array, "b k n d"]) -> bool:
+    """Whether the scores are large enough for the kernel to pay, and of a size that it takes."""
+    lengths = query.shape[1], key.shape[1]
+    return min(lengths) >= BLOCK and all(length % BLOCK == 0 for length in lengths)
+
+
+def flash_attention(
+    query: Float[Array, "b q n d"],
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    interpret: bool = False,
+) -> Float[Array, "b q n d"]:
+    """softmax(QK^T / sqrt(d)) V. Under `jax.set_mesh` every device computes its own part of the batch.
+
+    Args:
+        interpret: compute what the kernel would, anywhere and slowly: for tests.
+    """
+    kernel = functools.partial(_kernel, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else batch_axes(mesh.shape, len(query))
+    if axes:
+        part = jax.sharding.PartitionSpec(axes)
+        # The compiler does not split kernels by itself.
+        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False)
+    return kernel(query, key, value)
+
+
+def _kernel(query: Array, key: Array, value: Array, interpret: bool) -> Array:
+    width, heads, lengths = query.shape[-1], query.shape[2], (query.shape[1], key.shape[1])
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=BLOCK, block_kv=BLOCK, block_kv_compute=BLOCK_COMPUTE, block_q_dkv=BLOCK, block_kv_dkv=BLOCK,
+        block_kv_dkv_compute=BLOCK_COMPUTE, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask(lengths)] * heads)
+    splash = splash_attention_kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+
+    def by_head(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -width % LANES))).swapaxes(1, 2)
+
+    out = jax.vmap(splash)(by_head(query * width**-0.5), by_head(key), by_head(value))
+    return out.swapaxes(1, 2)[..., :width]

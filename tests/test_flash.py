@@ -1,0 +1,53 @@
+"""The attention kernel for TPUs: its values by interpretation, its memory and placement by the TPU compiler."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreambooth_jax import tpu
+from dreambooth_jax.models import flash, layers
+from dreambooth_jax.sharding import batch_sharding, make_mesh
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def squares(attend):
+    return lambda *qkv: jnp.square(attend(*qkv).astype(jnp.float32)).sum()
+
+
+@pytest.mark.parametrize("width", [40, 128])
+def test_value_and_gradients_are_those_of_plain_attention(width):
+    qkv = [normal(seed, 2, 1024, 2, width) for seed in range(3)]
+
+    def kernel(*qkv):
+        return flash.flash_attention(*qkv, interpret=True)
+
+    np.testing.assert_allclose(kernel(*qkv), jax.nn.dot_product_attention(*qkv), atol=2e-5)
+    ours = jax.grad(squares(kernel), (0, 1, 2))(*qkv)
+    for found, expected in zip(ours, jax.grad(squares(jax.nn.dot_product_attention), (0, 1, 2))(*qkv), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("queries", "keys", "pays"), [(4096, 4096, True), (4096, 77, False), (256, 256, False)])
+def test_only_large_scores_go_to_the_kernel(queries, keys, pays):
+    shapes = [jax.ShapeDtypeStruct((1, length, 8, 40), jnp.float32) for length in (queries, keys)]
+    assert flash.worthwhile(*shapes) == pays
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_on_tpus_the_scores_are_never_held_and_nothing_is_exchanged(devices):
+    mesh = make_mesh(-1, devices // 2 or 1, tpu.devices_of("v5e:2x4")[:devices])
+    shape = (2 * devices, 4096, 8, 40)
+    qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_sharding(mesh, shape[0]))] * 3
+    temporaries = {}
+    for name, attend in (("kernel", layers.attention), ("plain", jax.nn.dot_product_attention)):
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(squares(attend), (0, 1, 2))).lower(*qkv)
+        cost = tpu.compile_for(tpu.CHIPS["v5e"], lowered)
+        assert cost.collectives == {}
+        temporaries[name] = cost.temporaries
+    scores = 2 * 8 * 4096 * 4096 * 2  # of one device, in bfloat16
+    assert temporaries["kernel"] < scores / 4 < scores < temporaries["plain"]
