@@ -1,11 +1,14 @@
 """The base that ships inside the package is an ordinary Stable Diffusion folder."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 
+from dreambooth_jax import world
 from dreambooth_jax.identifier import check_identifier
 from dreambooth_jax.pipeline import EMBEDDED_FOLDER, load_pipeline, read_params
 from dreambooth_jax.sampler import make_sampler, noise_for_seeds
@@ -43,3 +46,25 @@ def test_pytorch_paints_the_same_picture(base):
     ).images  # fmt: skip
     assert np.abs(np.asarray(ours) - theirs).max() < 2e-3
     assert theirs.std() > 0.05  # a picture, not a grey square
+
+
+@pytest.mark.parametrize(("model", "part"), [(transformers.CLIPModel, "clip"), (transformers.ViTModel, "vit")])
+def test_the_models_of_the_metrics_lie_beside_it(model, part):
+    _, about = model.from_pretrained(EMBEDDED_FOLDER / part, output_loading_info=True)
+    assert not about["unexpected_keys"] and not about["mismatched_keys"]
+    assert all(name.startswith("pooler.") for name in about["missing_keys"])  # features are the class token's
+
+
+def test_prompts_are_understood(base):
+    """A text tower beside another tokenizer than its own, or a wrong scale, paints nonsense without an error."""
+    pipeline, params = base
+    colours = ["red", "blue", "green", "yellow"]
+    states = pipeline.encode_text(params, pipeline.tokenize([f"a dog on a {c} background" for c in colours] + [""]))
+    noise = noise_for_seeds(range(4), pipeline.latent_shape(pipeline.resolution))
+    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.schedule, method="dpm++", steps=10))
+    latents = sample(params, noise, states[:4], jnp.repeat(states[4:], 4, 0), 4.0)
+    images = 255 * np.asarray(pipeline.decode_latents(params, latents))
+    corners = images[:, :8, :8].mean((1, 2))
+    named = np.array([world.COLOURS[colour] for colour in colours])
+    nearest = np.argmin(np.square(corners[:, None] - named).sum(-1), axis=1)
+    assert nearest.tolist() == [0, 1, 2, 3]

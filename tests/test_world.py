@@ -40,9 +40,7 @@ def sprites(source):
 
 def test_the_tokenizer_is_the_same_in_every_process(sprites, tmp_path):
     """The text tower knows tokens by their ids: another order of merges would turn it into noise."""
-    program = (
-        "import sys; from dreambooth_jax.world import write_tokenizer; write_tokenizer(sys.argv[1], sys.argv[2:])"
-    )
+    program = "import sys; from dreambooth_jax.world import write_tokenizer; write_tokenizer(sys.argv[1], sys.argv[2:])"
     for number in range(3):
         command = [sys.executable, "-c", program, str(tmp_path / str(number)), *words(sprites)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": str(number)})
