@@ -26,12 +26,6 @@ from dreambooth_jax.program import Job, data_shapes, key_shape, lower_steps, mak
 from dreambooth_jax.sharding import make_mesh, replicated
 from dreambooth_jax.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "such as configs/dog.py:sd15")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPU slice: v4, v5e, v5p or v6e, and its shape")
-_SWEEP = flags.DEFINE_bool("sweep", False, "compare slices and settings in one table")
-_JSON = flags.DEFINE_bool("json", False, "print JSON instead of text")
-_ADVISE = flags.DEFINE_bool("advise", True, "when it does not fit, compile what would")
-
 GIB = 2**30
 # Tried in this order, each on top of the ones before: what costs least comes first.
 REMEDIES = (
@@ -232,21 +226,21 @@ def sweep(config: ConfigDict):
 
 def main(_) -> None:
     runtime.start()
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     try:
         check_config(config)
-        if _SWEEP.value:
+        if flags.FLAGS.sweep:
             print_sweep(config)
         else:
-            print_plan(config, _TOPOLOGY.value)
+            print_plan(config, flags.FLAGS.topology)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
 def print_plan(config: ConfigDict, topology: str) -> None:
     found = plan(config, topology)
-    print(json.dumps(as_json(found, config), indent=2) if _JSON.value else describe(found, config), flush=True)
-    if not found.fits and _ADVISE.value and not _JSON.value:
+    print(json.dumps(as_json(found, config), indent=2) if flags.FLAGS.json else describe(found, config), flush=True)
+    if not found.fits and flags.FLAGS.advise and not flags.FLAGS.json:
         print("what to change, each compiled:", flush=True)
         for changes, tried in advise(config, topology):
             answer = "still too much"
@@ -268,5 +262,10 @@ def print_sweep(config: ConfigDict) -> None:
         print("| " + " | ".join(row) + " |", flush=True)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # where the module is only imported, its flags would stand in the way of train's
+    config_flags.DEFINE_config_file("config", None, "such as configs/dog.py:sd15")
+    flags.DEFINE_string("topology", "v5e:2x4", "TPU slice: v4, v5e, v5p or v6e, and its shape")
+    flags.DEFINE_bool("sweep", False, "compare slices and settings in one table")
+    flags.DEFINE_bool("json", False, "print JSON instead of text")
+    flags.DEFINE_bool("advise", True, "when it does not fit, compile what would")
     app.run(main)

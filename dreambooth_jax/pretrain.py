@@ -7,9 +7,11 @@ frozen latents and text states; and a ViT for subject fidelity. Every part is ch
 killed.
 """
 
+import functools
 import json
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -227,6 +229,11 @@ def encode_all(vae: Functional, params: Params, images: Array, batch: int = 100)
     return np.concatenate(means), np.concatenate(deviations)
 
 
+def digest(*arrays: Array) -> int:
+    """A checksum of all values."""
+    return functools.reduce(lambda crc, x: zlib.crc32(np.ascontiguousarray(x), crc), arrays, 0)
+
+
 def cached(path: Path, compute: Callable[[], tuple[np.ndarray, ...]]) -> list[np.ndarray]:
     """The arrays in `path`, computed and written there if they are not: a resumed run does not repeat them."""
     if not path.exists():
@@ -316,9 +323,8 @@ def main(_) -> None:
     vae, vae_params = train_vae(config, pictures, vae_key)
     clip, clip_params, clip_config = train_clip(config, pictures, tokenizer, clip_key)
     vit_params = train_vit(config, pictures, vit_key)
-    mean, std = cached(
-        Path(config.workdir) / f"latents_{config.num_images}.npz", lambda: encode_all(vae, vae_params, pictures.images)
-    )
+    latents = Path(config.workdir) / f"latents_{digest(pictures.images, *vae_params.values()):08x}.npz"
+    mean, std = cached(latents, lambda: encode_all(vae, vae_params, pictures.images))
     scale = float(1 / mean.astype(np.float32).std())
     states = encode_captions(clip, clip_params, pictures.ids)
     examples = Resident(jnp.asarray(mean) * scale, jnp.asarray(std) * scale, states, pictures.caption)

@@ -10,7 +10,7 @@ from dreambooth_jax.world.captions import caption
 from dreambooth_jax.world.names import COLOURS, SUBJECT_NOUNS
 from dreambooth_jax.world.sprites import Sprite
 
-_FLAT_SHARE = 0.2
+_FLAT_SHARE = 0.12
 _PLAIN, _GRADIENT = 0.45, 0.1  # shares of plain and gradient backgrounds; settings share the rest
 
 
@@ -52,16 +52,18 @@ def _background(rng: np.random.Generator, size: int, split: str):
 
 
 def _stand(rng: np.random.Generator, sprite: Sprite, grounded: bool) -> dict:
-    """A pose: scale, position, angle, mirror. On a ground the thing stands in the lower part, upright."""
-    scale = rng.uniform(0.5, 0.92)
+    """A pose: scale, position, angle, mirror. On a ground the thing stands in the lower part, upright.
+
+    Things are large and not far from the middle: what a small base has to learn of each is its looks, not its place.
+    """
+    scale = rng.uniform(0.6, 0.92)
     height, width = (side * scale / max(sprite.rgba.shape[:2]) for side in sprite.rgba.shape[:2])
-    slack = 1 - width
-    x = width / 2 + slack * rng.uniform(-0.04, 1.04)
-    y = 0.5 + (1 - height) * rng.uniform(-0.48, 0.46)
+    x = 0.5 + (1 - width) * rng.uniform(-0.35, 0.35)
+    y = 0.5 + (1 - height) * rng.uniform(-0.35, 0.35)
     if grounded:
-        y = 0.95 - height / 2 - 0.36 * (1 - scale) * rng.random()
-    angle = rng.normal(0, 4 if grounded else 8)
-    return dict(scale=scale, x=x, y=y, angle=float(np.clip(angle, -20, 20)), mirror=bool(rng.random() < 0.5))
+        y = 0.94 - height / 2 - 0.25 * (1 - scale) * rng.random()
+    angle = rng.normal(0, 3 if grounded else 5)
+    return dict(scale=scale, x=x, y=y, angle=float(np.clip(angle, -12, 12)), mirror=bool(rng.random() < 0.5))
 
 
 def render_one(sprites, cumulative, size: int, seed: int, index: int, split: str = "train"):
