@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 from dreambooth_jax.pipeline import load_pipeline, read_params
 
 ROOT = Path(__file__).parent.parent
+# As its config advises, one device per core.
+DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
 CONFIG = """
 import importlib.util
 
@@ -56,20 +58,20 @@ def start(tmp_path_factory):
         options = {"world": world, "workdir": folder / "parts", "output": folder / "base"}
         command = [sys.executable, "-m", "dreambooth_jax.pretrain", f"--config={config}"]
         command += [f"--config.{name}={value}" for name, value in options.items()]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+        with (folder / "log").open("a") as log:  # a pipe that nobody reads would stop it
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | DEVICES)
 
     return run
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
+def finish(process: subprocess.Popen, folder: Path) -> None:
+    assert process.wait(timeout=600) == 0, (folder / "log").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    finish(start(folder))
+    finish(start(folder), folder)
     return folder / "base"
 
 
@@ -97,7 +99,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(start, undisturbed, tm
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "base" / "unet").exists()
-    finish(start(tmp_path))
+    finish(start(tmp_path), tmp_path)
     for path in undisturbed.rglob("*.safetensors"):
         expected, found = load_file(path), load_file(tmp_path / "base" / path.relative_to(undisturbed))
         assert expected.keys() == found.keys()
