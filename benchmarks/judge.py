@@ -19,9 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 from tqdm import trange
 
-from dreambooth_jax import runtime, world
+from dreambooth_jax import runtime, sharding, world
 from dreambooth_jax.models.layers import Conv, Downsample2D, ResnetBlock2D
 from dreambooth_jax.params import functional
+from dreambooth_jax.sharding import spread
 from dreambooth_jax.step import TrainState, init_state, run_steps
 
 CACHE = Path("~/.cache/dreambooth_jax/judge").expanduser()
@@ -115,7 +116,7 @@ def augment(images: Array, key: Array) -> Array:
 def train(net, sprites: list[world.Sprite]) -> dict[str, Array]:
     """Cross-entropy of both answers."""
     data = world.render(sprites, PICTURES, 64, seed=1, split="judge", subject_weight=1.0)
-    images, labels, backgrounds = (jnp.asarray(data[i]) for i in (0, 2, 3))
+    data = [data[i] for i in (0, 2, 3)]
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, STEPS)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2))
 
@@ -127,15 +128,17 @@ def train(net, sprites: list[world.Sprite]) -> dict[str, Array]:
     def step(state: TrainState, frozen, data, key):
         index_key, augment_key = jax.random.split(jax.random.fold_in(key, state.step))
         index = jax.random.randint(index_key, (BATCH,), 0, PICTURES)
-        value, grads = jax.value_and_grad(loss)(state.trainable, *(x[index] for x in data), augment_key)
+        batch = spread([x[index] for x in data])
+        value, grads = jax.value_and_grad(loss)(state.trainable, *batch, augment_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state, None), (value,)
 
     run = jax.jit(run_steps(step, 20), donate_argnums=0)
-    state = init_state(net.init(jax.random.key(1)), optimizer)
+    everywhere = sharding.replicated(sharding.make_mesh())
+    state, data = jax.device_put((init_state(net.init(jax.random.key(1)), optimizer), data), everywhere)
     with trange(0, STEPS, 20, desc="judge", mininterval=5) as bar:
         for _ in bar:
-            state, (losses,) = run(state, {}, (images, labels, backgrounds), jax.random.key(2), jnp.asarray(20))
+            state, (losses,) = run(state, {}, data, jax.random.key(2), jnp.asarray(20))
             bar.set_postfix(loss=f"{losses.mean():.3f}", refresh=False)
     return state.trainable
 

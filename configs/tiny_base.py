@@ -86,10 +86,11 @@ def get_config() -> ConfigDict:
     }
 
     config.unet = ConfigDict()
-    config.unet.steps = 12_000
-    config.unet.batch_size = 48
-    config.unet.learning_rate = 8e-4
-    config.unet.lr_schedule = "constant"  # with the average of the weights; so a later sitting can go on
+    config.unet.steps = 11_000
+    config.unet.decay_steps = 2_500  # the last ones, over which the learning rate falls to 0
+    config.unet.batch_size = 64
+    config.unet.learning_rate = 1e-3
+    config.unet.weight_decay = 1e-2
     config.unet.ema_decay = 0.999
     config.unet.model = {
         "_class_name": "UNet2DConditionModel",

@@ -23,6 +23,7 @@ import optax
 from absl import app
 from jaxtyping import Array
 from ml_collections import config_flags
+from optax.contrib import MuonDimensionNumbers
 from tqdm import trange
 
 from dreambooth_jax import checkpoint, sharding, world
@@ -35,6 +36,7 @@ from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.optimizer import learning_rate
 from dreambooth_jax.params import Functional, Params, count, functional
 from dreambooth_jax.schedule import Schedule
+from dreambooth_jax.sharding import split_kernel, spread
 from dreambooth_jax.step import Data, Resident, TrainState, init_state, make_step, run_steps
 from dreambooth_jax.weights import WEIGHT_FILES, save_model
 
@@ -155,15 +157,34 @@ def pairs(pictures: Pictures) -> Pairs:
     return Pairs(pictures, *(jnp.asarray(x, jnp.int32) for x in (order, first, count)))
 
 
-def spread(batch: Any) -> Any:
-    """Divides a batch over all devices, inside a jitted function."""
-    place = sharding.batch_sharding(sharding.make_mesh(), len(jax.tree.leaves(batch)[0]))
-    return jax.lax.with_sharding_constraint(batch, place)
-
-
 def adam(part) -> optax.GradientTransformation:
     rate = learning_rate(part.lr_schedule, part.learning_rate, warmup=part.steps // 40, steps=part.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
+
+
+def muon(part, params: Params) -> optax.GradientTransformation:
+    """Muon (https://kellerjordan.github.io/posts/muon) for all matrices and convolutions but the first and the last,
+    AdamW with the same root mean square of an update for the rest (arXiv 2502.16982, equation 4); constant learning
+    rate, then a linear decay to 0 over the last `part.decay_steps`."""
+    stable = learning_rate("constant", part.learning_rate, warmup=part.steps // 40, steps=part.steps)
+    decay = optax.linear_schedule(part.learning_rate, 0.0, part.decay_steps)
+    rate = optax.join_schedules([stable, decay], [part.steps - part.decay_steps])
+
+    def dimensions(name: str, shape: tuple[int, ...]) -> MuonDimensionNumbers | None:
+        if not name.endswith("kernel") or name.startswith(("conv_in", "conv_out")):
+            return None
+        *window, rows, columns = range(len(shape))
+        return MuonDimensionNumbers((rows, *window), columns)
+
+    numbers = {name: dimensions(name, x.shape) for name, x in params.items()}
+    optimizer = optax.contrib.muon(
+        rate, weight_decay=part.weight_decay, adam_weight_decay=part.weight_decay, adam_b2=0.99,
+        muon_weight_dimension_numbers=numbers, consistent_rms=0.2,
+    )  # fmt: skip
+    # Every device orthogonalises its share of each matrix; otherwise all would do the same work.
+    divided = optax.stateless(lambda updates, params: jax.tree.map(split_kernel, updates))
+    whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, sharding.replicated(sharding.make_mesh())))
+    return optax.chain(optax.clip_by_global_norm(1.0), divided, optimizer, whole)
 
 
 def normalise(images: Array) -> Array:
@@ -300,12 +321,13 @@ def train_vit(config, pictures: Pictures, key: Array) -> Params:
 def train_unet(config, examples: Resident, key: Array) -> Params:
     """The running average of the UNet's weights, trained on latents and text states by the library's own step."""
     unet = functional(lambda rngs: UNet2DConditionModel(UNetSpec.from_config(config.unet.model.to_dict()), rngs=rngs))
-    optimizer = adam(config.unet)
+    params = unet.init(key)
+    optimizer = muon(config.unet, params)
     step = make_step(
         unet.apply, optimizer, Schedule.from_config(SCHEDULER), batch_size=config.unet.batch_size,
         ema_decay=config.unet.ema_decay, constrain=spread,
     )  # fmt: skip
-    return fit("unet", step, unet.init(key), optimizer, Data(examples, None), config, config.unet).ema
+    return fit("unet", step, params, optimizer, Data(examples, None), config, config.unet).ema
 
 
 def main(_) -> None:

@@ -104,3 +104,20 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     """Splits a leading axis of `size` as `batch_axes` says."""
     axes = batch_axes(mesh.shape, size)
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
+
+
+def spread(batch: Any) -> Any:
+    """Divides a batch over all devices, inside a jitted function."""
+    place = batch_sharding(make_mesh(), len(jax.tree.leaves(batch)[0]))
+    return jax.lax.with_sharding_constraint(batch, place)
+
+
+def split_kernel(kernel: jax.Array) -> jax.Array:
+    """Divides [..., in, out] over all devices along the longer side of the matrix [... * in, out], inside a jitted
+    function; leaves it whole where that does not divide."""
+    mesh = make_mesh()
+    axis = kernel.ndim - (1 if kernel.shape[-1] > math.prod(kernel.shape[:-1]) else 2)
+    if kernel.ndim < 2 or kernel.shape[axis] % mesh.size:
+        return kernel
+    spec = [AXES if i == axis else None for i in range(kernel.ndim)]
+    return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, PartitionSpec(*spec)))
