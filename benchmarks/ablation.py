@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 from dreambooth_jax import metrics, runtime
-from dreambooth_jax.method import combine, split, trainable_pattern
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.paint import Request
 from dreambooth_jax.params import functional
@@ -83,14 +82,14 @@ def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, e
         run = set_up(config)
         params = read_params(run.pipeline)
         data = prepare_data(run, params)
-        trainable, frozen = split(params, trainable_pattern(config))
-        state = init_state(trainable, run.job.optimizer)
         key = jax.device_put(jax.random.key(seed), replicated(run.mesh))
+        trainable, frozen = run.job.method.start(params, key)
+        state = init_state(trainable, run.job.optimizer)
         advance = lower_steps(run.job, state, frozen, data, key).compile()
         for start in range(0, steps, config.steps_per_call):
             number = min(config.steps_per_call, steps - start)
             state, _ = advance(state, frozen, data, key, jnp.asarray(number, jnp.int32))
-        tuned = combine(frozen, state.trainable)
+        tuned = run.job.method.combine(frozen, state.trainable)
 
         def paint(prompts: list[str]) -> np.ndarray:
             keys = jax.random.split(jax.random.key(1000 + seed), len(prompts))

@@ -36,9 +36,7 @@ class Net(nnx.Module):
         kw = {"dtype": jnp.float32, "rngs": rngs}
         widths = (32, 32, 64, 128, 256)
         self.stem = Conv(3, widths[0], 3, stride=2, **kw)
-        self.blocks = nnx.List(
-            [ResnetBlock2D(a, b, groups=8, eps=1e-5, **kw) for a, b in itertools.pairwise(widths)]
-        )
+        self.blocks = nnx.List([ResnetBlock2D(a, b, groups=8, eps=1e-5, **kw) for a, b in itertools.pairwise(widths)])
         self.downs = nnx.List([Downsample2D(width, padding=1, **kw) for width in widths[1:-1]])
         self.sprite = nnx.Linear(widths[-1], sprites, **kw)
         self.background = nnx.Linear(widths[-1], backgrounds, **kw)

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from dreambooth_jax import runtime
 from dreambooth_jax.checkpoint import open_checkpoints
-from dreambooth_jax.method import split, trainable_pattern
 from dreambooth_jax.pipeline import read_params
 from dreambooth_jax.preemption import Preemption
 from dreambooth_jax.program import lower_steps
@@ -45,10 +44,10 @@ def main() -> None:
         params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
         with contextlib.redirect_stderr(io.StringIO()):
             data = prepare_data(run, params)
-        trainable, frozen = split(params, trainable_pattern(config))
+        key = jax.device_put(jax.random.key(0), replicated(run.mesh))
+        trainable, frozen = run.job.method.start(params, key)
         manager = open_checkpoints(Path(folder) / "checkpoints")
         state = start_state(run, trainable, manager)
-        key = jax.device_put(jax.random.key(0), replicated(run.mesh))
         steps = lower_steps(run.job, state, frozen, data, key).compile()
 
         bare, looped = [], []

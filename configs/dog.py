@@ -1,7 +1,8 @@
 """DreamBooth on five pictures of a dog. Every field of the library is here; override any with --config.FIELD=VALUE.
 
-    python -m dreambooth_jax.train --config configs/dog.py           # the embedded base, any laptop, no network
-    python -m dreambooth_jax.train --config configs/dog.py:sd15      # Stable Diffusion 1.5; also :sd14, :sd21
+python -m dreambooth_jax.train --config configs/dog.py           # the embedded base, any laptop, no network
+python -m dreambooth_jax.train --config configs/dog.py:sd15      # Stable Diffusion 1.5; also :sd14, :sd21
+python -m dreambooth_jax.train --config configs/dog.py:sd15,lora # LoRA instead of full fine-tuning; also :tiny,lora
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +14,8 @@ HUB_MODELS = {
 }
 
 
-def get_config(base: str = "tiny") -> ConfigDict:
+def get_config(base_and_method: str = "tiny") -> ConfigDict:
+    base, _, method = base_and_method.partition(",")
     config = ConfigDict()
 
     # What is learnt, from what
@@ -39,6 +41,10 @@ def get_config(base: str = "tiny") -> ConfigDict:
     config.class_batch_size = 20  # pictures painted at once, over all devices
 
     # Training
+    config.method = "full"  # fine-tuning of all weights, or "lora": low-rank differences (arXiv 2106.09685)
+    config.lora_rank = 8
+    config.lora_alpha = 8.0  # the difference is scaled by alpha / rank
+    config.lora_targets = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"  # regex for the ends of the modules' names
     config.steps = 300
     config.batch_size = 4  # instance images per step over all devices; as many class images join them
     config.accumulate = 1  # parts in which a batch is computed, one after the other
@@ -97,4 +103,9 @@ def get_config(base: str = "tiny") -> ConfigDict:
         config.sample_count = 2
         config.sampling_steps = 25
         config.guidance_scale = 7.5
+    if method:
+        if method != "lora":
+            raise ValueError(f"dog.py:{base_and_method}: expected nothing after the base, or ,lora")
+        config.method = method
+        config.learning_rate = 2e-3 if base == "tiny" else 1e-4
     return config

@@ -47,10 +47,11 @@ def get_config() -> ConfigDict:
     }
 
     config.clip = ConfigDict()
-    config.clip.steps = 1000
+    config.clip.steps = 1600
+    config.clip.decay_steps = 1560  # the last ones, over which the learning rate falls to 0
     config.clip.batch_size = 128
-    config.clip.learning_rate = 1e-3
-    config.clip.lr_schedule = "cosine"
+    config.clip.learning_rate = 2e-3
+    config.clip.weight_decay = 1e-2
     config.clip.projection_dim = 128
     config.clip.text = {
         "hidden_size": 128,
@@ -65,7 +66,7 @@ def get_config() -> ConfigDict:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "image_size": 64,
-        "patch_size": 16,
+        "patch_size": 8,
         "hidden_act": "quick_gelu",
     }
 
@@ -86,9 +87,9 @@ def get_config() -> ConfigDict:
     }
 
     config.unet = ConfigDict()
-    config.unet.steps = 11_000
-    config.unet.decay_steps = 2_500  # the last ones, over which the learning rate falls to 0
-    config.unet.batch_size = 64
+    config.unet.steps = 8_800
+    config.unet.decay_steps = 1_200  # the last ones, over which the learning rate falls to 0
+    config.unet.batch_size = 96
     config.unet.learning_rate = 1e-3
     config.unet.weight_decay = 1e-2
     config.unet.ema_decay = 0.999

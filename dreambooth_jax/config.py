@@ -4,13 +4,15 @@ The fields and their meaning stand in configs/dog.py.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from dreambooth_jax.method import METHODS
 from dreambooth_jax.optimizer import OPTIMIZERS, SCHEDULES
-from dreambooth_jax.sampler import METHODS
+from dreambooth_jax.sampler import METHODS as SAMPLERS
 
 
 class ConfigError(ValueError):
@@ -42,6 +44,13 @@ def _text(**kw) -> Field:
     return Field(str, lambda v: bool(v.strip()), "not empty", **kw)
 
 
+def _is_regex(text: str) -> bool:
+    try:
+        return bool(re.compile(text).pattern)
+    except re.error:
+        return False
+
+
 _SIZE = Field(int, lambda v: v == -1 or v > 0, "above 0, or -1 for what is left", meaning=False)
 _SHARE = Field(float, lambda v: 0 <= v < 1, "at least 0 and below 1")
 
@@ -67,6 +76,10 @@ FIELDS: dict[str, Field] = {
     "steps": _positive(),
     "batch_size": _positive(),
     "accumulate": _positive(),
+    "method": _one_of(*METHODS),
+    "lora_rank": _positive(),
+    "lora_alpha": Field(float, lambda v: v > 0, "above 0"),
+    "lora_targets": Field(str, _is_regex, "a regex for the ends of module names"),
     "train_text_encoder": Field(bool),
     "text_encoder_multiplier": _not_negative(float),
     "optimizer": _one_of(*OPTIMIZERS),
@@ -89,7 +102,7 @@ FIELDS: dict[str, Field] = {
     "sample_every": _positive(meaning=False),
     "sample_prompts": Field(tuple, lambda v: all(isinstance(p, str) for p in v), "a tuple of prompts", meaning=False),
     "sample_count": _positive(meaning=False),
-    "sampler": _one_of(*METHODS),
+    "sampler": _one_of(*SAMPLERS),
     "sampling_steps": _positive(),
     "guidance_scale": _not_negative(float),
     "negative_prompt": Field(str, meaning=False),
@@ -149,6 +162,8 @@ def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
     fields = {name for name, field in FIELDS.items() if field.meaning}
     if not config.prior_preservation:
         fields -= {*_PAINTING, "prior_weight"}
+    if config.method != "lora":
+        fields -= {"lora_rank", "lora_alpha", "lora_targets"}
     if config.lr_schedule == "constant":
         fields -= {"steps"}  # a longer run begins alike
     changed = sorted(name for name in fields if now[name] != earlier.get(name))

@@ -1,18 +1,45 @@
-"""Writes a trained run as a diffusers folder that StableDiffusionPipeline.from_pretrained opens.
+"""Writes a trained run as a diffusers folder that StableDiffusionPipeline.from_pretrained opens, or its LoRA alone.
 
 python -m dreambooth_jax.export --workdir runs/dog --output runs/dog/model
+python -m dreambooth_jax.export --workdir runs/dog --output runs/dog/lora --lora
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from dreambooth_jax import runtime
+from dreambooth_jax.method import lora_for_files
 from dreambooth_jax.pipeline import save_pipeline
 from dreambooth_jax.sharding import make_mesh
-from dreambooth_jax.trained import open_run
+from dreambooth_jax.trained import open_run, open_trained
+from dreambooth_jax.weights import save_tensors
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def export_model(options: argparse.Namespace, dtype: np.dtype) -> str:
+    """Writes the personalised model; returns how to open it."""
+    _, pipeline, params = open_run(options.workdir, make_mesh(), options.step)
+    save_pipeline(pipeline, params, options.output, dtype=dtype)
+    return f'StableDiffusionPipeline.from_pretrained("{options.output}")'
+
+
+def export_lora(options: argparse.Namespace, dtype: np.dtype) -> str:
+    """Writes what the run has learnt beside its base; returns how to open it.
+
+    Raises:
+        ValueError: the run did not train a LoRA.
+    """
+    config, _, _, trainable = open_trained(options.workdir, make_mesh(), options.step)
+    if config.method != "lora":
+        raise ValueError(f"{options.workdir} was trained with method = {config.method!r}: leave out --lora")
+    factors = lora_for_files(trainable, rank=config.lora_rank, alpha=config.lora_alpha)
+    save_tensors(Path(options.output) / LORA_FILE, factors, dtype=dtype)
+    return f'StableDiffusionPipeline.from_pretrained("{config.base}").load_lora_weights("{options.output}")'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="precision of the files")
+    parser.add_argument("--lora", action="store_true", help=f"only the LoRA of a run that trained one: {LORA_FILE}")
     options = parser.parse_args(arguments)
     runtime.start()
     try:
-        _, pipeline, params = open_run(options.workdir, make_mesh(), options.step)
-        save_pipeline(pipeline, params, options.output, dtype=np.dtype(options.dtype))
+        opening = (export_lora if options.lora else export_model)(options, np.dtype(options.dtype))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f'{options.output}: open it with StableDiffusionPipeline.from_pretrained("{options.output}")')
+    print(f"{options.output}: open it with {opening}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ REMEDIES = (
     ("moment_dtype=bfloat16", {"moment_dtype": "bfloat16"}),
     ("train_text_encoder=False", {"train_text_encoder": False}),
     ("optimizer=adafactor", {"optimizer": "adafactor"}),
+    ("method=lora", {"method": "lora"}),
 )
 SWEEP_TOPOLOGIES = ("v5e:1x1", "v5e:2x4", "v6e:1x1", "v6e:2x4", "v5p:2x2x1", "v4:2x2x1")
 

@@ -2,9 +2,9 @@
 
     python -m dreambooth_jax.pretrain --config configs/tiny_base.py
 
-Stable Diffusion's recipe (arXiv 2112.10752): the autoencoder, a text tower trained contrastively, then the UNet on
-frozen latents and text states; and a ViT for subject fidelity. Every part is checkpointed and goes on where it was
-killed.
+Latent diffusion's recipe (arXiv 2112.10752): the autoencoder, a text tower trained contrastively, then on frozen
+latents the UNet together with the text tower (its equation 3); and a ViT for subject fidelity. Every part is
+checkpointed and goes on where it was killed.
 """
 
 import functools
@@ -14,7 +14,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,16 @@ from ml_collections import config_flags
 from optax.contrib import MuonDimensionNumbers
 from tqdm import trange
 
-from dreambooth_jax import checkpoint, sharding, world
+from dreambooth_jax import checkpoint, contrastive, sharding, world
+from dreambooth_jax.contrastive import Pictures, normalise
 from dreambooth_jax.identifier import load_tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
-from dreambooth_jax.models.clip_text import CLIPTextSpec
+from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.optimizer import learning_rate
-from dreambooth_jax.params import Functional, Params, count, functional
+from dreambooth_jax.params import Functional, Params, count, functional, under_prefix, with_prefix
 from dreambooth_jax.schedule import Schedule
 from dreambooth_jax.sharding import split_kernel, spread
 from dreambooth_jax.step import Data, Resident, TrainState, init_state, make_step, run_steps
@@ -57,31 +58,6 @@ SCHEDULER = {
 }
 
 
-class Pictures(NamedTuple):
-    """The rendered data set, or a batch of it.
-
-    Attributes:
-        images: [n, h, w, 3] uint8.
-        ids: distinct token ids [u, l]; in a batch, each example's [b, l].
-        caption: which of the distinct ids each image has, [n].
-        sprite: which sprite it shows, [n].
-    """
-
-    images: Array
-    ids: Array
-    caption: Array
-    sprite: Array
-
-
-class Pairs(NamedTuple):
-    """Pictures sorted by what they show: those of sprite s are `order[first[s] : first[s] + count[s]]`."""
-
-    pictures: Pictures
-    order: Array
-    first: Array
-    count: Array
-
-
 def fit(name: str, step: Callable, params: Params, optimizer, data: Any, config, part) -> TrainState:
     """Runs `step(state, frozen, data, key)` for `part.steps` steps, from the last checkpoint if there is one."""
     manager = checkpoint.open_checkpoints(Path(config.workdir) / name, keep_last=1)
@@ -89,7 +65,7 @@ def fit(name: str, step: Callable, params: Params, optimizer, data: Any, config,
     state = jax.device_put(init_state(params, optimizer, ema="ema_decay" in part), everywhere)
     state = checkpoint.restore(manager, state) or state
     data = jax.device_put(data, everywhere)
-    run = jax.jit(run_steps(step, config.steps_per_call), donate_argnums=0)
+    run = jax.jit(run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=everywhere)
     key = jax.random.key(config.seed)
     saved = time.monotonic()
     with (
@@ -124,72 +100,38 @@ def plain_step(loss: Callable, optimizer, draw: Callable) -> Callable:
     return step
 
 
-def take(pictures: Pictures, index: Array) -> Pictures:
-    """The batch of the pictures at `index`."""
-    caption = pictures.caption[index]
-    return Pictures(pictures.images[index], pictures.ids[caption], caption, pictures.sprite[index])
-
-
-def draw_any(batch_size: int) -> Callable[[Pictures, Array], Pictures]:
-    """Pictures drawn uniformly."""
-    return lambda data, key: take(data, jax.random.randint(key, (batch_size,), 0, len(data.images)))
-
-
-def draw_pairs(batch_size: int) -> Callable[[Pairs, Array], Pictures]:
-    """Half a batch of pictures, then for each another picture of the same sprite."""
-
-    def draw(data: Pairs, key: Array) -> Pictures:
-        one_key, other_key = jax.random.split(key)
-        one = jax.random.randint(one_key, (batch_size // 2,), 0, len(data.pictures.images))
-        sprite = data.pictures.sprite[one]
-        other = data.order[data.first[sprite] + jax.random.randint(other_key, one.shape, 0, data.count[sprite])]
-        return take(data.pictures, jnp.concatenate([one, other]))
-
-    return draw
-
-
-def pairs(pictures: Pictures) -> Pairs:
-    """Sorts `pictures` by sprite."""
-    sprites = np.asarray(pictures.sprite)
-    count = np.bincount(sprites)
-    first = np.cumsum(count) - count
-    order = np.argsort(sprites, kind="stable")
-    return Pairs(pictures, *(jnp.asarray(x, jnp.int32) for x in (order, first, count)))
-
-
 def adam(part) -> optax.GradientTransformation:
     rate = learning_rate(part.lr_schedule, part.learning_rate, warmup=part.steps // 40, steps=part.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
 
 
+_OUTERMOST = ("conv_in.kernel", "conv_out.kernel", "patch_embedding.kernel")
+
+
 def muon(part, params: Params) -> optax.GradientTransformation:
-    """Muon (https://kellerjordan.github.io/posts/muon) for all matrices and convolutions but the first and the last,
-    AdamW with the same root mean square of an update for the rest (arXiv 2502.16982, equation 4); constant learning
-    rate, then a linear decay to 0 over the last `part.decay_steps`."""
+    """Muon (https://kellerjordan.github.io/posts/muon) for all matrices and convolutions but the outermost, AdamW with
+    the same root mean square of an update for the rest (arXiv 2502.16982, equation 4); constant learning rate, then a
+    linear decay to 0 over the last `part.decay_steps`."""
     stable = learning_rate("constant", part.learning_rate, warmup=part.steps // 40, steps=part.steps)
     decay = optax.linear_schedule(part.learning_rate, 0.0, part.decay_steps)
     rate = optax.join_schedules([stable, decay], [part.steps - part.decay_steps])
 
     def dimensions(name: str, shape: tuple[int, ...]) -> MuonDimensionNumbers | None:
-        if not name.endswith("kernel") or name.startswith(("conv_in", "conv_out")):
+        if not name.endswith("kernel") or name.endswith(_OUTERMOST):
             return None
         *window, rows, columns = range(len(shape))
         return MuonDimensionNumbers((rows, *window), columns)
 
     numbers = {name: dimensions(name, x.shape) for name, x in params.items()}
     optimizer = optax.contrib.muon(
-        rate, weight_decay=part.weight_decay, adam_weight_decay=part.weight_decay, adam_b2=0.99,
+        rate, ns_steps=4, weight_decay=part.weight_decay, adam_weight_decay=part.weight_decay, adam_b2=0.99,
         muon_weight_dimension_numbers=numbers, consistent_rms=0.2,
     )  # fmt: skip
     # Every device orthogonalises its share of each matrix; otherwise all would do the same work.
     divided = optax.stateless(lambda updates, params: jax.tree.map(split_kernel, updates))
-    whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, sharding.replicated(sharding.make_mesh())))
+    everywhere = sharding.replicated(sharding.make_mesh())
+    whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, everywhere))
     return optax.chain(optax.clip_by_global_norm(1.0), divided, optimizer, whole)
-
-
-def normalise(images: Array) -> Array:
-    """uint8 -> [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def vae_loss(vae: Functional, kl_weight: float) -> Callable:
@@ -203,36 +145,6 @@ def vae_loss(vae: Functional, kl_weight: float) -> Callable:
         edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).sum((1, 2, 3)).mean()
         return 4 * jnp.square(error).mean() + jnp.abs(error).mean() + 0.5 * edges + kl_weight * kl
-
-    return loss
-
-
-def clip_loss(clip: Functional, end: int) -> Callable:
-    """Symmetric contrastive loss (arXiv 2103.00020, figure 3); equal captions in a batch are no negatives."""
-
-    def loss(params: Params, batch: Pictures, key: Array) -> Array:
-        logits = clip.apply(params, batch.ids, normalise(batch.images), end, method="logits")
-        same = batch.caption[:, None] == batch.caption[None]
-        targets = same / same.sum(1, keepdims=True)
-        by_image = optax.softmax_cross_entropy(logits, targets).mean()
-        by_text = optax.softmax_cross_entropy(logits.T, targets).mean()
-        return (by_image + by_text) / 2
-
-    return loss
-
-
-def vit_loss(vit: Functional, temperature: float) -> Callable:
-    """Tells instances apart (NT-Xent, arXiv 2002.05709, equation 1): two pictures of one cut-out in different places,
-    sizes and poses attract each other and repel the others. Colours are never jittered: they are part of a subject."""
-
-    def loss(params: Params, batch: Pictures, key: Array) -> Array:
-        features = vit.apply(params, normalise(batch.images), method="features")
-        number = jnp.arange(len(features))
-        partner = jnp.roll(number, len(features) // 2)
-        logits = features @ features.T / temperature
-        same = batch.sprite[:, None] == batch.sprite[None]  # its own cut-out once more is no negative
-        hidden = same & (number[None] != partner[:, None])
-        return optax.softmax_cross_entropy_with_integer_labels(jnp.where(hidden, -1e9, logits), partner).mean()
 
     return loss
 
@@ -267,26 +179,26 @@ def cached(path: Path, compute: Callable[[], tuple[np.ndarray, ...]]) -> list[np
 
 def render_pictures(config, tokenizer, sprites) -> Pictures:
     """Renders the data set; some captions are empty, so that the UNet learns the unconditional distribution too."""
-    images, captions, sprite, _ = world.render(
+    images, captions, sprite, background = world.render(
         sprites, config.num_images, config.resolution, config.seed, subject_weight=config.subject_weight
     )
     dropped = np.random.default_rng(config.seed).random(len(captions)) < config.unconditional
     captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
     distinct, caption = np.unique(captions, return_inverse=True)
     encoded = tokenizer(list(distinct), padding="max_length", max_length=config.max_length, truncation=True)
-    ids, caption, sprite = (jnp.asarray(x, jnp.int32) for x in (encoded.input_ids, caption, sprite))
-    return Pictures(jnp.asarray(images), ids, caption, sprite)
+    labels = (jnp.asarray(x, jnp.int32) for x in (encoded.input_ids, caption, sprite, background))
+    return Pictures(jnp.asarray(images), *labels)
 
 
 def train_vae(config, pictures: Pictures, key: Array) -> tuple[Functional, Params]:
     """The autoencoder, on all pictures."""
     vae = functional(lambda rngs: AutoencoderKL(VAESpec.from_config(config.vae.model.to_dict()), rngs=rngs))
     optimizer = adam(config.vae)
-    step = plain_step(vae_loss(vae, config.vae.kl_weight), optimizer, draw_any(config.vae.batch_size))
+    step = plain_step(vae_loss(vae, config.vae.kl_weight), optimizer, contrastive.draw_any(config.vae.batch_size))
     return vae, fit("vae", step, vae.init(key), optimizer, pictures, config, config.vae).trainable
 
 
-def train_clip(config, pictures: Pictures, tokenizer, key: Array) -> tuple[Functional, Params, dict]:
+def train_clip(config, pictures: Pictures, tokenizer, key: Array) -> tuple[Params, dict]:
     """Both towers of the CLIP, and its config.json."""
     text = {
         "vocab_size": len(tokenizer), "max_position_embeddings": config.max_length,
@@ -299,32 +211,51 @@ def train_clip(config, pictures: Pictures, tokenizer, key: Array) -> tuple[Funct
             CLIPTextSpec.from_config(text), CLIPVisionSpec.from_config(vision), config.clip.projection_dim, rngs=rngs
         )
     )
-    optimizer = adam(config.clip)
-    step = plain_step(clip_loss(clip, tokenizer.eos_token_id), optimizer, draw_any(config.clip.batch_size))
-    params = fit("clip", step, clip.init(key), optimizer, pictures, config, config.clip).trainable
+    start = clip.init(key)
+    optimizer = muon(config.clip, start)
+    loss = contrastive.clip_loss(clip, tokenizer.eos_token_id)
+    step = plain_step(loss, optimizer, contrastive.draw_alike(config.clip.batch_size))
+    alike = contrastive.group(pictures, pictures.background)
+    params = fit("clip", step, start, optimizer, alike, config, config.clip).trainable
     model_config = {
         "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.clip.projection_dim,
         "text_config": text | {"model_type": "clip_text_model", "projection_dim": config.clip.projection_dim},
         "vision_config": vision | {"model_type": "clip_vision_model"},
     }  # fmt: skip
-    return clip, params, model_config
+    return params, model_config
 
 
 def train_vit(config, pictures: Pictures, key: Array) -> Params:
     """The image features of subject fidelity."""
     vit = functional(lambda rngs: ViTModel(ViTSpec.from_config(config.vit.model.to_dict()), rngs=rngs))
     optimizer = adam(config.vit)
-    step = plain_step(vit_loss(vit, config.vit.temperature), optimizer, draw_pairs(config.vit.batch_size))
-    return fit("vit", step, vit.init(key), optimizer, pairs(pictures), config, config.vit).trainable
+    loss = contrastive.vit_loss(vit, config.vit.temperature)
+    step = plain_step(loss, optimizer, contrastive.draw_pairs(config.vit.batch_size))
+    alike = contrastive.group(pictures, pictures.sprite)
+    return fit("vit", step, vit.init(key), optimizer, alike, config, config.vit).trainable
 
 
-def train_unet(config, examples: Resident, key: Array) -> Params:
-    """The running average of the UNet's weights, trained on latents and text states by the library's own step."""
+def train_unet(config, examples: Resident, text_config: dict, text: Params, key: Array) -> Params:
+    """The running average of the weights of UNet and text tower, trained together by the library's own step.
+
+    Args:
+        examples: scaled latents; the conditions are token ids.
+        text_config, text: the text tower that CLIP's training has left.
+
+    Returns:
+        Both, named "unet." and "text_encoder.".
+    """
     unet = functional(lambda rngs: UNet2DConditionModel(UNetSpec.from_config(config.unet.model.to_dict()), rngs=rngs))
-    params = unet.init(key)
+    tower = functional(lambda rngs: CLIPTextModel(CLIPTextSpec.from_config(text_config), rngs=rngs))
+
+    def predict(params: Params, xt: Array, t: Array, ids: Array) -> Array:
+        states = tower.apply(under_prefix("text_encoder.", params), ids)
+        return unet.apply(under_prefix("unet.", params), xt, t, states)
+
+    params = with_prefix("unet.", unet.init(key)) | with_prefix("text_encoder.", text)
     optimizer = muon(config.unet, params)
     step = make_step(
-        unet.apply, optimizer, Schedule.from_config(SCHEDULER), batch_size=config.unet.batch_size,
+        predict, optimizer, Schedule.from_config(SCHEDULER), batch_size=config.unet.batch_size,
         ema_decay=config.unet.ema_decay, constrain=spread,
     )  # fmt: skip
     return fit("unet", step, params, optimizer, Data(examples, None), config, config.unet).ema
@@ -343,39 +274,34 @@ def main(_) -> None:
     vae_key, clip_key, vit_key, unet_key = jax.random.split(jax.random.key(config.seed), 4)
 
     vae, vae_params = train_vae(config, pictures, vae_key)
-    clip, clip_params, clip_config = train_clip(config, pictures, tokenizer, clip_key)
+    clip_params, clip_config = train_clip(config, pictures, tokenizer, clip_key)
     vit_params = train_vit(config, pictures, vit_key)
     latents = Path(config.workdir) / f"latents_{digest(pictures.images, *vae_params.values()):08x}.npz"
     mean, std = cached(latents, lambda: encode_all(vae, vae_params, pictures.images))
     scale = float(1 / mean.astype(np.float32).std())
-    states = encode_captions(clip, clip_params, pictures.ids)
-    examples = Resident(jnp.asarray(mean) * scale, jnp.asarray(std) * scale, states, pictures.caption)
-    unet_params = train_unet(config, examples, unet_key)
+    examples = Resident(jnp.asarray(mean) * scale, jnp.asarray(std) * scale, pictures.ids, pictures.caption)
+    text = {name: value for name, value in clip_params.items() if name.startswith("text_model.")}
+    trained = train_unet(config, examples, clip_config["text_config"], text, unet_key)
+    unet_params, text_params = (under_prefix(f"{part}.", trained) for part in ("unet", "text_encoder"))
 
-    parts = {"UNet": unet_params, "autoencoder": vae_params, "CLIP": clip_params, "ViT": vit_params}
+    parts = {
+        "UNet": unet_params, "text encoder": text_params, "autoencoder": vae_params, "CLIP": clip_params,
+        "ViT": vit_params,
+    }  # fmt: skip
     logging.info("parameters: %s", ", ".join(f"{part} {count(p) / 1e6:.1f} M" for part, p in parts.items()))
     vae_config = config.vae.model.to_dict() | {"scaling_factor": scale}
     vit_config = config.vit.model.to_dict() | {"architectures": ["ViTModel"], "model_type": "vit"}
-    text = {name: value for name, value in clip_params.items() if name.startswith("text_model.")}
     text_config = clip_config["text_config"] | {"architectures": ["CLIPTextModel"]}
     diffusion, plain = WEIGHT_FILES
     for name, params, model_config, stem in (
         ("unet", unet_params, config.unet.model.to_dict(), diffusion),
         ("vae", vae_params, vae_config, diffusion),
-        ("text_encoder", text, text_config, plain),
+        ("text_encoder", text_params, text_config, plain),
         ("clip", clip_params, clip_config, plain),
         ("vit", vit_params, vit_config, plain),
     ):
         save_model(output / name, params, model_config, dtype=np.float16, stem=stem)
     write_index(output)
-
-
-def encode_captions(clip: Functional, params: Params, ids: Array, batch: int = 1000) -> Array:
-    """Text states [u, l, c] of all captions, float16, as the UNet sees them."""
-    encode = jax.jit(lambda ids: clip.apply(params, ids, method="text_states"))
-    padded = jnp.pad(ids, ((0, -len(ids) % batch), (0, 0)))
-    parts = [np.asarray(encode(padded[i : i + batch]), np.float16) for i in range(0, len(padded), batch)]
-    return jnp.asarray(np.concatenate(parts)[: len(ids)])
 
 
 def write_index(folder: Path) -> None:

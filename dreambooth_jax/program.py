@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dreambooth_jax.method import combine, split, trainable_pattern
+from dreambooth_jax.method import Method, make_method
 from dreambooth_jax.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.params import Params
 from dreambooth_jax.pipeline import Pipeline
@@ -25,6 +25,7 @@ class Job(NamedTuple):
     pipeline: Pipeline
     mesh: Mesh
     optimizer: object
+    method: Method
 
 
 def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
@@ -40,7 +41,7 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
         moment_dtype=config.moment_dtype,
         multiplier=lambda name: config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0,
     )  # fmt: skip
-    return Job(config, pipeline, mesh, optimizer)
+    return Job(config, pipeline, mesh, optimizer, make_method(config))
 
 
 def initial(job: Job):
@@ -50,12 +51,13 @@ def initial(job: Job):
 
 def split_shapes(job: Job) -> tuple[Params, Params]:
     """(trainable, frozen) shapes, as the mesh holds them."""
-    place = functools.partial(param_sharding, job.mesh)
-    shapes = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(name, x.shape))
-        for name, x in job.pipeline.shapes.items()
-    }
-    return split(shapes, trainable_pattern(job.config))
+
+    def placed(shapes: Params) -> Params:
+        place = functools.partial(param_sharding, job.mesh)
+        return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(n, x.shape)) for n, x in shapes.items()}
+
+    trainable, frozen = job.method.shapes(job.pipeline.shapes)
+    return placed(trainable), placed(frozen)
 
 
 def state_shapes(job: Job, trainable: Params) -> TrainState:
@@ -103,7 +105,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
         job.optimizer,
         pipeline.schedule,
         batch_size=config.batch_size,
-        combine=lambda frozen, trainable: gather(mesh, combine(frozen, trainable)),
+        combine=lambda frozen, trainable: gather(mesh, job.method.combine(frozen, trainable)),
         prior_weight=config.prior_weight,
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,

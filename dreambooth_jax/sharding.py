@@ -51,9 +51,9 @@ def split_largest(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     return PartitionSpec(*(None,) * largest, "fsdp")
 
 
-# First match wins. Vectors are not worth a collective each.
+# First match wins. Vectors and low-rank factors are not worth a collective each.
 RULES: tuple[tuple[str, Rule], ...] = (
-    (r"\.(bias|scale)$", replicate),
+    (r"\.(bias|scale)$|\.lora_[AB]\.", replicate),
     (r".*", split_largest),
 )
 

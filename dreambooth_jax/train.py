@@ -25,7 +25,6 @@ from dreambooth_jax import checkpoint, runtime
 from dreambooth_jax.config import ConfigError, check_config, check_resumable, fill
 from dreambooth_jax.identifier import check_identifier
 from dreambooth_jax.images import Examples, decode_image, list_images, read_examples
-from dreambooth_jax.method import combine, split, trainable_pattern
 from dreambooth_jax.paint import Painter, Request, make_painter, paint_sheet, save_sheet
 from dreambooth_jax.params import Params, count
 from dreambooth_jax.pictures import file_names, save_png
@@ -115,8 +114,7 @@ def read_class_images(config: ConfigDict) -> Examples:
 def print_plan(run: Run, done: int) -> None:
     """What is about to happen, for a person."""
     config, shapes = run.config, run.pipeline.shapes
-    trained, _ = split(shapes, trainable_pattern(config))
-    parts = "UNet and text encoder" if config.train_text_encoder else "UNet"
+    trained, _ = run.job.method.shapes(shapes)
     images = len(set(run.examples.names))
     prior = "off"
     if config.prior_preservation:
@@ -128,7 +126,7 @@ def print_plan(run: Run, done: int) -> None:
         "base": f"{config.base} ({config.resolution}x{config.resolution}, {count(shapes) / 1e6:.1f} M parameters)",
         "subject": f"{images} images in {config.instance_images}: {run.examples.captions[0]!r}",
         "prior": prior,
-        "method": f"full fine-tuning of the {parts}, {count(trained) / 1e6:.1f} M parameters, {config.optimizer}",
+        "method": f"{run.job.method.says}, {count(trained) / 1e6:.3g} M parameters, {config.optimizer}",
         "steps": f"{config.steps} of {config.batch_size} images" + (f"; going on from step {done}" if done else ""),
         "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), {axes}",
         "workdir": config.workdir,
@@ -194,11 +192,11 @@ def train(run: Run, guard: Preemption) -> None:
             check_space(run, manager)
             params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
             data = prepare_data(run, params)
-            trainable, frozen = split(params, trainable_pattern(config))
+            key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(run.mesh))()
+            trainable, frozen = run.job.method.start(params, key)
             del params
             state = start_state(run, trainable, manager)
             del trainable
-            key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(run.mesh))()
             steps = lower_steps(run.job, state, frozen, data, key).compile()
             # Several processes leave together, from inside the loop only.
             with contextlib.nullcontext() if runtime.is_alone() else guard.polled():
@@ -212,7 +210,7 @@ def check_space(run: Run, manager) -> None:
     config = run.config
     if "://" in config.workdir:
         return
-    trained, _ = split(run.pipeline.shapes, trainable_pattern(config))
+    trained, _ = run.job.method.shapes(run.pipeline.shapes)
     size = checkpoint.size(jax.eval_shape(initial(run.job), trained))
     kept = config.keep_last + (config.steps // config.keep_every if config.keep_every else 0)
     # A new checkpoint is complete before an old one goes.
@@ -231,7 +229,7 @@ def loop(run: Run, guard: Preemption, manager, state: TrainState, frozen: Params
 
     Metrics are read one call late, so that the device never waits for the host.
     """
-    config = run.config
+    config, combine = run.config, run.job.method.combine
     step = int(state.step)
     reporter = Reporter(run.workdir, first_step=step, steps=config.steps)
     late, agree = [], Agreement(run.mesh)

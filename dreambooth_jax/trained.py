@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dreambooth_jax import checkpoint
-from dreambooth_jax.method import split, trainable_pattern
+from dreambooth_jax.method import Method, make_method
 from dreambooth_jax.params import Params
 from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.sharding import param_sharding
@@ -29,10 +30,23 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     return ConfigDict(json.loads(path.read_text()))
 
 
-def open_run(
+class Trained(NamedTuple):
+    """What a run has learnt, apart from the base's weights.
+
+    Attributes:
+        trainable: the trained parameters or their average.
+    """
+
+    config: ConfigDict
+    pipeline: Pipeline
+    method: Method
+    trainable: Params
+
+
+def open_trained(
     workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
-) -> tuple[ConfigDict, Pipeline, Params]:
-    """The personalised model of a run: the base's weights with the trained ones (or their average) in their places.
+) -> Trained:
+    """Opens a run without reading the base's weights.
 
     Args:
         step: of the checkpoint; default: the newest.
@@ -44,9 +58,19 @@ def open_run(
     config = read_config(workdir)
     pipeline = load_pipeline(config.base, dtype=jnp.dtype(dtype or config.dtype))
     config.resolution = config.resolution or pipeline.resolution
+    method = make_method(config)
+    shapes, _ = method.shapes(pipeline.shapes)
     place = functools.partial(param_sharding, mesh)
-    shapes, _ = split(pipeline.shapes, trainable_pattern(config))
     like = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(n, s.shape)) for n, s in shapes.items()}
     manager = checkpoint.open_checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
     trained = checkpoint.restore_weights(manager, like, average=config.ema_decay > 0, step=step)
-    return config, pipeline, read_params(pipeline, place) | trained
+    return Trained(config, pipeline, method, trained)
+
+
+def open_run(
+    workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
+) -> tuple[ConfigDict, Pipeline, Params]:
+    """The personalised model of a run, all its parameters; arguments and errors are `open_trained`'s."""
+    config, pipeline, method, trainable = open_trained(workdir, mesh, step, dtype=dtype)
+    params = read_params(pipeline, functools.partial(param_sharding, mesh))
+    return config, pipeline, method.combine(params, trainable)

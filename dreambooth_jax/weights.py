@@ -189,14 +189,24 @@ def save_model(
         dtype: stored precision; default: as the arrays are.
         stem: one of `WEIGHT_FILES`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(Path(folder) / stem, params, dtype=dtype)
+    (Path(folder) / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def save_tensors(path: str | os.PathLike, params: Mapping[str, Array], *, dtype=None) -> None:
+    """Writes one safetensors file, named and laid out as PyTorch has it; a file that is there stays until it is whole.
+
+    Args:
+        path: its folder is made if absent.
+        params, dtype: see `save_model`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, value in params.items():
         array = np.asarray(value)
         axes = _to_file_axes(name, array.ndim)
         tensors[file_name(name)] = np.array(array.transpose(axes), dtype=dtype or array.dtype, order="C")
-    partial = folder / f".{stem}.partial"
+    partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / stem)
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    os.replace(partial, path)

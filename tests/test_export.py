@@ -28,8 +28,10 @@ def painted_by_sample(folder, *source) -> np.ndarray:
     return np.stack([np.asarray(Image.open(folder / f"a_sks_dog_in_the_snow_{seed}.png")) for seed in SEEDS]) / 255
 
 
-def painted_by_diffusers(folder, dtype=torch.float32) -> np.ndarray:
-    theirs = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(dtype=torch.float32)
+def painted_by_diffusers(theirs) -> np.ndarray:
+    """By a pipeline, or by the one in a folder."""
+    if not isinstance(theirs, StableDiffusionPipeline):
+        theirs = StableDiffusionPipeline.from_pretrained(theirs, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     assert isinstance(theirs.scheduler, DDIMScheduler)
     noise = np.stack([jax.random.normal(jax.random.key(seed), (8, 8, 4)) for seed in SEEDS])

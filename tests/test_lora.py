@@ -1,0 +1,135 @@
+"""LoRA: what trains, that it is of low rank, and that other tools paint with the file what we paint."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+from safetensors.numpy import load_file
+from test_export import painted_by_diffusers, painted_by_sample
+
+from dreambooth_jax import export
+from dreambooth_jax.method import lora, make_method
+from dreambooth_jax.pipeline import load_pipeline, read_params
+from dreambooth_jax.program import data_shapes, initial, lower_steps, make_job, split_shapes, state_shapes
+from dreambooth_jax.sharding import make_mesh
+from dreambooth_jax.trained import open_run
+from runs import checkpoints, config_of, finish, read_state
+
+TARGETS = r"to_[qkv]|to_out\.0|conv1|[qkv]_proj"  # matrices and convolutions, of both models
+FIELDS = {"method": "lora", "lora_rank": 2, "lora_alpha": 4.0, "lora_targets": TARGETS, "learning_rate": 0.02}
+
+
+@pytest.fixture(scope="module")
+def tuned(micro, tmp_path_factory):
+    """The workdir of a LoRA run."""
+    workdir = tmp_path_factory.mktemp("lora") / "run"
+    finish(workdir, base=micro, **FIELDS | {"steps": 20, "text_encoder_multiplier": 1.0})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def base(micro):
+    pipeline = load_pipeline(micro)
+    return pipeline, read_params(pipeline)
+
+
+def method_of(tmp_path, **fields):
+    return make_method(config_of(tmp_path, **FIELDS | fields))
+
+
+def test_it_starts_at_the_base_with_the_shapes_it_promised(base, tmp_path):
+    method = method_of(tmp_path)
+    trainable, frozen = method.start(base[1], jax.random.key(0))
+    promised, kept = method.shapes(base[0].shapes)
+    assert {n: (x.shape, x.dtype) for n, x in trainable.items()} == {n: (x.shape, x.dtype) for n, x in promised.items()}
+    assert frozen.keys() == kept.keys() == base[1].keys()
+    combined = method.combine(frozen, trainable)
+    assert combined.keys() == base[1].keys()
+    for name, value in base[1].items():
+        np.testing.assert_array_equal(combined[name], value)
+    other, _ = method.start(base[1], jax.random.key(1))
+    randomly = {name for name, value in trainable.items() if not np.array_equal(value, other[name])}
+    assert randomly == {name for name in trainable if ".lora_A." in name}
+
+
+def test_the_difference_is_of_low_rank_on_the_targets_alone(tuned, base):
+    _, _, params = open_run(tuned, make_mesh())
+    moved = {name for name, value in base[1].items() if not np.array_equal(value, params[name])}
+    assert {name.split(".")[0] for name in moved} == {"unet", "text_encoder"}
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "q_proj", "k_proj", "v_proj")
+    wanted = {n for n in base[1] if not n.startswith("vae") and n.endswith(tuple(f".{end}.kernel" for end in ends))}
+    assert moved == wanted
+    for name in moved:
+        difference = (np.asarray(params[name], np.float64) - np.asarray(base[1][name])).reshape(
+            -1, params[name].shape[-1]
+        )
+        values = np.linalg.svd(difference, compute_uv=False)
+        assert values[1] > 1e-5 and values[2:].max(initial=0) < 1e-5 * values[0], name
+
+
+def test_the_checkpoint_holds_the_factors_alone(tuned):
+    assert checkpoints(tuned) == [20]
+    names = [name for name in read_state(tuned, 20) if "kernel" in name or "bias" in name or "scale" in name]
+    assert names and all(".lora_" in name for name in names)
+
+
+def test_diffusers_paints_with_the_file_what_sample_paints(tuned, micro, tmp_path):
+    export.main(["--workdir", str(tuned), "--output", str(tmp_path / "lora"), "--lora"])
+    theirs = StableDiffusionPipeline.from_pretrained(micro)
+    theirs.load_lora_weights(tmp_path / "lora")
+    ours = painted_by_sample(tmp_path / "pictures", "--workdir", str(tuned))
+    assert np.abs(painted_by_diffusers(theirs) - ours).max() <= 2e-3 + 0.5 / 255
+    assert np.abs(painted_by_diffusers(micro) - ours).max() > 0.02
+    # Nothing in the file is passed over: each factor has found its layer.
+    layers = [*theirs.unet.named_modules(), *theirs.text_encoder.named_modules()]
+    loaded = [name for name, _ in layers if name.endswith(("lora_A.default_0", "lora_B.default_0"))]
+    assert len(loaded) == len(load_file(tmp_path / "lora" / export.LORA_FILE))
+
+
+def test_the_whole_model_is_exported_too(tuned, tmp_path):
+    export.main(["--workdir", str(tuned), "--output", str(tmp_path / "model")])
+    ours = painted_by_sample(tmp_path / "pictures", "--workdir", str(tuned))
+    assert np.abs(painted_by_diffusers(tmp_path / "model") - ours).max() <= 2e-3 + 0.5 / 255
+
+
+def test_a_run_without_lora_has_no_lora_file(finished, tmp_path):
+    with pytest.raises(SystemExit, match="method = 'full': leave out --lora"):
+        export.main(["--workdir", str(finished), "--output", str(tmp_path), "--lora"])
+
+
+def test_eight_devices_compute_what_one_does(base, tmp_path):
+    pipeline, params = base
+    config = config_of(tmp_path, **FIELDS | {"batch_size": 4, "steps_per_call": 2})
+
+    def losses(mesh):
+        job = make_job(config, pipeline, mesh)
+        key = jax.device_put(jax.random.key(0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        trainable, frozen = job.method.start(params, key)
+        like = state_shapes(job, trainable)
+        place = jax.tree.map(lambda x: x.sharding, like)
+        state = jax.jit(initial(job), out_shardings=place)(trainable)
+        rng = np.random.default_rng(0)
+        data = jax.tree.map(
+            lambda x: jax.device_put(
+                rng.standard_normal(x.shape).astype(x.dtype) if x.dtype == jnp.float32 else np.zeros(x.shape, x.dtype),
+                x.sharding,
+            ),
+            data_shapes(job, 3, 5),
+        )
+        frozen = jax.device_put(frozen, jax.tree.map(lambda x: x.sharding, split_shapes(job)[1]))
+        steps = lower_steps(job, state, frozen, data, key).compile()
+        found = []
+        for _ in range(3):
+            state, metrics = steps(state, frozen, data, key, jnp.asarray(2, jnp.int32))
+            found.append(np.asarray(metrics.loss))
+        return np.concatenate(found)
+
+    alone = losses(make_mesh(1, 1, jax.devices()[:1]))
+    assert alone[0] != alone[-1]
+    np.testing.assert_allclose(losses(make_mesh(2, 4)), alone, rtol=1e-5)
+
+
+def test_targets_that_match_nothing_are_an_error(base):
+    with pytest.raises(ValueError, match="lora_targets = 'to_z': no module's name ends like that; there are"):
+        lora("^unet", "to_z", 4, 4.0).shapes(base[0].shapes)
