@@ -196,20 +196,42 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, options: dict | None = 
 
 _COLLECTIVE = re.compile(
     r"= (?P<result>\(?[^=]*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(?P<start>-start)?\("
+    r"(?P<start>-start)?\((?P<rest>.*)"
 )
+# replica_groups=[2,4]<=[8]: two groups of four; or {{0,1,2,3},{4,5,6,7}}.
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<first>[\d,]*)\})")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """Number and result bytes of the collectives in optimized HLO, by kind."""
+    """Number of the collectives in optimized HLO, and the bytes that one device receives in them, by kind.
+
+    With g devices in a group and a result of s bytes, an all-gather brings (g - 1) / g s, a reduce-scatter (g - 1) s,
+    and an all-reduce, which is both, 2 (g - 1) / g s.
+    """
     found: dict[str, list[int]] = {}
     for match in _COLLECTIVE.finditer(hlo):
         sizes = [_bytes_of(kind, dims) for kind, dims in _ARRAY.findall(match["result"])]
         # A "-start" returns its operands beside its results; the larger half is what is exchanged.
         size = max(sizes, default=0) if match["start"] else sum(sizes)
-        found.setdefault(match["kind"], []).append(size)
+        found.setdefault(match["kind"], []).append(int(size * _received(match["kind"], _group_size(match["rest"]))))
     return {kind: (len(sizes), sum(sizes)) for kind, sizes in sorted(found.items())}
+
+
+def _group_size(text: str) -> int | None:
+    """Devices that take part in a collective, if its text says so."""
+    groups = _GROUPS.search(text)
+    if not groups:
+        return None
+    return int(groups["size"]) if groups["size"] else groups["first"].count(",") + 1
+
+
+def _received(kind: str, group: int | None) -> float:
+    """Bytes received for each byte of the result; of a group of unknown size, as of a large one."""
+    share = 1.0 if group is None else (group - 1) / group
+    return {"all-reduce": 2 * share, "reduce-scatter": group - 1 if group else 1.0, "collective-permute": 1.0}.get(
+        kind, share
+    )
 
 
 def _bytes_of(kind: str, dims: str) -> int:

@@ -101,15 +101,17 @@ def test_unknown_slices_are_refused(topology):
 
 def test_collectives_are_read_from_the_compiled_text():
     text = """
-      %ag = f32[8,16]{1,0} all-gather(f32[2,16]{1,0} %p), dimensions={0}
+      %ag = f32[8,16]{1,0} all-gather(f32[2,16]{1,0} %p), replica_groups=[2,4]<=[8], dimensions={0}
+      %rs = f32[2,16]{1,0} reduce-scatter(f32[8,16]{1,0} %p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
       %s = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(bf16[4,8]{1,0} %q), dimensions={0}
       %d = bf16[16,8]{1,0} all-gather-done((bf16[4,8]{1,0}, bf16[16,8]{1,0}) %s)
       %ar = (f32[3]{0}, f32[5]{0}) all-reduce(f32[3]{0} %a, f32[5]{0} %b), to_apply=%add
       ROOT %fusion = f32[8]{0} fusion(%ar), calls=%all-reduce.clone
     """
     assert tpu.collectives(text) == {
-        "all-gather": (2, 8 * 16 * 4 + 16 * 8 * 2),
-        "all-reduce": (1, (3 + 5) * 4),
+        "all-gather": (2, 3 * 2 * 16 * 4 + 16 * 8 * 2),
+        "reduce-scatter": (1, 3 * 2 * 16 * 4),
+        "all-reduce": (1, 2 * (3 + 5) * 4),
     }
 
 
