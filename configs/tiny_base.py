@@ -87,8 +87,8 @@ def get_config() -> ConfigDict:
     }
 
     config.unet = ConfigDict()
-    config.unet.steps = 8_800
-    config.unet.decay_steps = 1_200  # the last ones, over which the learning rate falls to 0
+    config.unet.steps = 8_100
+    config.unet.decay_steps = 900  # the last ones, over which the learning rate falls to 0
     config.unet.batch_size = 96
     config.unet.learning_rate = 1e-3
     config.unet.weight_decay = 1e-2

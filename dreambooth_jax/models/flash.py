@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from dreambooth_jax.sharding import batch_axes
 
 LANES = 128
-# Tiles of queries and keys; of a tile of keys, how much is computed at once. Chosen by benchmarks/attention.py.
+# Tiles of queries and keys; of a tile of keys, how much is computed at once.
 BLOCK, BLOCK_COMPUTE = 1024, 512
 
 
