@@ -92,7 +92,6 @@ def get_config() -> ConfigDict:
     config.unet.batch_size = 96
     config.unet.learning_rate = 1e-3
     config.unet.weight_decay = 1e-2
-    config.unet.ema_decay = 0.999
     config.unet.model = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": 16,

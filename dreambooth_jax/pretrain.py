@@ -23,7 +23,6 @@ import optax
 from absl import app
 from jaxtyping import Array
 from ml_collections import config_flags
-from optax.contrib import MuonDimensionNumbers
 from tqdm import trange
 
 from dreambooth_jax import checkpoint, contrastive, sharding, world
@@ -34,10 +33,10 @@ from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
-from dreambooth_jax.optimizer import learning_rate
+from dreambooth_jax.optimizer import learning_rate, make_muon
 from dreambooth_jax.params import Functional, Params, count, functional, under_prefix, with_prefix
 from dreambooth_jax.schedule import Schedule
-from dreambooth_jax.sharding import split_kernel, spread
+from dreambooth_jax.sharding import spread
 from dreambooth_jax.step import Data, Resident, TrainState, init_state, make_step, run_steps
 from dreambooth_jax.weights import WEIGHT_FILES, save_model
 
@@ -62,7 +61,7 @@ def fit(name: str, step: Callable, params: Params, optimizer, data: Any, config,
     """Runs `step(state, frozen, data, key)` for `part.steps` steps, from the last checkpoint if there is one."""
     manager = checkpoint.open_checkpoints(Path(config.workdir) / name, keep_last=1)
     everywhere = sharding.replicated(sharding.make_mesh())
-    state = jax.device_put(init_state(params, optimizer, ema="ema_decay" in part), everywhere)
+    state = jax.device_put(init_state(jax.tree.map(jnp.copy, params), optimizer), everywhere)  # which is donated
     state = checkpoint.restore(manager, state) or state
     data = jax.device_put(data, everywhere)
     run = jax.jit(run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=everywhere)
@@ -83,6 +82,7 @@ def fit(name: str, step: Callable, params: Params, optimizer, data: Any, config,
             log.write(f"{done + steps},{loss}\n")
             if time.monotonic() - saved > config.save_seconds or done + steps == part.steps:
                 checkpoint.save(manager, done + steps, state)
+                log.flush()
                 saved = time.monotonic()
     manager.close()
     return state
@@ -105,33 +105,12 @@ def adam(part) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
 
 
-_OUTERMOST = ("conv_in.kernel", "conv_out.kernel", "patch_embedding.kernel")
-
-
 def muon(part, params: Params) -> optax.GradientTransformation:
-    """Muon (https://kellerjordan.github.io/posts/muon) for all matrices and convolutions but the outermost, AdamW with
-    the same root mean square of an update for the rest (arXiv 2502.16982, equation 4); constant learning rate, then a
-    linear decay to 0 over the last `part.decay_steps`."""
+    """Muon at a constant learning rate, then with a linear decay to 0 over the last `part.decay_steps`."""
     stable = learning_rate("constant", part.learning_rate, warmup=part.steps // 40, steps=part.steps)
     decay = optax.linear_schedule(part.learning_rate, 0.0, part.decay_steps)
     rate = optax.join_schedules([stable, decay], [part.steps - part.decay_steps])
-
-    def dimensions(name: str, shape: tuple[int, ...]) -> MuonDimensionNumbers | None:
-        if not name.endswith("kernel") or name.endswith(_OUTERMOST):
-            return None
-        *window, rows, columns = range(len(shape))
-        return MuonDimensionNumbers((rows, *window), columns)
-
-    numbers = {name: dimensions(name, x.shape) for name, x in params.items()}
-    optimizer = optax.contrib.muon(
-        rate, ns_steps=4, weight_decay=part.weight_decay, adam_weight_decay=part.weight_decay, adam_b2=0.99,
-        muon_weight_dimension_numbers=numbers, consistent_rms=0.2,
-    )  # fmt: skip
-    # Every device orthogonalises its share of each matrix; otherwise all would do the same work.
-    divided = optax.stateless(lambda updates, params: jax.tree.map(split_kernel, updates))
-    everywhere = sharding.replicated(sharding.make_mesh())
-    whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, everywhere))
-    return optax.chain(optax.clip_by_global_norm(1.0), divided, optimizer, whole)
+    return make_muon(params, rate, weight_decay=part.weight_decay)
 
 
 def vae_loss(vae: Functional, kl_weight: float) -> Callable:
@@ -236,7 +215,7 @@ def train_vit(config, pictures: Pictures, key: Array) -> Params:
 
 
 def train_unet(config, examples: Resident, text_config: dict, text: Params, key: Array) -> Params:
-    """The running average of the weights of UNet and text tower, trained together by the library's own step.
+    """UNet and text tower, trained together by the library's own step.
 
     Args:
         examples: scaled latents; the conditions are token ids.
@@ -254,11 +233,9 @@ def train_unet(config, examples: Resident, text_config: dict, text: Params, key:
 
     params = with_prefix("unet.", unet.init(key)) | with_prefix("text_encoder.", text)
     optimizer = muon(config.unet, params)
-    step = make_step(
-        predict, optimizer, Schedule.from_config(SCHEDULER), batch_size=config.unet.batch_size,
-        ema_decay=config.unet.ema_decay, constrain=spread,
-    )  # fmt: skip
-    return fit("unet", step, params, optimizer, Data(examples, None), config, config.unet).ema
+    schedule = Schedule.from_config(SCHEDULER)
+    step = make_step(predict, optimizer, schedule, batch_size=config.unet.batch_size, constrain=spread)
+    return fit("unet", step, params, optimizer, Data(examples, None), config, config.unet).trainable
 
 
 def main(_) -> None:

@@ -114,10 +114,12 @@ def spread(batch: Any) -> Any:
 
 def split_kernel(kernel: jax.Array) -> jax.Array:
     """Divides [..., in, out] over all devices along the longer side of the matrix [... * in, out], inside a jitted
-    function; leaves it whole where that does not divide."""
+    function; leaves it whole where that does not divide, and vectors."""
     mesh = make_mesh()
+    if kernel.ndim < 2:
+        return kernel
     axis = kernel.ndim - (1 if kernel.shape[-1] > math.prod(kernel.shape[:-1]) else 2)
-    if kernel.ndim < 2 or kernel.shape[axis] % mesh.size:
+    if kernel.shape[axis] % mesh.size:
         return kernel
     spec = [AXES if i == axis else None for i in range(kernel.ndim)]
     return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -9,7 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from transformers.optimization import Adafactor
 
-from dreambooth_jax.optimizer import learning_rate, make_optimizer
+from dreambooth_jax.optimizer import learning_rate, make_muon, make_optimizer
 
 NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -118,3 +118,24 @@ def test_the_rate_is_that_of_the_update_count(name):
     for param in start:
         np.testing.assert_array_equal(once[param], start[param])
         assert np.abs(twice[param] - start[param]).max() > 1e-3
+
+
+def test_muon_makes_updates_of_equal_singular_values_and_root_mean_square():
+    shapes = {
+        "a.kernel": (24, 64), "conv.kernel": (3, 3, 16, 32), "conv_in.kernel": (3, 3, 4, 8), "a.bias": (16,),
+        "scale": (),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    optimizer = make_muon(params, optax.constant_schedule(1e-2), weight_decay=0.0)
+    update = jax.jit(lambda gradients: optimizer.update(gradients, optimizer.init(params), params)[0])
+    updates = {name: np.asarray(x, np.float64) for name, x in update(params).items()}
+    for name in ("a.kernel", "conv.kernel"):
+        values = np.linalg.svd(updates[name].reshape(-1, shapes[name][-1]), compute_uv=False)
+        assert values.max() < 2.5 * values.min(), name
+        before = np.linalg.svd(np.asarray(params[name]).reshape(-1, shapes[name][-1]), compute_uv=False)
+        assert before.max() > 3 * before.min() or name == "conv.kernel"
+        assert np.sqrt(np.mean(updates[name] ** 2)) == pytest.approx(0.2e-2, rel=0.2), name
+        assert np.sum(updates[name] * np.asarray(params[name])) < 0  # downhill
+    for name in ("conv_in.kernel", "a.bias", "scale"):  # AdamW's first step is as large for all, whatever the gradient
+        np.testing.assert_allclose(updates[name] / np.sign(params[name]), -1.47e-2, rtol=1e-2, err_msg=name)
