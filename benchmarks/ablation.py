@@ -9,6 +9,7 @@ subjects.
 """
 
 import argparse
+import functools
 import json
 import runpy
 import tempfile
@@ -26,7 +27,7 @@ from dreambooth_jax.params import functional
 from dreambooth_jax.pictures import contact_sheet, save_png
 from dreambooth_jax.pipeline import EMBEDDED_FOLDER, read_params
 from dreambooth_jax.program import lower_steps
-from dreambooth_jax.sharding import replicated
+from dreambooth_jax.sharding import param_sharding, replicated
 from dreambooth_jax.step import init_state
 from dreambooth_jax.train import prepare_data, set_up
 from dreambooth_jax.weights import read_model
@@ -80,7 +81,7 @@ def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, e
             class_images=str(class_folder / noun), seed=seed, steps=steps,
         )  # fmt: skip
         run = set_up(config)
-        params = read_params(run.pipeline)
+        params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
         data = prepare_data(run, params)
         key = jax.device_put(jax.random.key(seed), replicated(run.mesh))
         trainable, frozen = run.job.method.start(params, key)

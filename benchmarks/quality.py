@@ -4,6 +4,7 @@
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dreambooth_jax import runtime, world
 from dreambooth_jax.paint import Request, make_painter
 from dreambooth_jax.pictures import contact_sheet, save_png
 from dreambooth_jax.pipeline import load_pipeline, read_params
-from dreambooth_jax.sharding import make_mesh
+from dreambooth_jax.sharding import make_mesh, param_sharding
 from dreambooth_jax.world.names import with_article
 
 NAMES, SAMPLES, BATCH = 100, 4, 16
@@ -51,9 +52,10 @@ def main() -> None:
     sprites = core_sprites(options.world)
     judge = Judge(sprites)
     pipeline = load_pipeline(options.base)
-    params = read_params(pipeline)
+    mesh = make_mesh()
+    params = read_params(pipeline, functools.partial(param_sharding, mesh))
     painter = make_painter(
-        pipeline, make_mesh(), resolution=64, batch_size=BATCH, method="dpm++", steps=STEPS, guidance=GUIDANCE
+        pipeline, mesh, resolution=64, batch_size=BATCH, method="dpm++", steps=STEPS, guidance=GUIDANCE
     )
 
     def paint(prompts: list[str], seed: int) -> np.ndarray:

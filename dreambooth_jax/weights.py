@@ -208,5 +208,8 @@ def save_tensors(path: str | os.PathLike, params: Mapping[str, Array], *, dtype=
         axes = _to_file_axes(name, array.ndim)
         tensors[file_name(name)] = np.array(array.transpose(axes), dtype=dtype or array.dtype, order="C")
     partial = path.with_name(f".{path.name}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(mode)  # safetensors makes files that only their owner reads
     os.replace(partial, path)

@@ -57,6 +57,12 @@ def test_the_export_holds_the_runs_weights_to_the_last_bit(exported, finished):
         np.testing.assert_array_equal(found[name], value)
 
 
+def test_others_may_read_the_files(exported):
+    (exported / "plain").touch()
+    modes = {path.stat().st_mode for path in exported.rglob("*.safetensors")}
+    assert modes == {(exported / "plain").stat().st_mode}
+
+
 def test_half_precision(exported, finished, tmp_path):
     export.main(["--workdir", str(finished), "--output", str(tmp_path), "--dtype", "float16"])
     full, half = (read_params(load_pipeline(str(folder))) for folder in (exported, tmp_path))
