@@ -47,7 +47,7 @@ def make_method(config: ConfigDict) -> Method:
         ValueError: `lora_targets` matches no kernel (when shapes or parameters are split).
     """
     parts = r"^(unet|text_encoder)\." if config.train_text_encoder else r"^unet\."
-    names = "the UNet and the text encoder" if config.train_text_encoder else "the UNet"
+    names = "the UNet and text encoder" if config.train_text_encoder else "the UNet"
     if config.method == "lora":
         return lora(parts, config.lora_targets, config.lora_rank, config.lora_alpha, names)
     return full(parts, names)

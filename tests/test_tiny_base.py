@@ -68,3 +68,21 @@ def test_prompts_are_understood(base):
     named = np.array([world.COLOURS[colour] for colour in colours])
     nearest = np.argmin(np.square(corners[:, None] - named).sum(-1), axis=1)
     assert nearest.tolist() == [0, 1, 2, 3]
+
+
+def test_the_clip_names_what_the_base_paints(base):
+    """Both would fail a text tower that tells backgrounds and colours apart but not things."""
+    pipeline, params = base
+    names = ["banana", "car", "clock", "candle", "robot", "duck", "backpack", "tomato"]
+    states = pipeline.encode_text(params, pipeline.tokenize([f"a photo of a {name}" for name in names] + [""]))
+    noise = noise_for_seeds(range(8), pipeline.latent_shape(pipeline.resolution))
+    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.schedule, method="dpm++", steps=15))
+    latents = sample(params, noise, states[:8], jnp.repeat(states[8:], 8, 0), 4.0)
+    images = np.asarray(pipeline.decode_latents(params, latents))
+    clip = transformers.CLIPModel.from_pretrained(EMBEDDED_FOLDER / "clip").eval()
+    with torch.no_grad():
+        cosines = clip(
+            input_ids=torch.tensor(pipeline.tokenize([f"a {name}" for name in names])),
+            pixel_values=torch.tensor(images.transpose(0, 3, 1, 2) * 2 - 1),
+        ).logits_per_image
+    assert np.mean(np.argmax(cosines.numpy(), axis=1) == np.arange(8)) >= 0.75
