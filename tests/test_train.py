@@ -16,6 +16,7 @@ from PIL import Image
 
 from dreambooth_jax import checkpoint, program, train
 from dreambooth_jax.config import ConfigError, check_config
+from dreambooth_jax.method import make_method
 from dreambooth_jax.preemption import Preemption
 from dreambooth_jax.report import NonFiniteLoss, Reporter
 from dreambooth_jax.sharding import make_mesh, state_shardings
@@ -327,7 +328,8 @@ def fake_run(tmp_path, monkeypatch, **fields):
 
     monkeypatch.setattr(Reporter, "record", told("report", Reporter.record))
     monkeypatch.setattr(checkpoint, "save", told("save", checkpoint.save))
-    return train.Run(program.Job(config, None, make_mesh(), None), epath.Path(config.workdir), None, None), events
+    job = program.Job(config, None, make_mesh(), None, make_method(config))
+    return train.Run(job, epath.Path(config.workdir), None, None), events
 
 
 def fake_advance(events, capacity, losses=lambda step: 1.0, weights=lambda step: float(step)):
