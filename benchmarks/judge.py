@@ -21,6 +21,7 @@ from tqdm import trange
 
 from dreambooth_jax import runtime, sharding, world
 from dreambooth_jax.models.layers import Conv, Downsample2D, ResnetBlock2D
+from dreambooth_jax.optimizer import make_muon
 from dreambooth_jax.params import functional
 from dreambooth_jax.sharding import spread
 from dreambooth_jax.step import TrainState, init_state, run_steps
@@ -116,7 +117,8 @@ def train(net, sprites: list[world.Sprite]) -> dict[str, Array]:
     data = world.render(sprites, PICTURES, 64, seed=1, split="judge", subject_weight=1.0)
     data = [data[i] for i in (0, 2, 3)]
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, STEPS)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2))
+    params = net.init(jax.random.key(1))
+    optimizer = make_muon(params, rate, weight_decay=1e-2)
 
     def loss(params, images, labels, backgrounds, key):
         by_sprite, by_background = net.apply(params, augment(images, key))
@@ -131,9 +133,9 @@ def train(net, sprites: list[world.Sprite]) -> dict[str, Array]:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state, None), (value,)
 
-    run = jax.jit(run_steps(step, 20), donate_argnums=0)
     everywhere = sharding.replicated(sharding.make_mesh())
-    state, data = jax.device_put((init_state(net.init(jax.random.key(1)), optimizer), data), everywhere)
+    run = jax.jit(run_steps(step, 20), donate_argnums=0, out_shardings=everywhere)
+    state, data = jax.device_put((init_state(params, optimizer), data), everywhere)
     with trange(0, STEPS, 20, desc="judge", mininterval=5) as bar:
         for _ in bar:
             state, (losses,) = run(state, {}, data, jax.random.key(2), jnp.asarray(20))
