@@ -10,6 +10,7 @@ checkpointed and goes on where it was killed.
 import functools
 import json
 import logging
+import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -282,7 +283,9 @@ def main(_) -> None:
 
 
 def write_index(folder: Path) -> None:
-    """Makes the models in `folder` a StableDiffusionPipeline; `clip/` and `vit/` lie beside it."""
+    """Makes the models in `folder` a StableDiffusionPipeline; `clip/` and `vit/` lie beside it, and the licences of
+    the pictures."""
+    shutil.copyfile(Path(world.__file__).with_name("LICENSES.md"), folder / "LICENSES.md")
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     index = {

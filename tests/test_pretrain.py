@@ -85,6 +85,7 @@ def test_others_open_what_it_writes(undisturbed):
         _, about = model.from_pretrained(undisturbed / folder, output_loading_info=True)
         assert not about["unexpected_keys"] and not about["mismatched_keys"]
         assert all(name.startswith("pooler.") for name in about["missing_keys"])
+    assert "MIT" in (undisturbed / "LICENSES.md").read_text()  # of the pictures it was trained on
     pipeline = load_pipeline(str(undisturbed))
     assert all(np.isfinite(value).all() for value in read_params(pipeline).values())
     assert pipeline.schedule.alpha[-1] == 0  # the last step of noising leaves nothing of the picture

@@ -25,6 +25,10 @@ def test_fits_in_the_package():
     assert size < 40e6
 
 
+def test_the_licences_of_its_pictures_lie_beside_it():
+    assert "Fluent" in (EMBEDDED_FOLDER / "LICENSES.md").read_text()
+
+
 def test_identifiers_are_rare_single_tokens(base):
     pipeline, _ = base
     assert check_identifier(pipeline.tokenizer, "sks") == []
