@@ -5,6 +5,7 @@
 
 import argparse
 import functools
+import json
 import time
 from pathlib import Path
 
@@ -13,10 +14,14 @@ import numpy as np
 from judge import Judge, core_sprites
 
 from dreambooth_jax import runtime, world
+from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
+from dreambooth_jax.models.clip_text import CLIPTextSpec
 from dreambooth_jax.paint import Request, make_painter
+from dreambooth_jax.params import functional
 from dreambooth_jax.pictures import contact_sheet, save_png
 from dreambooth_jax.pipeline import load_pipeline, read_params
 from dreambooth_jax.sharding import make_mesh, param_sharding
+from dreambooth_jax.weights import read_model
 from dreambooth_jax.world.names import with_article
 
 NAMES, SAMPLES, BATCH = 100, 4, 16
@@ -35,6 +40,18 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of each of a batch of uint8 pictures, in dB."""
     error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean((1, 2, 3))
     return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
+
+
+def clip_cosines(pipeline, images: np.ndarray, texts: list[str]) -> np.ndarray:
+    """What the CLIP beside a base makes of each picture and each text, scaled, [pictures, texts]."""
+    folder = pipeline.folder / "clip"
+    config = json.loads((folder / "config.json").read_text())
+    text, vision = CLIPTextSpec.from_config(config["text_config"]), CLIPVisionSpec.from_config(config["vision_config"])
+    clip = functional(lambda rngs: CLIPModel(text, vision, config["projection_dim"], rngs=rngs))
+    pixels, end = images.astype(np.float32) / 127.5 - 1, pipeline.tokenizer.eos_token_id
+    return np.asarray(
+        clip.apply(read_model(folder, clip.shapes), pipeline.tokenize(texts), pixels, end, method="logits")
+    )
 
 
 def top(probabilities: np.ndarray, answers: np.ndarray, k: int) -> np.ndarray:
@@ -71,7 +88,10 @@ def main() -> None:
     report("judge on held-out composites, noun", f"{noun:.1%} of {len(judge.nouns)}", ">= 95 %")
     report("judge on held-out composites, background", f"{background:.1%} of {len(world.BACKGROUNDS)}")
 
-    images = world.render(sprites, 16 * BATCH, 64, seed=2, split="quality", subject_weight=1.0)[0]
+    images, _, labels, _ = world.render(sprites, 16 * BATCH, 64, seed=2, split="quality", subject_weight=1.0)
+    shown = np.array([judge.nouns.index(sprites[label].noun) for label in labels])
+    cosines = clip_cosines(pipeline, images, [f"a photo of {with_article(noun)}" for noun in judge.nouns])
+    report("CLIP beside the base on held-out composites, noun", f"{top(cosines, shown, 1).mean():.1%}")
     again = reconstruct(pipeline, params, images)
     decibels = psnr(images, again)
     report("autoencoder, PSNR on held-out composites", f"{decibels.mean():.2f} dB", ">= 28 dB")

@@ -41,11 +41,7 @@ class Method(NamedTuple):
 
 
 def make_method(config: ConfigDict) -> Method:
-    """The method that the config names.
-
-    Raises:
-        ValueError: `lora_targets` matches no kernel (when shapes or parameters are split).
-    """
+    """The method that the config names."""
     parts = r"^(unet|text_encoder)\." if config.train_text_encoder else r"^unet\."
     names = "the UNet and text encoder" if config.train_text_encoder else "the UNet"
     if config.method == "lora":
@@ -78,6 +74,9 @@ def lora(parts: str, targets: str, rank: int, alpha: float, names: str = "") -> 
         targets: found at the end of a module's name, such as r"\\.to_[qkv]".
         rank: r; no larger than the kernel's own is used.
         alpha: the difference is scaled by alpha / rank, so that the learning rate need not follow the rank.
+
+    Raises:
+        ValueError: from `shapes` and `start`, if no module matches.
     """
 
     def chosen(params: Mapping[str, Value]) -> dict[str, Value]:

@@ -14,7 +14,7 @@ from dreambooth_jax.method import Method, make_method
 from dreambooth_jax.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.params import Params
 from dreambooth_jax.pipeline import Pipeline
-from dreambooth_jax.sharding import batch_sharding, gather, param_sharding, replicated, state_shardings
+from dreambooth_jax.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
 from dreambooth_jax.step import Data, Resident, TrainState, init_state, make_step, run_steps
 
 
@@ -51,13 +51,8 @@ def initial(job: Job):
 
 def split_shapes(job: Job) -> tuple[Params, Params]:
     """(trainable, frozen) shapes, as the mesh holds them."""
-
-    def placed(shapes: Params) -> Params:
-        place = functools.partial(param_sharding, job.mesh)
-        return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(n, x.shape)) for n, x in shapes.items()}
-
     trainable, frozen = job.method.shapes(job.pipeline.shapes)
-    return placed(trainable), placed(frozen)
+    return placed_shapes(job.mesh, trainable), placed_shapes(job.mesh, frozen)
 
 
 def state_shapes(job: Job, trainable: Params) -> TrainState:

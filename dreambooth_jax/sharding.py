@@ -64,6 +64,14 @@ def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], rules=RULES) -
     return NamedSharding(mesh, rule(shape, mesh.shape["fsdp"]))
 
 
+def placed_shapes(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of parameters with the shardings that `param_sharding` gives them."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=param_sharding(mesh, name, x.shape))
+        for name, x in shapes.items()
+    }
+
+
 def state_shardings(mesh: Mesh, params: dict[str, Any], tree: Any, rules=RULES) -> Any:
     """Shardings for any tree that holds values named and shaped like `params` (moments, EMA, the params themselves);
     whatever is shaped otherwise (counters, factored moments) is replicated."""

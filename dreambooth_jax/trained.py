@@ -5,7 +5,6 @@ import json
 import os
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
@@ -15,7 +14,7 @@ from dreambooth_jax import checkpoint
 from dreambooth_jax.method import Method, make_method
 from dreambooth_jax.params import Params
 from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
-from dreambooth_jax.sharding import param_sharding
+from dreambooth_jax.sharding import param_sharding, placed_shapes
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -60,10 +59,8 @@ def open_trained(
     config.resolution = config.resolution or pipeline.resolution
     method = make_method(config)
     shapes, _ = method.shapes(pipeline.shapes)
-    place = functools.partial(param_sharding, mesh)
-    like = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(n, s.shape)) for n, s in shapes.items()}
     manager = checkpoint.open_checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
-    trained = checkpoint.restore_weights(manager, like, average=config.ema_decay > 0, step=step)
+    trained = checkpoint.restore_weights(manager, placed_shapes(mesh, shapes), average=config.ema_decay > 0, step=step)
     return Trained(config, pipeline, method, trained)
 
 
