@@ -72,9 +72,10 @@ def get_config() -> ConfigDict:
 
     config.vit = ConfigDict()
     config.vit.steps = 700
+    config.vit.decay_steps = 680
     config.vit.batch_size = 128  # 64 pairs
-    config.vit.learning_rate = 1e-3
-    config.vit.lr_schedule = "cosine"
+    config.vit.learning_rate = 2e-3
+    config.vit.weight_decay = 1e-2
     config.vit.temperature = 0.1
     config.vit.model = {
         "hidden_size": 128,
@@ -87,7 +88,7 @@ def get_config() -> ConfigDict:
     }
 
     config.unet = ConfigDict()
-    config.unet.steps = 8_100
+    config.unet.steps = 9_300
     config.unet.decay_steps = 900  # the last ones, over which the learning rate falls to 0
     config.unet.batch_size = 96
     config.unet.learning_rate = 1e-3

@@ -208,11 +208,12 @@ def train_clip(config, pictures: Pictures, tokenizer, key: Array) -> tuple[Param
 def train_vit(config, pictures: Pictures, key: Array) -> Params:
     """The image features of subject fidelity."""
     vit = functional(lambda rngs: ViTModel(ViTSpec.from_config(config.vit.model.to_dict()), rngs=rngs))
-    optimizer = adam(config.vit)
+    start = vit.init(key)
+    optimizer = muon(config.vit, start)
     loss = contrastive.vit_loss(vit, config.vit.temperature)
     step = plain_step(loss, optimizer, contrastive.draw_pairs(config.vit.batch_size))
     alike = contrastive.group(pictures, pictures.sprite)
-    return fit("vit", step, vit.init(key), optimizer, alike, config, config.vit).trainable
+    return fit("vit", step, start, optimizer, alike, config, config.vit).trainable
 
 
 def train_unet(config, examples: Resident, text_config: dict, text: Params, key: Array) -> Params:

@@ -33,7 +33,7 @@ def get_config():
     config.num_images, config.resolution, config.steps_per_call, config.save_seconds = 60, 16, 2, 0
     for part in (config.vae, config.clip, config.vit, config.unet):
         part.steps, part.batch_size = 6, 8
-    config.clip.decay_steps = config.unet.decay_steps = 2
+    config.clip.decay_steps = config.vit.decay_steps = config.unet.decay_steps = 2
     config.vae.model.update(block_out_channels=[8, 8], norm_num_groups=4, sample_size=16)
     config.vae.model.update(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
