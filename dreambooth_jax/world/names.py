@@ -7,8 +7,8 @@ name that people would not use; every other picture is a class of its own under 
 
 import dataclasses
 
-# noun | synonyms | short_name=own name, ... ; without "=" the own name is the noun itself. A member so named is captioned with
-# the noun more often than its fellows are, and would be what "a dog" mostly means.
+# noun | synonyms | short_name=own name, ... ; without "=" the own name is the noun itself. A member so named is
+# captioned with the noun more often than its fellows are, and would be what "a dog" mostly means.
 _CLASSES = """
 dog | puppy | dog=dog face, dog2=standing dog, guide_dog=guide dog, service_dog=service dog, poodle=poodle
 cat | kitten | cat=cat face, cat2=tabby cat, black_cat=black cat, smile_cat=grinning cat, scream_cat=scared cat, \
