@@ -71,11 +71,12 @@ class Plan:
         return config.steps * self.cost.seconds + batches * self.class_image_seconds
 
 
-def plan(config: ConfigDict, topology: str, *, class_images: bool = True) -> Plan:
+def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick: bool = True) -> Plan:
     """Compiles the run for a slice.
 
     Args:
         class_images: also compile the program that paints them.
+        quick: with the compiler's least effort, see `compile_for`.
 
     Raises:
         ValueError: unknown topology, or a mesh that does not cover it.
@@ -90,12 +91,12 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True) -> Pla
     data = data_shapes(job, _instances(config), config.num_class_images)
     cost, missing = None, 0
     try:
-        cost = compile_for(chip, lower_steps(job, state, frozen, data, key_shape(job)))
+        cost = compile_for(chip, lower_steps(job, state, frozen, data, key_shape(job)), quick=quick)
     except OutOfMemory as error:
         missing = error.missing
     painting, seconds = None, 0.0
     if class_images and config.prior_preservation and cost is not None:
-        painting, seconds = _class_images(job, chip)
+        painting, seconds = painting_cost(job, chip, quick=quick)
     return Plan(
         topology=topology,
         devices=len(devices),
@@ -118,7 +119,7 @@ def _instances(config: ConfigDict) -> int:
         return 5 * config.views
 
 
-def _class_images(job: Job, chip: Chip) -> tuple[Cost, float]:
+def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, float]:
     """The compiler's answer for one batch of class images, and its seconds.
 
     The compiler counts a loop's body once: seconds are scaled by the FLOPs of all sampling steps over those counted.
@@ -135,7 +136,7 @@ def _class_images(job: Job, chip: Chip) -> tuple[Cost, float]:
     trainable, frozen = split_shapes(job)
     with jax.set_mesh(job.mesh):
         lowered = paint.lower(trainable | frozen, ids, ids, keys)
-    cost = compile_for(chip, lowered)
+    cost = compile_for(chip, lowered, quick=quick)
     shape = jax.ShapeDtypeStruct
     latents = shape((2 * batch, *pipeline.latent_shape(config.resolution)), jnp.float32)
     states = shape((2 * batch, length, pipeline.text_spec.hidden_size), jnp.dtype(config.dtype))
@@ -182,11 +183,9 @@ def describe(plan: Plan, config: ConfigDict) -> str:
     ]
     for kind, (count, size) in cost.collectives.items():
         lines.append((kind, f"{count} of {size / 1e6:.1f} MB in all"))
+    cycles = "" if cost.cycle_seconds is None else f"; by cycles {cost.cycle_seconds * 1e3:.0f} ms"
     lines += [
-        (
-            "step",
-            f"{cost.seconds * 1e3:.0f} ms at least, bound by {cost.bound}; by cycles {cost.cycle_seconds * 1e3:.0f} ms",
-        ),
+        ("step", f"{cost.seconds * 1e3:.0f} ms at least, bound by {cost.bound}{cycles}"),
         ("run", f"{plan.run_seconds(config) / 60:.1f} minutes for {config.steps} steps and the class images"),
         ("compiled in", f"{cost.compile_seconds:.0f} s"),
     ]
@@ -239,7 +238,7 @@ def main(_) -> None:
 
 
 def print_plan(config: ConfigDict, topology: str) -> None:
-    found = plan(config, topology)
+    found = plan(config, topology, quick=not flags.FLAGS.full)
     print(json.dumps(as_json(found, config), indent=2) if flags.FLAGS.json else describe(found, config), flush=True)
     if not found.fits and flags.FLAGS.advise and not flags.FLAGS.json:
         print("what to change, each compiled:", flush=True)
@@ -267,6 +266,7 @@ if __name__ == "__main__":  # where the module is only imported, its flags would
     config_flags.DEFINE_config_file("config", None, "such as configs/dog.py:sd15")
     flags.DEFINE_string("topology", "v5e:2x4", "TPU slice: v4, v5e, v5p or v6e, and its shape")
     flags.DEFINE_bool("sweep", False, "compare slices and settings in one table")
+    flags.DEFINE_bool("full", False, "compile as the TPU will, with cycle estimates: ten times as long")
     flags.DEFINE_bool("json", False, "print JSON instead of text")
     flags.DEFINE_bool("advise", True, "when it does not fit, compile what would")
     app.run(main)

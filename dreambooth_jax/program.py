@@ -104,6 +104,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
         prior_weight=config.prior_weight,
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,
+        grad_dtype=jnp.dtype(config.dtype) if config.accumulate == 1 else jnp.float32,
         ema_decay=config.ema_decay or None,
         example_shape=pipeline.latent_shape(config.resolution),
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),

@@ -120,6 +120,7 @@ def make_step(
     prior_weight: float = 1.0,
     snr_gamma: float | None = None,
     accumulate: int = 1,
+    grad_dtype=jnp.float32,
     ema_decay: float | None = None,
     example_shape: tuple[int, ...] | None = None,
     constrain: Callable[[Any], Any] = lambda batch: batch,
@@ -134,6 +135,7 @@ def make_step(
         combine: (frozen, trainable) -> the params that `predict` takes: what distinguishes the methods.
         prior_weight, snr_gamma: see `dreambooth_loss`.
         accumulate: number of equal parts in which the batch is computed, one after the other.
+        grad_dtype: in which gradients wait for the optimizer; their clipping needs all of them.
         ema_decay: of the running average of the trainable params, reached over the first steps (`_decay`); None for
             none.
         example_shape: [h, w, c], where the data are flat.
@@ -172,6 +174,7 @@ def make_step(
     def step(state: TrainState, frozen: Params, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         batch = draw(data, schedule, batch_size, key, state.step, example_shape)
         grads, losses = mean_gradient(state.trainable, frozen, batch)
+        grads = jax.tree.map(lambda g: _hold(g, grad_dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = state.ema and optax.incremental_update(trainable, state.ema, 1.0 - _decay(ema_decay, state.step))
@@ -179,6 +182,11 @@ def make_step(
         return TrainState(state.step + 1, trainable, opt_state, ema), metrics
 
     return step
+
+
+def _hold(grad: Array, dtype) -> Array:
+    """Rounds to `dtype`. The compiler would cancel the rounding and hold float32, but for the barrier."""
+    return grad if grad.dtype == dtype else jax.lax.optimization_barrier(grad.astype(dtype)).astype(grad.dtype)
 
 
 def _decay(limit: float, step: Int[Array, ""]) -> Array:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from dreambooth_jax.pipeline import describe_base
 from dreambooth_jax.program import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
 from dreambooth_jax.sharding import make_mesh
 from runs import config_of
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,25 @@ def test_remedies_are_compiled_until_one_fits(config, monkeypatch):
     names = [name for name, _ in plan.advise(config, "v5e:2x4")]
     assert tried == [(True, 4, "float32"), (True, -1, "float32"), (True, -1, "bfloat16")]
     assert names[-1] == "remat=True, mesh_fsdp=-1, mesh_data=1, moment_dtype=bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("config_string", "topology", "changes"),
+    [
+        # One subject image and one class image on each of two chips, text encoder and all, AdamW in float32.
+        ("sd15", "v5e:1x2", {"batch_size": 2, "mesh_fsdp": 2}),
+        ("sd15,lora", "v5e:1x1", {}),
+    ],
+)
+def test_stable_diffusion_fits_chips_of_16_gb(config_string, topology, changes):
+    """The real size, by the compiler's own check of memory: full fine-tuning on two chips, LoRA on one."""
+    config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"](config_string)
+    config.update(changes)
+    assert config.prior_preservation and config.train_text_encoder and config.optimizer == "adamw"
+    found = plan.plan(config, topology, class_images=False)
+    trained = found.optimizer_state * found.devices / 8  # two moments of four bytes
+    assert trained > 9.8e8 if config.method == "full" else trained < 1e7
+    assert found.fits and found.cost.peak < found.chip.hbm
 
 
 def test_text_and_json_say_the_same(planned, config):

@@ -63,6 +63,18 @@ def assert_same(one, other, **tolerance):
         compare(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
+def test_gradients_wait_in_the_dtype_asked_for(params, data):
+    """Rounded on the way to the optimizer, which still sees float32."""
+    seen = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        keep = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))  # its state is the last gradient
+        seen[dtype] = trained(params, data, steps=1, optimizer=keep, grad_dtype=dtype)[0].opt_state[0].trace
+    for name, rounded in seen[jnp.bfloat16].items():
+        assert rounded.dtype == jnp.float32
+        np.testing.assert_array_equal(rounded, seen[jnp.float32][name].astype(jnp.bfloat16).astype(jnp.float32))
+        assert (rounded != seen[jnp.float32][name]).any()
+
+
 # ---- against PyTorch
 
 

@@ -1,0 +1,126 @@
+"""Stable Diffusion 1.5 on one TPU chip, as its compiler sees it: the training step with its settings, and sampling.
+
+    pip install -e ".[plan]" && python benchmarks/tpu_step.py          # a quarter of an hour; --full: hours
+    python benchmarks/tpu_step.py --only v5e                           # the rows with that in their names
+
+512 pixels, bfloat16, AdamW in float32, prior preservation: (1+1) is one subject image and one class image. Every row is
+the program that `train` would run, compiled from shapes. Rows are kept in runs/; a stopped run goes on.
+"""
+
+import argparse
+import json
+import runpy
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from dreambooth_jax import runtime
+from dreambooth_jax.pipeline import describe_base
+from dreambooth_jax.plan import Plan, painting_cost, plan
+from dreambooth_jax.program import make_job
+from dreambooth_jax.sharding import make_mesh
+from dreambooth_jax.tpu import CHIPS, Cost, devices_of
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+# chip, images of the subject and of the class, what differs from configs/dog.py:sd15
+SETTINGS = [
+    (chip, images, fields)
+    for chip, images, choices in (
+        ("v5e", 1, ({}, {"remat": True}, {"clip_norm": 0.0}, {"remat": True, "clip_norm": 0.0})),
+        ("v5e", 1, ({"train_text_encoder": True}, {"train_text_encoder": True, "remat": True})),
+        ("v5e", 1, ({"method": "lora"},)),
+        ("v6e", 4, ({}, {"remat": True}, {"train_text_encoder": True, "remat": True})),
+        ("v5e", 4, ({"remat": True, "moment_dtype": "bfloat16"},)),
+    )
+    for fields in choices
+]
+SAMPLERS = [(chip, 4, {"sampler": "ddim", "sampling_steps": 50}) for chip in ("v5e", "v6e")]
+
+
+def title(chip: str, images: int, fields: dict) -> str:
+    """Of a row."""
+    changed = [name if value is True else f"{name}={value}" for name, value in fields.items()]
+    return f"{chip}, ({images}+{images})" + "".join(f", {text}" for text in changed)
+
+
+def row(found: Plan) -> dict:
+    """What is kept of a plan."""
+    return {"missing": found.missing} if found.cost is None else figures(found.cost)
+
+
+def figures(cost: Cost) -> dict:
+    """What is kept of a compile."""
+    return {
+        "held": cost.arguments, "temporaries": cost.temporaries, "peak": cost.peak, "flops": cost.flops,
+        "bytes": cost.bytes, "roofline": cost.roofline_seconds, "kernels": cost.kernel_seconds,
+        "cycles": cost.cycle_seconds, "compile": cost.compile_seconds,
+    }  # fmt: skip
+
+
+def painting(config, chip: str, *, quick: bool) -> dict:
+    """What is kept of a batch of pictures; its time is that of all sampling steps."""
+    mesh = make_mesh(devices=devices_of(f"{chip}:1x1"))
+    job = make_job(config, describe_base(config.base, dtype=jnp.dtype(config.dtype)), mesh)
+    cost, seconds = painting_cost(job, CHIPS[chip], quick=quick)
+    scale = seconds / cost.seconds
+    return figures(cost) | {"roofline": seconds, "kernels": cost.kernel_seconds * scale, "cycles": None}
+
+
+def line(name: str, entry: dict) -> str:
+    """A row of the table."""
+    if "missing" in entry:
+        return f"| {name} | | | does not fit, {entry['missing'] / GIB:.2f} GiB too much | | | | |"
+    cycles = "" if entry["cycles"] is None else f"{entry['cycles'] * 1e3:.0f}"
+    return (
+        f"| {name} | {entry['held'] / GIB:.2f} | {entry['temporaries'] / GIB:.2f} | {entry['peak'] / GIB:.2f} | "
+        f"{entry['roofline'] * 1e3:.0f} | {entry['kernels'] * 1e3:.0f} | {cycles} | {entry['compile']:.0f} |"
+    )
+
+
+def main() -> None:
+    runtime.start()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="with the effort of the TPU's own compile")
+    parser.add_argument("--only", default="", help="rows with this in their names")
+    options = parser.parse_args()
+    log = Path("runs") / f"tpu_step{'_full' if options.full else ''}.jsonl"
+    log.parent.mkdir(exist_ok=True)
+    known = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
+    done = {entry.pop("name"): entry for entry in known}
+    get_config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]
+
+    def show(name: str, make) -> None:
+        if options.only not in name:
+            return
+        if name not in done:
+            done[name] = make()
+            with open(log, "a") as entries:
+                entries.write(json.dumps({"name": name} | done[name]) + "\n")
+        print(line(name, done[name]), flush=True)
+
+    print(
+        "| Stable Diffusion 1.5 | held GiB | temporaries GiB | peak GiB | roofline ms | of it kernels | cycles ms | "
+        "compiled in s |\n|" + "---|" * 8
+    )
+    for chip, images, fields in SETTINGS:
+        config = get_config("sd15")
+        config.update(batch_size=images, train_text_encoder=False, remat=False)
+        config.update(fields)
+        show(
+            title(chip, images, fields),
+            lambda config=config, chip=chip: row(
+                plan(config, f"{chip}:1x1", class_images=False, quick=not options.full)
+            ),
+        )
+    for chip, images, fields in SAMPLERS:
+        config = get_config("sd15")
+        config.update(class_batch_size=images, **fields)
+        show(
+            f"{chip}, painting {images}, {fields['sampling_steps']} steps of {fields['sampler']}",
+            lambda config=config, chip=chip: painting(config, chip, quick=not options.full),
+        )
+
+
+if __name__ == "__main__":
+    main()
