@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kept import kept
 from tqdm import tqdm
 
 from dreambooth_jax import metrics, runtime
@@ -107,7 +108,7 @@ def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, e
     save_png(sheet, contact_sheet(rows, [f"{subject}, {arm}", *SETTINGS, f"a {noun}"]), {})
     reals = eye.features(real)
     return {
-        "subject": subject, "arm": arm, "seed": seed, "steps": steps,
+        "subject": subject, "arm": arm,
         "DINO": float(metrics.similarity(eye.features(of_subject), reals)),
         "PRES": float(metrics.similarity(eye.features(of_class), reals)),
         "DIV": float(np.mean([metrics.diversity(eye.states(row)) for row in same_prompt])),
@@ -158,18 +159,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    log = options.output / "results.jsonl"
-    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(r["subject"], r["arm"], r["seed"]) for r in results if r["steps"] == options.steps}
-    wanted = [(s, a, seed) for seed in range(options.seeds) for s in SUBJECTS for a in ARMS]
+    runs = [(s, a, seed) for seed in range(options.seeds) for s in SUBJECTS for a in ARMS]
     eye = Eye()
-    for subject, arm, seed in tqdm([run for run in wanted if run not in done], desc="runs"):
-        sheet = options.output / f"{subject}_{arm.replace(', ', '_').replace(' ', '-')}_{seed}.png"
-        results.append(run_one(subject, arm, seed, options.steps, options.output / "class_images", eye, sheet))
-        with open(log, "a") as lines:
-            lines.write(json.dumps(results[-1]) + "\n")
-    print(table([r for r in results if r["steps"] == options.steps]))
+    results = []
+    for subject, arm, seed in tqdm(runs, desc="runs"):
+        name = f"{subject}, {arm}, seed {seed}, {options.steps} steps"
+        sheet = options.output / f"{name.replace(', ', '_').replace(' ', '-')}.png"
+        run = functools.partial(run_one, subject, arm, seed, options.steps, options.output / "class_images", eye, sheet)
+        results.append(kept(options.output / "results.jsonl", name, run))
+    print(table(results))
 
 
 if __name__ == "__main__":

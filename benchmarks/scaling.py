@@ -9,9 +9,11 @@ at best the collectives run behind the computation, at worst one after the other
 """
 
 import argparse
-import json
+import functools
 import runpy
 from pathlib import Path
+
+from kept import kept
 
 from dreambooth_jax import runtime
 from dreambooth_jax.plan import Plan, plan
@@ -24,13 +26,12 @@ SLICES = {
 GIB = 2**30
 
 
-def row(chips: int, mode: str, found: Plan) -> dict:
+def row(found: Plan) -> dict:
     """What is kept of a plan."""
     cost = found.cost
-    base = {"chips": chips, "mode": mode, "fits": found.fits}
     if cost is None:
-        return base | {"missing": found.missing}
-    return base | {
+        return {"missing": found.missing}
+    return {
         "peak": cost.peak, "compute": cost.roofline_seconds, "collectives": cost.collectives,
         "interconnect": cost.interconnect_seconds, "compile": cost.compile_seconds,
     }  # fmt: skip
@@ -38,8 +39,8 @@ def row(chips: int, mode: str, found: Plan) -> dict:
 
 def line(entry: dict) -> str:
     """A row of the table."""
-    head = f"| {entry['chips']} | {entry['mode']} | "
-    if not entry["fits"]:
+    head = f"| {entry['name']} | "
+    if "missing" in entry:
         return head + f"does not fit, {entry['missing'] / GIB:.2f} GiB too much | | | | |"
     compute, exchange = entry["compute"], entry["interconnect"]
     received = sum(size for _, size in entry["collectives"].values())
@@ -60,18 +61,12 @@ def main() -> None:
     log = Path("runs") / f"scaling_{options.base}_{options.images}.jsonl"
     config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"](options.base)
     config.update(train_text_encoder=False, moment_dtype="bfloat16", remat=True)
-    log.parent.mkdir(exist_ok=True)
-    known = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
-    done = {(entry["chips"], entry["mode"]): entry for entry in known}
     print("| chips | mode | peak GiB | computation ms | received GB | exchange ms | efficiency |\n|" + "---|" * 7)
     for chips in options.chips:
         for mode, fsdp in {"data-parallel": 1, "fsdp": chips}.items():
-            if (chips, mode) not in done:
-                config.update(batch_size=options.images * chips, mesh_data=-1, mesh_fsdp=fsdp)
-                done[chips, mode] = row(chips, mode, plan(config, SLICES[chips], class_images=False))
-                with open(log, "a") as entries:
-                    entries.write(json.dumps(done[chips, mode]) + "\n")
-            print(line(done[chips, mode]), flush=True)
+            config.update(batch_size=options.images * chips, mesh_data=-1, mesh_fsdp=fsdp)
+            compiled = functools.partial(plan, config, SLICES[chips], class_images=False)
+            print(line(kept(log, f"{chips} | {mode}", lambda compiled=compiled: row(compiled()))), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ the program that `train` would run, compiled from shapes. Rows are kept in runs/
 """
 
 import argparse
-import json
 import runpy
 from pathlib import Path
 
 import jax.numpy as jnp
+from kept import kept
 
 from dreambooth_jax import runtime
 from dreambooth_jax.pipeline import describe_base
@@ -67,15 +67,14 @@ def painting(config, chip: str, *, quick: bool) -> dict:
     return figures(cost) | {"roofline": seconds, "kernels": cost.kernel_seconds * scale, "cycles": None}
 
 
-def line(name: str, entry: dict) -> str:
+def line(entry: dict) -> str:
     """A row of the table."""
     if "missing" in entry:
-        return f"| {name} | | | does not fit, {entry['missing'] / GIB:.2f} GiB too much | | | | |"
+        return f"| {entry['name']} | | | does not fit, {entry['missing'] / GIB:.2f} GiB too much | | | | |"
     cycles = "" if entry["cycles"] is None else f"{entry['cycles'] * 1e3:.0f}"
-    return (
-        f"| {name} | {entry['held'] / GIB:.2f} | {entry['temporaries'] / GIB:.2f} | {entry['peak'] / GIB:.2f} | "
-        f"{entry['roofline'] * 1e3:.0f} | {entry['kernels'] * 1e3:.0f} | {cycles} | {entry['compile']:.0f} |"
-    )
+    sizes = (f"{entry[what] / GIB:.2f}" for what in ("held", "temporaries", "peak"))
+    times = f"{entry['roofline'] * 1e3:.0f} | {entry['kernels'] * 1e3:.0f} | {cycles} | {entry['compile']:.0f}"
+    return f"| {entry['name']} | {' | '.join(sizes)} | {times} |"
 
 
 def main() -> None:
@@ -85,19 +84,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows with this in their names")
     options = parser.parse_args()
     log = Path("runs") / f"tpu_step{'_full' if options.full else ''}.jsonl"
-    log.parent.mkdir(exist_ok=True)
-    known = [json.loads(text) for text in log.read_text().splitlines()] if log.exists() else []
-    done = {entry.pop("name"): entry for entry in known}
     get_config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]
 
     def show(name: str, make) -> None:
-        if options.only not in name:
-            return
-        if name not in done:
-            done[name] = make()
-            with open(log, "a") as entries:
-                entries.write(json.dumps({"name": name} | done[name]) + "\n")
-        print(line(name, done[name]), flush=True)
+        if options.only in name:
+            print(line(kept(log, name, make)), flush=True)
 
     print(
         "| Stable Diffusion 1.5 | held GiB | temporaries GiB | peak GiB | roofline ms | of it kernels | cycles ms | "
