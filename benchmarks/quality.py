@@ -25,7 +25,7 @@ from dreambooth_jax.weights import read_model
 from dreambooth_jax.world.names import with_article
 
 NAMES, SAMPLES, BATCH = 100, 4, 16
-GUIDANCE, STEPS = 4.0, 25
+GUIDANCE, STEPS = 2.5, 25
 
 
 def reconstruct(pipeline, params, images: np.ndarray) -> np.ndarray:

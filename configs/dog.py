@@ -62,7 +62,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
 
     # Hardware
     config.dtype = "float32"  # of the computation; "bfloat16" on TPUs. Trained weights are always float32
-    config.remat = False  # recompute activations in the backward pass: less memory, more time
+    config.remat = "nothing"  # or "elementwise", "layers": recomputed in the backward pass; less memory, more time
     config.mesh_data = -1  # devices along each mesh axis; -1 takes what the other leaves
     config.mesh_fsdp = 1  # parameters and optimizer state are split over this axis
     config.steps_per_call = 10  # steps on the device between two looks of the host
@@ -83,7 +83,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.sample_count = 6  # pictures per prompt
     config.sampler = "dpm++"  # or "ddim", "euler"; also paints the class images
     config.sampling_steps = 20
-    config.guidance_scale = 4.0
+    config.guidance_scale = 2.5
     config.negative_prompt = ""
 
     if base != "tiny":

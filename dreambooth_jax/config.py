@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dreambooth_jax.method import METHODS
+from dreambooth_jax.models.unet import REMAT
 from dreambooth_jax.optimizer import OPTIMIZERS, SCHEDULES
 from dreambooth_jax.sampler import METHODS as SAMPLERS
 
@@ -92,7 +93,7 @@ FIELDS: dict[str, Field] = {
     "snr_gamma": _not_negative(float),
     "ema_decay": _SHARE,
     "dtype": _one_of("float32", "bfloat16"),
-    "remat": Field(bool, meaning=False),
+    "remat": _one_of(*REMAT, meaning=False),
     "mesh_data": _SIZE,
     "mesh_fsdp": _SIZE,
     "steps_per_call": _positive(meaning=False),

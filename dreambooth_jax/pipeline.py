@@ -144,13 +144,13 @@ def resolve_base(base: str) -> Path:
     return Path(folder)
 
 
-def load_pipeline(base: str, *, dtype=jnp.float32, remat: bool = False, vae_dtype=jnp.float32) -> Pipeline:
+def load_pipeline(base: str, *, dtype=jnp.float32, remat: str = "nothing", vae_dtype=jnp.float32) -> Pipeline:
     """Reads a base's configs and tokenizer, no weights.
 
     Args:
         base: see `resolve_base`.
         dtype: of the UNet's and text encoder's computation; params stay float32.
-        remat: recompute UNet activations in the backward pass.
+        remat: what the UNet's backward pass recomputes instead of storing it: "nothing", "elementwise" or "layers".
         vae_dtype: of the autoencoder's computation.
 
     Raises:
@@ -175,7 +175,7 @@ def build_pipeline(
     tokenizer,
     *,
     dtype=jnp.float32,
-    remat: bool = False,
+    remat: str = "nothing",
     vae_dtype=jnp.float32,
 ) -> Pipeline:
     """The pipeline that `configs` (of the PARTS and of "scheduler") describe; `tokenizer` may be None for shapes alone.
@@ -205,7 +205,7 @@ def build_pipeline(
     )
 
 
-def describe_base(base: str, *, dtype=jnp.float32, remat: bool = False) -> Pipeline:
+def describe_base(base: str, *, dtype=jnp.float32, remat: str = "nothing") -> Pipeline:
     """Like `load_pipeline`, for shapes alone: of the published bases in `bases.CONFIGS` nothing is fetched."""
     if base in bases.CONFIGS:
         return build_pipeline(Path(base), bases.CONFIGS[base], None, dtype=dtype, remat=remat)

@@ -64,6 +64,7 @@ def devices_of(topology: str) -> Sequence[Any]:
     """
     chip_of(topology)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask nobody what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compile takes no chip from others
     generation, _, shape = topology.partition(":")
     wanted = math.prod(map(int, re.findall(r"\d+", shape))) if shape else 0
     smallest = {"v4": "2x2x1", "v5p": "2x2x1"}.get(generation, "2x4")

@@ -117,7 +117,7 @@ def test_a_run_goes_on_upon_another_mesh_and_back(finished, micro, tmp_path):
     """Longer than the run was, and with one image for eight devices."""
     workdir = shutil.copytree(finished, tmp_path / "moved")
     fields = {"base": micro, "sample_prompts": (), "keep_last": 3}
-    log = finish(workdir, devices=8, mesh_data=4, mesh_fsdp=2, steps=64, remat=True, **fields)
+    log = finish(workdir, devices=8, mesh_data=4, mesh_fsdp=2, steps=64, remat="layers", **fields)
     assert "data 4 x fsdp 2" in log and "going on from step 60" in log
     assert "warning: 2 images at a time keep 2 of 8 devices busy" in log
     assert "going on from step 64" in finish(workdir, steps=66, **fields)

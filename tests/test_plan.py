@@ -86,8 +86,8 @@ def test_remedies_are_compiled_until_one_fits(config, monkeypatch):
 
     monkeypatch.setattr(plan, "plan", fake)
     names = [name for name, _ in plan.advise(config, "v5e:2x4")]
-    assert tried == [(True, 4, "float32"), (True, -1, "float32"), (True, -1, "bfloat16")]
-    assert names[-1] == "remat=True, mesh_fsdp=-1, mesh_data=1, moment_dtype=bfloat16"
+    assert tried == [("layers", 4, "float32"), ("layers", -1, "float32"), ("layers", -1, "bfloat16")]
+    assert names[-1] == "remat=layers, mesh_fsdp=-1, mesh_data=1, moment_dtype=bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,8 @@ CHANGES = {
 }
 HARMLESS = {
     "save_every": 7, "keep_last": 2, "keep_every": 5, "sample_every": 9, "sample_prompts": ("a",), "sample_count": 1,
-    "mesh_fsdp": 2, "remat": True, "steps_per_call": 3, "class_batch_size": 2, "negative_prompt": "blur", "steps": 99,
+    "mesh_fsdp": 2, "remat": "layers", "steps_per_call": 3, "class_batch_size": 2, "negative_prompt": "blur",
+    "steps": 99,
 }  # fmt: skip
 
 
@@ -419,7 +420,7 @@ def test_a_base_that_is_not_finite_stops_the_command_and_keeps_the_checkpoint(mi
 
 
 VARIANTS = {
-    "bfloat16, remat, no prior": {"dtype": "bfloat16", "remat": True, "prior_preservation": False},
+    "bfloat16, remat, no prior": {"dtype": "bfloat16", "remat": "elementwise", "prior_preservation": False},
     "frozen text encoder, adafactor, accumulation, min-SNR": {
         "train_text_encoder": False, "optimizer": "adafactor", "batch_size": 2, "accumulate": 2, "snr_gamma": 5.0,
         "lr_schedule": "cosine", "lr_warmup_steps": 1, "ema_decay": 0.0, "sample_prompts": (),

@@ -18,6 +18,8 @@ from dreambooth_jax.sharding import batch_axes
 LANES = 128
 # Tiles of queries and keys; of a tile of keys, how much is computed at once.
 BLOCK, BLOCK_COMPUTE = 1024, 512
+# How policies of recomputing (jax.checkpoint_policies) know what the backward kernel needs of the forward one.
+RESIDUALS = "flash_attention"
 
 
 def worthwhile(query: Float[Array, "b q n d"], key: Float[Array, "b k n d"]) -> bool:
@@ -55,7 +57,7 @@ def _kernel(query: Array, key: Array, value: Array, interpret: bool) -> Array:
     )  # fmt: skip
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask(lengths)] * heads)
     splash = splash_attention_kernel.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=RESIDUALS, interpret=interpret
     )
 
     def by_head(x: Array) -> Array:

@@ -1,6 +1,7 @@
 """UNet2DConditionModel: the denoiser of Stable Diffusion 1.x and 2.x (arXiv 2112.10752, section 3.3 and appendix B)."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dreambooth_jax.models import flash
 from dreambooth_jax.models.layers import (
     Conv,
     Downsample2D,
@@ -228,16 +230,29 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
 
 
+# Matrix products, convolutions and attention kernels are dear; norms and activation functions are not.
+_DEAR = jax.checkpoint_policies.save_from_both_policies(
+    lambda primitive, *_, **__: primitive.name in ("dot_general", "conv_general_dilated"),
+    jax.checkpoint_policies.save_only_these_names(flash.RESIDUALS),
+)
+# What is recomputed -> a transformation of the function of a layer.
+REMAT = {
+    "nothing": lambda layer, **_: layer,
+    "elementwise": functools.partial(nnx.remat, policy=_DEAR),
+    "layers": nnx.remat,  # everything within a layer
+}
+
+
 class UNet2DConditionModel(nnx.Module):
     """Predicts the noise (or velocity) in latents `x` at timestep `t`, given text states.
 
     Args:
         spec: from `UNetSpec.from_config`.
         dtype: of the computation; parameters are float32.
-        remat: recompute each residual-and-transformer layer in the backward pass instead of storing its activations.
+        remat: what the backward pass recomputes instead of storing it, a key of `REMAT`.
     """
 
-    def __init__(self, spec: UNetSpec, *, dtype=jnp.float32, remat: bool = False, rngs: nnx.Rngs):
+    def __init__(self, spec: UNetSpec, *, dtype=jnp.float32, remat: str = "nothing", rngs: nnx.Rngs):
         kw = {"dtype": dtype, "rngs": rngs}
         widths, groups = spec.block_out_channels, spec.norm_num_groups
         temb_dim = 4 * widths[0]
@@ -300,7 +315,8 @@ class UNet2DConditionModel(nnx.Module):
         """
         if x.shape[1] % self.spec.downscale or x.shape[2] % self.spec.downscale:
             raise ValueError(f"latents of {x.shape[1]}x{x.shape[2]}: both must be multiples of {self.spec.downscale}")
-        spec, layer = self.spec, nnx.remat(Stage.layer, static_argnums=1) if self.remat else Stage.layer
+        spec, recompute = self.spec, REMAT[self.remat]
+        layer, mid = recompute(Stage.layer, static_argnums=1), recompute(MidBlock.__call__)
         t = jnp.broadcast_to(t, x.shape[:1])
         embedded = timestep_embedding(
             t, spec.block_out_channels[0], flip_sin_to_cos=spec.flip_sin_to_cos, freq_shift=spec.freq_shift
@@ -317,7 +333,6 @@ class UNet2DConditionModel(nnx.Module):
             if block.downsamplers:
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        mid = nnx.remat(MidBlock.__call__) if self.remat else MidBlock.__call__
         x = mid(self.mid_block, x, temb, context)
         for block in self.up_blocks:
             for index in range(len(block.resnets)):
