@@ -24,14 +24,15 @@ from dreambooth_jax.tpu import CHIPS, Cost, devices_of
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
 # chip, images of the subject and of the class, what differs from configs/dog.py:sd15
+TEXT, NO_CLIPPING = {"train_text_encoder": True}, {"clip_norm": 0.0}
+ELEMENTWISE, LAYERS = {"remat": "elementwise"}, {"remat": "layers"}
 SETTINGS = [
     (chip, images, fields)
     for chip, images, choices in (
-        ("v5e", 1, ({}, {"remat": True}, {"clip_norm": 0.0}, {"remat": True, "clip_norm": 0.0})),
-        ("v5e", 1, ({"train_text_encoder": True}, {"train_text_encoder": True, "remat": True})),
-        ("v5e", 1, ({"method": "lora"},)),
-        ("v6e", 4, ({}, {"remat": True}, {"train_text_encoder": True, "remat": True})),
-        ("v5e", 4, ({"remat": True, "moment_dtype": "bfloat16"},)),
+        ("v5e", 1, ({}, ELEMENTWISE, LAYERS, NO_CLIPPING, LAYERS | NO_CLIPPING)),
+        ("v5e", 1, (TEXT, TEXT | ELEMENTWISE, TEXT | {"method": "lora"})),
+        ("v6e", 4, ({}, ELEMENTWISE, LAYERS, TEXT | ELEMENTWISE)),
+        ("v5e", 4, (LAYERS | {"moment_dtype": "bfloat16"},)),
     )
     for fields in choices
 ]
@@ -96,7 +97,7 @@ def main() -> None:
     )
     for chip, images, fields in SETTINGS:
         config = get_config("sd15")
-        config.update(batch_size=images, train_text_encoder=False, remat=False)
+        config.update(batch_size=images, train_text_encoder=False, remat="nothing")
         config.update(fields)
         show(
             title(chip, images, fields),

@@ -129,7 +129,8 @@ def make_step(
 
     Args:
         predict: (params, x_t, t, cond) -> prediction like x_t.
-        optimizer: over `state.trainable`; nothing else is differentiated or clipped.
+        optimizer: over `state.trainable`; nothing else is differentiated or clipped. The gradient's norm is given to it
+            as `grad_norm`.
         schedule: noise levels and what is predicted.
         batch_size: instance examples per step; with prior preservation as many class examples join them.
         combine: (frozen, trainable) -> the params that `predict` takes: what distinguishes the methods.
@@ -156,6 +157,7 @@ def make_step(
         )  # fmt: skip
         return losses.loss, losses
 
+    optimizer = optax.with_extra_args_support(optimizer)
     gradient = jax.grad(loss_of_part, has_aux=True)
 
     def mean_gradient(trainable, frozen, batch: Corrupted):
@@ -174,11 +176,12 @@ def make_step(
     def step(state: TrainState, frozen: Params, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         batch = draw(data, schedule, batch_size, key, state.step, example_shape)
         grads, losses = mean_gradient(state.trainable, frozen, batch)
-        grads = jax.tree.map(lambda g: _hold(g, grad_dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        norm = optax.tree.norm(grads)
+        held = jax.tree.map(lambda g: _hold(g, grad_dtype), grads)
+        updates, opt_state = optimizer.update(held, state.opt_state, state.trainable, grad_norm=norm)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = state.ema and optax.incremental_update(trainable, state.ema, 1.0 - _decay(ema_decay, state.step))
-        metrics = Metrics(*losses, optax.tree.norm(grads))
+        metrics = Metrics(*losses, norm)
         return TrainState(state.step + 1, trainable, opt_state, ema), metrics
 
     return step
