@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 on one TPU chip, as its compiler sees it: the training step with its settings, and sampling.
 
     pip install -e ".[plan]" && python benchmarks/tpu_step.py          # a quarter of an hour; --full: hours
-    python benchmarks/tpu_step.py --only v5e                           # the rows with that in their names
+    python benchmarks/tpu_step.py --full --only "v5e, (1+1)"           # some rows
 
 512 pixels, bfloat16, AdamW in float32, prior preservation: (1+1) is one subject image and one class image. Every row is
 the program that `train` would run, compiled from shapes. Rows are kept in runs/; a stopped run goes on.
@@ -82,13 +82,13 @@ def main() -> None:
     runtime.start()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--full", action="store_true", help="with the effort of the TPU's own compile")
-    parser.add_argument("--only", default="", help="rows with this in their names")
+    parser.add_argument("--only", nargs="+", default=[], help="names of rows")
     options = parser.parse_args()
     log = Path("runs") / f"tpu_step{'_full' if options.full else ''}.jsonl"
     get_config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]
 
     def show(name: str, make) -> None:
-        if options.only in name:
+        if not options.only or name in options.only:
             print(line(kept(log, name, make)), flush=True)
 
     print(

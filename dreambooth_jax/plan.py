@@ -20,10 +20,18 @@ from ml_collections import ConfigDict, config_flags
 from dreambooth_jax import runtime
 from dreambooth_jax.config import check_config
 from dreambooth_jax.images import list_images
-from dreambooth_jax.paint import make_paint_batch
 from dreambooth_jax.pipeline import describe_base
-from dreambooth_jax.program import Job, data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
-from dreambooth_jax.sharding import make_mesh, replicated
+from dreambooth_jax.program import (
+    Job,
+    data_shapes,
+    key_shape,
+    lower_painting,
+    lower_steps,
+    make_job,
+    split_shapes,
+    state_shapes,
+)
+from dreambooth_jax.sharding import make_mesh
 from dreambooth_jax.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
 
 GIB = 2**30
@@ -125,21 +133,10 @@ def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, fl
     The compiler counts a loop's body once: seconds are scaled by the FLOPs of all sampling steps over those counted.
     """
     config, pipeline = job.config, job.pipeline
-    batch, length = config.class_batch_size, pipeline.text_spec.max_position_embeddings
-    paint = make_paint_batch(
-        pipeline, job.mesh, resolution=config.resolution, batch_size=batch, method=config.sampler,
-        steps=config.sampling_steps, guidance=config.guidance_scale,
-    )  # fmt: skip
-    place = replicated(job.mesh)
-    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=place)
-    keys = jax.ShapeDtypeStruct((batch, 2), jnp.uint32, sharding=place)
-    trainable, frozen = split_shapes(job)
-    with jax.set_mesh(job.mesh):
-        lowered = paint.lower(trainable | frozen, ids, ids, keys)
-    cost = compile_for(chip, lowered, quick=quick)
-    shape = jax.ShapeDtypeStruct
+    cost = compile_for(chip, lower_painting(job), quick=quick)
+    shape, batch, spec = jax.ShapeDtypeStruct, config.class_batch_size, pipeline.text_spec
     latents = shape((2 * batch, *pipeline.latent_shape(config.resolution)), jnp.float32)
-    states = shape((2 * batch, length, pipeline.text_spec.hidden_size), jnp.dtype(config.dtype))
+    states = shape((2 * batch, spec.max_position_embeddings, spec.hidden_size), jnp.dtype(config.dtype))
     one_step = jax.jit(pipeline.denoise).lower(pipeline.shapes, latents, shape((2 * batch,), jnp.float32), states)
     per_device = one_step.cost_analysis()["flops"] / job.mesh.size
     return cost, cost.seconds * (cost.flops + (config.sampling_steps - 1) * per_device) / cost.flops

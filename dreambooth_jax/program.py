@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.method import Method, make_method
 from dreambooth_jax.optimizer import learning_rate, make_optimizer
+from dreambooth_jax.paint import make_paint_batch
 from dreambooth_jax.params import Params
 from dreambooth_jax.pipeline import Pipeline
 from dreambooth_jax.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
@@ -115,3 +116,17 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
     )
     with jax.set_mesh(mesh):  # kernels split their batch over it
         return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def lower_painting(job: Job) -> jax.stages.Lowered:
+    """Painting one batch of class images: (params, token ids, those of the negative prompts, keys) -> images."""
+    config, pipeline = job.config, job.pipeline
+    batch = config.class_batch_size
+    paint = make_paint_batch(
+        pipeline, job.mesh, resolution=config.resolution, batch_size=batch, method=config.sampler,
+        steps=config.sampling_steps, guidance=config.guidance_scale,
+    )  # fmt: skip
+    ids = _everywhere(job, (batch, pipeline.text_spec.max_position_embeddings), jnp.int32)
+    trainable, frozen = split_shapes(job)
+    with jax.set_mesh(job.mesh):
+        return paint.lower(trainable | frozen, ids, ids, _everywhere(job, (batch, 2), jnp.uint32))
