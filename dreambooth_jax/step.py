@@ -212,6 +212,8 @@ def run_steps(step: Callable, capacity: int) -> Callable:
     different rounding. Metrics from `count` on are 0.
     """
 
+    step = jax.jit(step, inline=True)  # traced once, for its shapes and for the loop
+
     def run(state: TrainState, frozen: Params, data: Data, key: Key[Array, ""], count: Int[Array, ""]):
         def body(i, carry):
             state, log = carry

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from dreambooth_jax import tpu
 from dreambooth_jax.models import flash, layers
@@ -31,10 +32,18 @@ def test_value_and_gradients_are_those_of_plain_attention(width):
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("queries", "keys", "pays"), [(4096, 4096, True), (4096, 77, False), (256, 256, False)])
-def test_only_large_scores_go_to_the_kernel(queries, keys, pays):
-    shapes = [jax.ShapeDtypeStruct((1, length, 8, 40), jnp.float32) for length in (queries, keys)]
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "pays"),
+    [(4096, 4096, 40, True), (4096, 77, 40, False), (256, 256, 40, False), (4096, 4096, 512, False)],
+)
+def test_only_large_scores_of_narrow_heads_go_to_the_kernel(queries, keys, width, pays):
+    """The autoencoder's head is 512 wide: tiles of it exceed a TPU's own memory, and its compiler refuses them."""
+    shapes = [jax.ShapeDtypeStruct((2, length, 8, width), jnp.bfloat16) for length in (queries, keys)]
     assert flash.worthwhile(*shapes) == pays
+    place = SingleDeviceSharding(tpu.devices_of("v5e:1x1")[0])
+    query, key = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes)
+    cost = tpu.compile_for(tpu.CHIPS["v5e"], jax.jit(layers.attention).lower(query, key, key), quick=True)
+    assert (cost.kernel_seconds > 0) == pays
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -23,9 +23,10 @@ RESIDUALS = "flash_attention"
 
 
 def worthwhile(query: Float[Array, "b q n d"], key: Float[Array, "b k n d"]) -> bool:
-    """Whether the scores are large enough for the kernel to pay, and of a size that it takes."""
+    """Whether the scores are large enough for the kernel to pay, and of a size that it takes. The one wide head of the
+    autoencoder has few scores, and its tiles would not fit into the chip's own memory."""
     lengths = query.shape[1], key.shape[1]
-    return min(lengths) >= BLOCK and all(length % BLOCK == 0 for length in lengths)
+    return query.shape[-1] <= LANES and min(lengths) >= BLOCK and all(length % BLOCK == 0 for length in lengths)
 
 
 def flash_attention(
