@@ -27,7 +27,7 @@ from dreambooth_jax.paint import Request
 from dreambooth_jax.params import functional
 from dreambooth_jax.pictures import contact_sheet, save_png
 from dreambooth_jax.pipeline import EMBEDDED_FOLDER, read_params
-from dreambooth_jax.program import initial, lower_steps, state_shapes
+from dreambooth_jax.program import fresh_state, lower_steps
 from dreambooth_jax.sharding import param_sharding, replicated
 from dreambooth_jax.train import prepare_data, set_up
 from dreambooth_jax.weights import read_model
@@ -85,8 +85,7 @@ def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, e
         data = prepare_data(run, params)
         key = jax.device_put(jax.random.key(seed), replicated(run.mesh))
         trainable, frozen = run.job.method.start(params, key)
-        shardings = jax.tree.map(lambda x: x.sharding, state_shapes(run.job, trainable))
-        state = jax.jit(initial(run.job), out_shardings=shardings)(trainable)
+        state = fresh_state(run.job, trainable)
         advance = lower_steps(run.job, state, frozen, data, key).compile()
         for start in range(0, steps, config.steps_per_call):
             number = min(config.steps_per_call, steps - start)

@@ -14,15 +14,7 @@ import jax
 
 from dreambooth_jax import runtime
 from dreambooth_jax.pipeline import load_pipeline
-from dreambooth_jax.program import (
-    data_shapes,
-    key_shape,
-    lower_painting,
-    lower_steps,
-    make_job,
-    split_shapes,
-    state_shapes,
-)
+from dreambooth_jax.program import argument_shapes, lower_painting, lower_steps, make_job
 from dreambooth_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +24,7 @@ def main() -> None:
     runtime.start()
     config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]()
     job = make_job(config, load_pipeline(config.base), make_mesh())
-    trainable, frozen = split_shapes(job)
-    arguments = state_shapes(job, trainable), frozen, data_shapes(job, 5, config.num_class_images), key_shape(job)
+    arguments = argument_shapes(job, num_instance=5)
     programs = {
         "training steps": lambda: lower_steps(job, *arguments),
         "class images": lambda: lower_painting(job),

@@ -25,7 +25,7 @@ from dreambooth_jax.weights import read_model
 from dreambooth_jax.world.names import with_article
 
 NAMES, SAMPLES, BATCH = 100, 4, 16
-GUIDANCE, STEPS = 2.5, 25
+STEPS = 25
 
 
 def reconstruct(pipeline, params, images: np.ndarray) -> np.ndarray:
@@ -64,6 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", default="tiny")
     parser.add_argument("--world", default="", help="folder with the two npm tarballs; default: they are fetched")
+    parser.add_argument("--guidance", type=float, default=2.5, help="default: that of configs/dog.py")
+    parser.add_argument("--dogs_seed", type=int, default=64, help='of the 64 pictures of "a dog"')
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
     options = parser.parse_args()
     sprites = core_sprites(options.world)
@@ -72,7 +74,7 @@ def main() -> None:
     mesh = make_mesh()
     params = read_params(pipeline, functools.partial(param_sharding, mesh))
     painter = make_painter(
-        pipeline, mesh, resolution=64, batch_size=BATCH, method="dpm++", steps=STEPS, guidance=GUIDANCE
+        pipeline, mesh, resolution=64, batch_size=BATCH, method="dpm++", steps=STEPS, guidance=options.guidance
     )
 
     def paint(prompts: list[str], seed: int) -> np.ndarray:
@@ -124,7 +126,7 @@ def main() -> None:
         labels = [f"{name} {share:.0%}" for name, share in zip(asked[::SAMPLES], shares, strict=True)]
         save_png(options.output / f"names_{len(rows)}.png", contact_sheet(rows, labels), {})
 
-    painted = paint(["a dog"] * 64, seed=64)
+    painted = paint(["a dog"] * 64, seed=options.dogs_seed)
     dogs = [i for i, sprite in enumerate(sprites) if sprite.noun == "dog"]
     variants = [sprites[dogs[i]].variant for i in judge(painted).sprites[:, dogs].argmax(1)]
     counts = sorted(((variants.count(v), v) for v in set(variants)), reverse=True)

@@ -4,10 +4,12 @@
     python benchmarks/tpu_step.py --full --only "v5e, (1+1)"           # some rows
 
 512 pixels, bfloat16, AdamW in float32, prior preservation: (1+1) is one subject image and one class image. Every row is
-the program that `train` would run, compiled from shapes. Rows are kept in runs/; a stopped run goes on.
+the program that `train` would run, compiled from shapes. Rows are kept in runs/, and the programs as HLO text beside
+them, for cycles.py; a stopped run goes on.
 """
 
 import argparse
+import gzip
 import runpy
 from pathlib import Path
 
@@ -24,15 +26,15 @@ from dreambooth_jax.tpu import CHIPS, Cost, devices_of
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
 # chip, images of the subject and of the class, what differs from configs/dog.py:sd15
-TEXT, NO_CLIPPING = {"train_text_encoder": True}, {"clip_norm": 0.0}
+TEXT, NO_CLIPPING, MOMENT = {"train_text_encoder": True}, {"clip_norm": 0.0}, {"moment_dtype": "bfloat16"}
 ELEMENTWISE, LAYERS = {"remat": "elementwise"}, {"remat": "layers"}
 SETTINGS = [
     (chip, images, fields)
     for chip, images, choices in (
-        ("v5e", 1, ({}, ELEMENTWISE, LAYERS, NO_CLIPPING, LAYERS | NO_CLIPPING)),
+        ("v5e", 1, ({}, ELEMENTWISE, LAYERS, LAYERS | NO_CLIPPING, MOMENT)),
         ("v5e", 1, (TEXT, TEXT | ELEMENTWISE, TEXT | {"method": "lora"})),
         ("v6e", 4, ({}, ELEMENTWISE, LAYERS, TEXT | ELEMENTWISE)),
-        ("v5e", 4, (LAYERS | {"moment_dtype": "bfloat16"},)),
+        ("v5e", 4, (LAYERS | MOMENT,)),
     )
     for fields in choices
 ]
@@ -45,13 +47,15 @@ def title(chip: str, images: int, fields: dict) -> str:
     return f"{chip}, ({images}+{images})" + "".join(f", {text}" for text in changed)
 
 
-def row(found: Plan) -> dict:
+def row(found: Plan, hlo: Path) -> dict:
     """What is kept of a plan."""
-    return {"missing": found.missing} if found.cost is None else figures(found.cost)
+    return {"missing": found.missing} if found.cost is None else figures(found.cost, hlo)
 
 
-def figures(cost: Cost) -> dict:
-    """What is kept of a compile."""
+def figures(cost: Cost, hlo: Path) -> dict:
+    """What is kept of a compile; the program goes to the file `hlo`."""
+    hlo.parent.mkdir(parents=True, exist_ok=True)
+    hlo.write_bytes(gzip.compress(cost.hlo.encode()))
     return {
         "held": cost.arguments, "temporaries": cost.temporaries, "peak": cost.peak, "flops": cost.flops,
         "bytes": cost.bytes, "roofline": cost.roofline_seconds, "kernels": cost.kernel_seconds,
@@ -59,13 +63,13 @@ def figures(cost: Cost) -> dict:
     }  # fmt: skip
 
 
-def painting(config, chip: str, *, quick: bool) -> dict:
+def painting(config, chip: str, hlo: Path, *, quick: bool) -> dict:
     """What is kept of a batch of pictures; its time is that of all sampling steps."""
     mesh = make_mesh(devices=devices_of(f"{chip}:1x1"))
     job = make_job(config, describe_base(config.base, dtype=jnp.dtype(config.dtype)), mesh)
     cost, seconds = painting_cost(job, CHIPS[chip], quick=quick)
     scale = seconds / cost.seconds
-    return figures(cost) | {"roofline": seconds, "kernels": cost.kernel_seconds * scale, "cycles": None}
+    return figures(cost, hlo) | {"roofline": seconds, "kernels": cost.kernel_seconds * scale, "cycles": None}
 
 
 def line(entry: dict) -> str:
@@ -89,7 +93,8 @@ def main() -> None:
 
     def show(name: str, make) -> None:
         if not options.only or name in options.only:
-            print(line(kept(log, name, make)), flush=True)
+            hlo = log.with_suffix("") / f"{name}.txt.gz"
+            print(line(kept(log, name, lambda: make(hlo))), flush=True)
 
     print(
         "| Stable Diffusion 1.5 | held GiB | temporaries GiB | peak GiB | roofline ms | of it kernels | cycles ms | "
@@ -101,8 +106,8 @@ def main() -> None:
         config.update(fields)
         show(
             title(chip, images, fields),
-            lambda config=config, chip=chip: row(
-                plan(config, f"{chip}:1x1", class_images=False, quick=not options.full)
+            lambda hlo, config=config, chip=chip: row(
+                plan(config, f"{chip}:1x1", class_images=False, quick=not options.full), hlo
             ),
         )
     for chip, images, fields in SAMPLERS:
@@ -110,7 +115,7 @@ def main() -> None:
         config.update(class_batch_size=images, **fields)
         show(
             f"{chip}, painting {images}, {fields['sampling_steps']} steps of {fields['sampler']}",
-            lambda config=config, chip=chip: painting(config, chip, quick=not options.full),
+            lambda hlo, config=config, chip=chip: painting(config, chip, hlo, quick=not options.full),
         )
 
 

@@ -44,8 +44,11 @@ def scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformatio
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """As optax has it, but a norm that is known already can be given as `grad_norm`: computed where the gradients come
-    about it costs nothing, while for one computed here all of them are read once more."""
+    """Scales updates whose norm over everything exceeds `limit` down to it (arXiv 1211.5063, algorithm 1).
+
+    A norm that is known already can be given as `grad_norm`, a scalar: computed where the gradients come about it costs
+    nothing, while for optax's own all of them are read once more.
+    """
 
     def update(updates, state, params=None, *, grad_norm: jax.Array | None = None, **extra):
         norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
@@ -126,4 +129,4 @@ def make_muon(
     divided = optax.stateless(lambda updates, params: jax.tree.map(split_kernel, updates))
     everywhere = replicated(make_mesh())
     whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, everywhere))
-    return optax.chain(optax.clip_by_global_norm(clip_norm), divided, optimizer, whole)
+    return optax.chain(clip_by_global_norm(clip_norm), divided, optimizer, whole)

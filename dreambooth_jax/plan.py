@@ -4,8 +4,8 @@
     python -m dreambooth_jax.plan --config configs/dog.py:sd15 --sweep
 
 The TPU compiler (`pip install -e ".[plan]"`) compiles the very programs that `train` would run, from shapes alone, on
-any machine: no TPU and no weights are needed. Memory figures are the compiler's own and reliable; times are estimates,
-see docs/tpu.md.
+any machine: no TPU and no weights are needed. Memory figures are the compiler's own, without --full
+larger than the TPU's; times are estimates, see docs/tpu.md.
 """
 
 import dataclasses
@@ -21,16 +21,7 @@ from dreambooth_jax import runtime
 from dreambooth_jax.config import check_config
 from dreambooth_jax.images import list_images
 from dreambooth_jax.pipeline import describe_base
-from dreambooth_jax.program import (
-    Job,
-    data_shapes,
-    key_shape,
-    lower_painting,
-    lower_steps,
-    make_job,
-    split_shapes,
-    state_shapes,
-)
+from dreambooth_jax.program import Job, argument_shapes, lower_painting, lower_steps, make_job
 from dreambooth_jax.sharding import make_mesh
 from dreambooth_jax.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
 
@@ -94,12 +85,10 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
     pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
     job = make_job(config, pipeline, mesh)
-    trainable, frozen = split_shapes(job)
-    state = state_shapes(job, trainable)
-    data = data_shapes(job, _instances(config), config.num_class_images)
+    state, frozen, data, key = argument_shapes(job, _instances(config))
     cost, missing = None, 0
     try:
-        cost = compile_for(chip, lower_steps(job, state, frozen, data, key_shape(job)), quick=quick)
+        cost = compile_for(chip, lower_steps(job, state, frozen, data, key), quick=quick)
     except OutOfMemory as error:
         missing = error.missing
     painting, seconds = None, 0.0
@@ -109,7 +98,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         topology=topology,
         devices=len(devices),
         chip=chip,
-        parameters=shard_bytes(trainable) + shard_bytes(frozen),
+        parameters=shard_bytes(state.trainable) + shard_bytes(frozen),
         optimizer_state=shard_bytes(state.opt_state) + (shard_bytes(state.ema) if state.ema else 0),
         data=shard_bytes(data),
         cost=cost,
@@ -202,6 +191,9 @@ def _lines(lines) -> str:
 def as_json(plan: Plan, config: ConfigDict) -> dict:
     """Everything that `describe` shows, in bytes and seconds."""
     values = dataclasses.asdict(plan) | {"fits": plan.fits}
+    for name in ("cost", "class_images"):
+        if values[name]:
+            del values[name]["hlo"]
     if plan.fits:
         values["run_seconds"] = plan.run_seconds(config)
     return values

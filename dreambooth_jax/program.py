@@ -63,6 +63,19 @@ def state_shapes(job: Job, trainable: Params) -> TrainState:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def fresh_state(job: Job, trainable: Params) -> TrainState:
+    """The state before the first step, placed on the mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, state_shapes(job, trainable))
+    return jax.jit(initial(job), out_shardings=shardings)(trainable)
+
+
+def argument_shapes(job: Job, num_instance: int) -> tuple[TrainState, Params, Data, jax.ShapeDtypeStruct]:
+    """(state, frozen, data, key): what `lower_steps` takes, for a subject of `num_instance` images."""
+    trainable, frozen = split_shapes(job)
+    data = data_shapes(job, num_instance, job.config.num_class_images)
+    return state_shapes(job, trainable), frozen, data, key_shape(job)
+
+
 def data_shapes(job: Job, num_instance: int, num_class: int) -> Data:
     """Shapes of the resident examples, each half with one caption; every device has all of them."""
     config, pipeline = job.config, job.pipeline
@@ -88,12 +101,16 @@ def _everywhere(job: Job, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(job.mesh))
 
 
+# The order of instructions that needs least memory; by default the compiler takes what the chip has.
+_TPU_OPTIONS = {"xla_memory_scheduler": "list"}
+
+
 def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: jax.Array) -> jax.stages.Lowered:
     """The call of up to `steps_per_call` training steps: (state, frozen, data, key, count) -> (state, metrics).
 
     Arguments may be arrays or ShapeDtypeStructs with shardings. The state is donated.
     """
-    config, pipeline, mesh = job.config, job.pipeline, job.mesh
+    config, pipeline, mesh, dtype = job.config, job.pipeline, job.mesh, jnp.dtype(job.config.dtype)
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
     spread = batch_sharding(mesh, batch)
     step = make_step(
@@ -101,19 +118,21 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
         job.optimizer,
         pipeline.schedule,
         batch_size=config.batch_size,
-        combine=lambda frozen, trainable: gather(mesh, job.method.combine(frozen, trainable)),
+        combine=lambda frozen, trainable: gather(mesh, job.method.combine(frozen, trainable), dtype),
         prior_weight=config.prior_weight,
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,
-        grad_dtype=jnp.dtype(config.dtype) if config.accumulate == 1 else jnp.float32,
+        grad_dtype=dtype if config.accumulate == 1 else jnp.float32,
         ema_decay=config.ema_decay or None,
         example_shape=pipeline.latent_shape(config.resolution),
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     steps = jax.jit(
-        run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
-    )
+        run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
+        keep_unused=True,  # what is frozen stays on the devices, to paint samples: its memory counts
+        compiler_options=_TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
+    )  # fmt: skip
     with jax.set_mesh(mesh):  # kernels split their batch over it
         return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))
 

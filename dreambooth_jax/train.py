@@ -31,7 +31,7 @@ from dreambooth_jax.pictures import file_names, save_png
 from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.preemption import Agreement, Preemption
 from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
-from dreambooth_jax.program import Job, initial, lower_steps, make_job, state_shapes
+from dreambooth_jax.program import Job, fresh_state, initial, lower_steps, make_job, state_shapes
 from dreambooth_jax.report import NonFiniteLoss, Reporter, check_finite, write_whole
 from dreambooth_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated
 from dreambooth_jax.step import Data, TrainState
@@ -172,9 +172,7 @@ def _agreed(numbers: list[int], count: int) -> list[int]:
 
 def start_state(run: Run, trainable: Params, manager) -> TrainState:
     """The state to begin with, placed on the mesh: from the newest checkpoint, or fresh."""
-    like = state_shapes(run.job, trainable)
-    shardings = jax.tree.map(lambda x: x.sharding, like)
-    return checkpoint.restore(manager, like) or jax.jit(initial(run.job), out_shardings=shardings)(trainable)
+    return checkpoint.restore(manager, state_shapes(run.job, trainable)) or fresh_state(run.job, trainable)
 
 
 def train(run: Run, guard: Preemption) -> None:

@@ -19,9 +19,9 @@ def squares(attend):
     return lambda *qkv: jnp.square(attend(*qkv).astype(jnp.float32)).sum()
 
 
-@pytest.mark.parametrize("width", [40, 128])
-def test_value_and_gradients_are_those_of_plain_attention(width):
-    qkv = [normal(seed, 2, 1024, 2, width) for seed in range(3)]
+@pytest.mark.parametrize(("length", "width"), [(1024, 40), (1024, 128), (2048, 40)])
+def test_value_and_gradients_are_those_of_plain_attention(length, width):
+    qkv = [normal(seed, 2, length, 2, width) for seed in range(3)]
 
     def kernel(*qkv):
         return flash.flash_attention(*qkv, interpret=True)
@@ -44,6 +44,16 @@ def test_only_large_scores_of_narrow_heads_go_to_the_kernel(queries, keys, width
     query, key = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes)
     cost = tpu.compile_for(tpu.CHIPS["v5e"], jax.jit(layers.attention).lower(query, key, key), quick=True)
     assert (cost.kernel_seconds > 0) == pays
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
+@pytest.mark.parametrize("shape", [(2, 4096, 8, 40), (8, 4096, 8, 40), (2, 9216, 8, 40), (8, 1024, 8, 80)])
+def test_every_generation_has_room_for_its_tiles(topology, shape):
+    """512 and 768 pixels, few and many images: a chip's own memory holds the tiles of both passes."""
+    place = SingleDeviceSharding(tpu.devices_of(topology)[0])
+    qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)] * 3
+    lowered = jax.jit(jax.grad(squares(layers.attention), (0, 1, 2))).lower(*qkv)
+    assert tpu.compile_for(tpu.chip_of(topology), lowered, quick=True).kernel_seconds > 0
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -9,11 +9,13 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dreambooth_jax import tpu
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.optimizer import make_optimizer
 from dreambooth_jax.params import functional
 from dreambooth_jax.sharding import (
     batch_sharding,
+    gather,
     make_mesh,
     param_sharding,
     replicate,
@@ -123,3 +125,22 @@ def test_the_train_state_lies_with_its_parameters(name):
         jax.device_put(params, replicated(mesh))
     )
     assert placed.ema["a.kernel"].addressable_shards[0].data.shape == (128, 64)
+
+
+def test_parameters_travel_rounded_and_gradients_to_those_who_hold_them():
+    """By the TPU compiler: of a kernel split in four, three quarters arrive in bfloat16, and of its gradient every
+    device gets its own quarter (3/4), summed up over the other axis too (2 * 1/2 * 1/4); never all of it (2 * 3/4)."""
+    mesh = make_mesh(2, 4, tpu.devices_of("v5e:2x4"))
+    home = param_sharding(mesh, "a.kernel", (1024, 4096))
+    kernel = {"a.kernel": jax.ShapeDtypeStruct((1024, 4096), jnp.float32, sharding=home)}
+    x = jax.ShapeDtypeStruct((64, 256, 1024), jnp.bfloat16, sharding=batch_sharding(mesh, 64))
+
+    def loss(params, x):
+        return jnp.square((x @ gather(mesh, params, jnp.bfloat16)["a.kernel"]).astype(jnp.float32)).sum()
+
+    lowered = jax.jit(jax.grad(loss), out_shardings={"a.kernel": home}).lower(kernel, x)
+    exchanged = tpu.compile_for(tpu.CHIPS["v5e"], lowered, quick=True).collectives
+    size = 1024 * 4096 * 2
+    assert exchanged == {
+        "all-gather": (1, size * 3 // 4), "reduce-scatter": (1, size * 3 // 4), "all-reduce": (1, size // 4),
+    }  # fmt: skip

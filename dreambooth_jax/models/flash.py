@@ -18,6 +18,9 @@ from dreambooth_jax.sharding import batch_axes
 LANES = 128
 # Tiles of queries and keys; of a tile of keys, how much is computed at once.
 BLOCK, BLOCK_COMPUTE = 1024, 512
+# Tiles of keys in the backward pass, which writes gradients of all queries for each and adds them up: larger is less to
+# write, but twice this no longer fits beside larger batches, nor on v4 and v5p.
+BLOCK_BACKWARD = 2048
 # How policies of recomputing (jax.checkpoint_policies) know what the backward kernel needs of the forward one.
 RESIDUALS = "flash_attention"
 
@@ -52,8 +55,9 @@ def flash_attention(
 
 def _kernel(query: Array, key: Array, value: Array, interpret: bool) -> Array:
     width, heads, lengths = query.shape[-1], query.shape[2], (query.shape[1], key.shape[1])
+    backward = BLOCK_BACKWARD if lengths[1] % BLOCK_BACKWARD == 0 else BLOCK
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=BLOCK, block_kv=BLOCK, block_kv_compute=BLOCK_COMPUTE, block_q_dkv=BLOCK, block_kv_dkv=BLOCK,
+        block_q=BLOCK, block_kv=BLOCK, block_kv_compute=BLOCK_COMPUTE, block_q_dkv=BLOCK, block_kv_dkv=backward,
         block_kv_dkv_compute=BLOCK_COMPUTE, use_fused_bwd_kernel=True,
     )  # fmt: skip
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask(lengths)] * heads)
