@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --chips 1 8 256                            # some of them
 
 Stable Diffusion 1.5, UNet, the same images per chip on every slice, weights and optimizer state on every chip
-(data-parallel) or split over all of them (fsdp). Efficiency is the time of the computation over the time of the step:
-at best the collectives run behind the computation, at worst one after the other.
+(data-parallel), split over all of them (fsdp), or over eight at a time. Efficiency is the time of the computation over
+the time of the step: at best the collectives run behind the computation, at worst one after the other.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def main() -> None:
     config.update(train_text_encoder=False, moment_dtype="bfloat16", remat="layers")
     print("| chips | mode | peak GiB | computation ms | received GB | exchange ms | efficiency |\n|" + "---|" * 7)
     for chips in options.chips:
-        for mode, fsdp in {"data-parallel": 1, "fsdp": chips}.items():
+        modes = {"data-parallel": 1, "fsdp": chips} | ({"fsdp of 8": 8} if chips > 8 else {})
+        for mode, fsdp in modes.items():
             config.update(batch_size=options.images * chips, mesh_data=-1, mesh_fsdp=fsdp)
             compiled = functools.partial(plan, config, SLICES[chips], class_images=False)
             print(line(kept(log, f"{chips} | {mode}", lambda compiled=compiled: row(compiled()))), flush=True)

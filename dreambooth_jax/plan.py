@@ -4,8 +4,8 @@
     python -m dreambooth_jax.plan --config configs/dog.py:sd15 --sweep
 
 The TPU compiler (`pip install -e ".[plan]"`) compiles the very programs that `train` would run, from shapes alone, on
-any machine: no TPU and no weights are needed. Memory figures are the compiler's own, without --full
-larger than the TPU's; times are estimates, see docs/tpu.md.
+any machine: no TPU and no weights are needed. Memory figures are the compiler's own, times are estimates: docs/tpu.md
+says how far both can be trusted.
 """
 
 import dataclasses

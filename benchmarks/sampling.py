@@ -1,0 +1,64 @@
+"""Painting on CPU with the embedded base: ours beside PyTorch diffusers', in one run.
+
+    python benchmarks/sampling.py
+
+Both read the same folder and paint four pictures in 50 steps of DDIM with guidance, float32. Rounds of both alternate,
+so that a machine that is busy elsewhere slows both alike. On TPUs: tpu_step.py.
+"""
+
+import functools
+import statistics
+import time
+
+import jax
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from dreambooth_jax import runtime
+from dreambooth_jax.paint import Request, make_painter
+from dreambooth_jax.pipeline import EMBEDDED_FOLDER, load_pipeline, read_params
+from dreambooth_jax.sharding import make_mesh, param_sharding
+
+PROMPT, BATCH, STEPS, GUIDANCE, ROUNDS = "a dog", 4, 50, 2.5, 7
+
+
+def ours():
+    pipeline, mesh = load_pipeline("tiny"), make_mesh()
+    params = read_params(pipeline, functools.partial(param_sharding, mesh))
+    painter = make_painter(
+        pipeline, mesh, resolution=64, batch_size=BATCH, method="ddim", steps=STEPS, guidance=GUIDANCE
+    )
+    requests = [Request(PROMPT, "", jax.random.key(i)) for i in range(BATCH)]
+    return lambda: list(painter(params, requests))
+
+
+def theirs():
+    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_FOLDER, torch_dtype=torch.float32)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: pipeline(
+        [PROMPT] * BATCH, height=64, width=64, num_inference_steps=STEPS, guidance_scale=GUIDANCE
+    ).images
+
+
+def main() -> None:
+    runtime.start()
+    painters = {"PyTorch diffusers": theirs(), "dreambooth_jax": ours()}
+    times = {name: [] for name in painters}
+    for name, paint in painters.items():
+        started = time.perf_counter()
+        paint()
+        print(f"{name:18} first call {time.perf_counter() - started:.1f} s", flush=True)
+    for _ in range(ROUNDS):
+        for name, paint in painters.items():
+            started = time.perf_counter()
+            paint()
+            times[name].append(time.perf_counter() - started)
+    for name, values in times.items():
+        print(f"{name:18} {statistics.median(values):.2f} s  (best {min(values):.2f})")
+    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    print(f"dreambooth_jax / PyTorch: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
