@@ -11,6 +11,8 @@ says how far both can be trusted.
 import dataclasses
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +154,7 @@ def describe(plan: Plan, config: ConfigDict) -> str:
     chip, cost = plan.chip, plan.cost
     images = config.batch_size * (1 + config.prior_preservation)
     lines = [
-        ("slice", f"{plan.topology}: {plan.devices} {chip.device}s of {chip.hbm / GIB:.2f} GiB"),
+        ("slice", f"{plan.topology}: {plan.devices} chips of {chip.hbm / GIB:.2f} GiB"),
         ("batch", f"{images} images a step over all devices"),
         ("parameters", f"{plan.parameters / GIB:7.2f} GiB a device"),
         ("optimizer", f"{plan.optimizer_state / GIB:7.2f} GiB"),
@@ -202,12 +204,15 @@ def as_json(plan: Plan, config: ConfigDict) -> dict:
 def sweep(config: ConfigDict):
     """Yields (settings, plan) over slices, parameters on every device or split over all; (1+1) images a device at
     least."""
-    for topology in SWEEP_TOPOLOGIES:
-        devices = len(devices_of(topology))
-        for fsdp in sorted({1, devices}):
-            changed = ConfigDict(dict(config))
-            changed.update(mesh_data=-1, mesh_fsdp=fsdp, batch_size=max(config.batch_size, devices))
-            yield f"fsdp {fsdp}, batch {changed.batch_size}", plan(changed, topology, class_images=False)
+    # The compiler keeps one to two gigabytes of every program: each has a process of its own.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for topology in SWEEP_TOPOLOGIES:
+            devices = len(devices_of(topology))
+            for fsdp in sorted({1, devices}):
+                changed = ConfigDict(dict(config))
+                changed.update(mesh_data=-1, mesh_fsdp=fsdp, batch_size=max(config.batch_size, devices))
+                found = pool.submit(plan, changed, topology, class_images=False)
+                yield f"fsdp {fsdp}, batch {changed.batch_size}", found.result()
 
 
 def main(_) -> None:

@@ -17,10 +17,9 @@ from jax.experimental import topologies
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX sees it: a chip, or on v4 one of the two cores of a chip.
+    """One chip, which is one device.
 
     Attributes:
-        device: how to call it.
         hbm: bytes that a program can use.
         flops: bfloat16 FLOP/s, published.
         bandwidth: HBM bytes/s, published.
@@ -28,7 +27,6 @@ class Chip:
         clock: cycles/s, for the compiler's cycle estimates.
     """
 
-    device: str
     hbm: int
     flops: float
     bandwidth: float
@@ -39,10 +37,10 @@ class Chip:
 _GIB = 2**30
 # cloud.google.com/tpu/docs/system-architecture; usable HBM as the compiler's out-of-memory check has it.
 CHIPS = {
-    "v4": Chip("TensorCore", int(15.48 * _GIB), 137.5e12, 614e9, 150e9, 1.05e9),
-    "v5e": Chip("chip", int(15.75 * _GIB), 197e12, 819e9, 200e9, 1.5e9),
-    "v5p": Chip("chip", int(95.74 * _GIB), 459e12, 2765e9, 600e9, 1.75e9),
-    "v6e": Chip("chip", int(31.25 * _GIB), 918e12, 1640e9, 448e9, 1.75e9),
+    "v4": Chip(int(30.75 * _GIB), 275e12, 1228e9, 300e9, 1.05e9),
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip(int(31.25 * _GIB), 918e12, 1640e9, 448e9, 1.75e9),
 }
 
 
@@ -71,7 +69,9 @@ def devices_of(topology: str) -> Sequence[Any]:
     name = f"{generation}:{smallest}" if wanted == 1 else topology
     try:
         with _without_xla_flags():
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+            # Both cores of a v4 chip work as one device, as they do by default on TPU VMs.
+            cores = {"chip_config_name": "megacore"} if generation == "v4" else {}
+            devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices
     except Exception as error:  # jaxlib has one type for all that can go wrong
         if "libtpu" in str(error).lower() or "Unable to initialize" in str(error):
             raise ImportError(f'the TPU compiler is not installed ({error}): pip install -e ".[plan]"') from error

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import runpy
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -112,11 +113,26 @@ def test_stable_diffusion_fits_chips_of_16_gb(config_string, topology, changes):
     assert found.fits and found.cost.peak < found.chip.hbm
 
 
+def test_a_sweep_compares_slices_and_settings(config, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "SWEEP_TOPOLOGIES", ("v5e:1x1", "v5e:1x2"))
+    plan.print_sweep(config)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    slices = [("v5e:1x1", "fsdp 1, batch 8"), ("v5e:1x2", "fsdp 1, batch 8"), ("v5e:1x2", "fsdp 2, batch 8")]
+    assert [tuple(row[:2]) for row in rows] == slices
+    assert all(row[3] == "yes" and float(row[2]) > 0 and float(row[5]) > 0 for row in rows)
+
+
 def test_text_and_json_say_the_same(planned, config):
     text, values = plan.describe(planned, config), plan.as_json(planned, config)
     assert f"{planned.cost.peak / 2**30:.2f} GiB of 15.75: fits" in text
     assert json.loads(json.dumps(values))["cost"]["peak"] == planned.cost.peak
     assert values["fits"] is True and values["run_seconds"] == planned.run_seconds(config)
+
+
+@pytest.mark.parametrize("topology", plan.SWEEP_TOPOLOGIES)
+def test_every_slice_of_the_sweep_makes_a_mesh_of_its_chips(topology):
+    chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+    assert make_mesh(1, -1, tpu.devices_of(topology)).size == chips
 
 
 @pytest.mark.parametrize("topology", ["v9:2x4", "tpu", "v5e:3x17"])
