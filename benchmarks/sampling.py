@@ -2,16 +2,14 @@
 
     python benchmarks/sampling.py
 
-Both read the same folder and paint four pictures in 50 steps of DDIM with guidance, float32. Rounds of both alternate,
-so that a machine that is busy elsewhere slows both alike. On TPUs: tpu_step.py.
+Both read the same folder and paint four pictures in 50 steps of DDIM with guidance, float32. On TPUs: tpu_step.py.
 """
 
 import functools
-import statistics
-import time
 
 import jax
 import torch
+from alternate import alternate
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from dreambooth_jax import runtime
@@ -43,21 +41,7 @@ def theirs():
 
 def main() -> None:
     runtime.start()
-    painters = {"PyTorch diffusers": theirs(), "dreambooth_jax": ours()}
-    times = {name: [] for name in painters}
-    for name, paint in painters.items():
-        started = time.perf_counter()
-        paint()
-        print(f"{name:18} first call {time.perf_counter() - started:.1f} s", flush=True)
-    for _ in range(ROUNDS):
-        for name, paint in painters.items():
-            started = time.perf_counter()
-            paint()
-            times[name].append(time.perf_counter() - started)
-    for name, values in times.items():
-        print(f"{name:18} {statistics.median(values):.2f} s  (best {min(values):.2f})")
-    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
-    print(f"dreambooth_jax / PyTorch: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    alternate({"PyTorch diffusers": theirs(), "dreambooth_jax": ours()}, ROUNDS)
 
 
 if __name__ == "__main__":

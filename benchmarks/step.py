@@ -3,10 +3,9 @@
     python benchmarks/step.py
 
 Forward, backward and AdamW in float32; latents 32x32, channels 64-128-256-256, one layer per block, context 128, 8
-heads, batch 4. Rounds of both alternate, so that a machine that is busy elsewhere slows both alike.
+heads, batch 4.
 """
 
-import statistics
 import time
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from alternate import alternate
 from diffusers import UNet2DConditionModel as TorchUNet
 
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
@@ -71,21 +71,7 @@ def jax_step():
 
 
 def main() -> None:
-    steps = {"PyTorch eager": torch_step(), "dreambooth_jax": jax_step()}
-    times = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - started)
-    for name, values in times.items():
-        print(f"{name:16} {statistics.median(values):.3f} s  (best {min(values):.3f})")
-    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
-    print(
-        f"dreambooth_jax / PyTorch: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
-    )
+    alternate({"PyTorch eager": torch_step(), "dreambooth_jax": jax_step()}, ROUNDS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -99,27 +98,24 @@ def gather(mesh: Mesh, params: dict[str, Any], dtype=None) -> dict[str, Any]:
             nothing travels they stay as they are: rounded ones would have to be held for the backward pass.
     """
     homes = {name: param_sharding(mesh, name, x.shape) for name, x in params.items()}
-    return {
-        name: x if homes[name].is_fully_replicated else _whole(x, dtype or x.dtype, homes[name])
-        for name, x in params.items()
-    }
+
+    def whole(x: jax.Array, home: NamedSharding) -> jax.Array:
+        rounded = jax.lax.with_sharding_constraint(x.astype(dtype or x.dtype), home)  # before it travels, not after
+        return _everywhere(rounded, home)
+
+    return {name: x if homes[name].is_fully_replicated else whole(x, homes[name]) for name, x in params.items()}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _whole(param: jax.Array, dtype, home: NamedSharding) -> jax.Array:
-    rounded = jax.lax.with_sharding_constraint(param.astype(dtype), home)  # or it would be rounded after it travelled
-    return jax.lax.with_sharding_constraint(rounded, replicated(home.mesh))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _everywhere(x: jax.Array, home: NamedSharding) -> jax.Array:
+    """On all devices, forward; the gradient only at `home`, where autodiff would have it on all devices too."""
+    return jax.lax.with_sharding_constraint(x, replicated(home.mesh))
 
 
-def _whole_forward(param: jax.Array, dtype, home: NamedSharding):
-    return _whole(param, dtype, home), jnp.zeros((), param.dtype)
-
-
-def _whole_backward(dtype, home: NamedSharding, like: jax.Array, grad: jax.Array):
-    return (jax.lax.with_sharding_constraint(grad, home).astype(like.dtype),)
-
-
-_whole.defvjp(_whole_forward, _whole_backward)
+_everywhere.defvjp(
+    lambda x, home: (_everywhere(x, home), None),
+    lambda home, _, grad: (jax.lax.with_sharding_constraint(grad, home),),
+)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
