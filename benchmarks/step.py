@@ -1,9 +1,9 @@
-"""One training step of a reduced Stable Diffusion UNet on CPU: ours beside PyTorch diffusers', in one run.
+"""The UNet on CPU: ours beside PyTorch diffusers', in one run, float32.
 
     python benchmarks/step.py
 
-Forward, backward and AdamW in float32; latents 32x32, channels 64-128-256-256, one layer per block, context 128, 8
-heads, batch 4.
+A training step of a reduced one (forward, backward and AdamW; latents 32x32, channels 64-128-256-256, one layer per
+block, context 128, 8 heads, batch 4), then the forward pass of Stable Diffusion 1.5's (latents 64x64, batch 2).
 """
 
 import time
@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel as TorchUNet
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.params import count, functional
 
-CONFIG = {
+REDUCED = {
     "sample_size": 32,
     "block_out_channels": [64, 128, 256, 256],
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
@@ -28,11 +28,12 @@ CONFIG = {
     "cross_attention_dim": 128,
     "attention_head_dim": 8,
 }
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 BATCH, ROUNDS = 4, 9
 
 
 def torch_step():
-    model = TorchUNet(**CONFIG)
+    model = TorchUNet(**REDUCED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     x, target = torch.randn(BATCH, 4, 32, 32), torch.randn(BATCH, 4, 32, 32)
     t, context = torch.randint(0, 1000, (BATCH,)), torch.randn(BATCH, 77, 128)
@@ -46,7 +47,7 @@ def torch_step():
 
 
 def jax_step():
-    spec = UNetSpec.from_config(CONFIG)
+    spec = UNetSpec.from_config(REDUCED)
     unet = functional(lambda rngs: UNet2DConditionModel(spec, rngs=rngs))
     params = unet.init(jax.random.key(0))
     optimizer = optax.adamw(1e-5)
@@ -70,8 +71,33 @@ def jax_step():
     return step
 
 
+def torch_forward():
+    model = TorchUNet(**SD15)
+    x, context = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(x, 500, context)
+
+    return forward
+
+
+def jax_forward():
+    spec = UNetSpec.from_config(SD15)
+    unet = functional(lambda rngs: UNet2DConditionModel(spec, rngs=rngs))
+    shapes = jax.eval_shape(unet.init, jax.random.key(0))
+    params = {name: jnp.full(x.shape, 0.01, x.dtype) for name, x in shapes.items()}
+    rng = np.random.default_rng(0)
+    x, context = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 64, 64, 4), (2, 77, 768)))
+    predict = jax.jit(unet.apply)
+    return lambda: jax.block_until_ready(predict(params, x, jnp.full(2, 500), context))
+
+
 def main() -> None:
+    print("A training step of the reduced UNet")
     alternate({"PyTorch eager": torch_step(), "dreambooth_jax": jax_step()}, ROUNDS)
+    print("\nThe forward pass of Stable Diffusion 1.5")
+    alternate({"PyTorch eager": torch_forward(), "dreambooth_jax": jax_forward()}, ROUNDS // 2)
 
 
 if __name__ == "__main__":

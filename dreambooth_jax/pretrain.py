@@ -37,7 +37,7 @@ from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.optimizer import learning_rate, make_muon
 from dreambooth_jax.params import Functional, Params, count, functional, under_prefix, with_prefix
 from dreambooth_jax.schedule import Schedule
-from dreambooth_jax.sharding import spread
+from dreambooth_jax.sharding import make_mesh, spread
 from dreambooth_jax.step import Data, Resident, TrainState, init_state, make_step, run_steps
 from dreambooth_jax.weights import WEIGHT_FILES, save_model
 
@@ -243,6 +243,7 @@ def train_unet(config, examples: Resident, text_config: dict, text: Params, key:
 def main(_) -> None:
     logging.getLogger().setLevel(logging.INFO)
     config = _CONFIG.value
+    jax.set_mesh(make_mesh())  # attention splits its batch over it
     output = Path(config.output)
     sprites = world.load_sprites(config.world or None)
     world.write_tokenizer(output / "tokenizer", world.words(sprites), config.max_length)

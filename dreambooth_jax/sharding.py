@@ -138,6 +138,17 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
+def on_each_part(function: Callable, *batches: jax.Array) -> jax.Array:
+    """`function` of arrays that share their leading axis, and of nothing across it: under `jax.set_mesh` every device
+    computes its own part, which the compiler does not see by itself in kernels and loops."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else batch_axes(mesh.shape, len(batches[0]))
+    if not axes:
+        return function(*batches)
+    part = PartitionSpec(axes)
+    return jax.shard_map(function, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(*batches)
+
+
 def spread(batch: Any) -> Any:
     """Divides a batch over all devices, inside a jitted function."""
     place = batch_sharding(make_mesh(), len(jax.tree.leaves(batch)[0]))

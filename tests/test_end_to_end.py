@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-
 from runs import (
     assert_same_run,
     assert_same_state,

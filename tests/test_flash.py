@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from dreambooth_jax import tpu
-from dreambooth_jax.models import flash, layers
+from dreambooth_jax.models import flash
+from dreambooth_jax.models.attention import attention
 from dreambooth_jax.sharding import batch_sharding, make_mesh
 
 
@@ -42,7 +43,7 @@ def test_only_large_scores_of_narrow_heads_go_to_the_kernel(queries, keys, width
     assert flash.worthwhile(*shapes) == pays
     place = SingleDeviceSharding(tpu.devices_of("v5e:1x1")[0])
     query, key = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes)
-    cost = tpu.compile_for(tpu.CHIPS["v5e"], jax.jit(layers.attention).lower(query, key, key), quick=True)
+    cost = tpu.compile_for(tpu.CHIPS["v5e"], jax.jit(attention).lower(query, key, key), quick=True)
     assert (cost.kernel_seconds > 0) == pays
 
 
@@ -52,7 +53,7 @@ def test_every_generation_has_room_for_its_tiles(topology, shape):
     """512 and 768 pixels, few and many images: a chip's own memory holds the tiles of both passes."""
     place = SingleDeviceSharding(tpu.devices_of(topology)[0])
     qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)] * 3
-    lowered = jax.jit(jax.grad(squares(layers.attention), (0, 1, 2))).lower(*qkv)
+    lowered = jax.jit(jax.grad(squares(attention), (0, 1, 2))).lower(*qkv)
     assert tpu.compile_for(tpu.chip_of(topology), lowered, quick=True).kernel_seconds > 0
 
 
@@ -62,7 +63,7 @@ def test_on_tpus_the_scores_are_never_held_and_nothing_is_exchanged(devices):
     shape = (2 * devices, 4096, 8, 40)
     qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_sharding(mesh, shape[0]))] * 3
     temporaries = {}
-    for name, attend in (("kernel", layers.attention), ("plain", jax.nn.dot_product_attention)):
+    for name, attend in (("kernel", attention), ("plain", jax.nn.dot_product_attention)):
         with jax.set_mesh(mesh):
             lowered = jax.jit(jax.grad(squares(attend), (0, 1, 2))).lower(*qkv)
         cost = tpu.compile_for(tpu.CHIPS["v5e"], lowered)

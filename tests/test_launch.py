@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from runs import SMALL, checkpoints, flags
 
 from dreambooth_jax.export import main as export
-from runs import SMALL, checkpoints, flags
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
+from runs import checkpoints, config_of, finish, read_state
 from safetensors.numpy import load_file
 from test_export import painted_by_diffusers, painted_by_sample
 
@@ -14,7 +15,6 @@ from dreambooth_jax.pipeline import load_pipeline, read_params
 from dreambooth_jax.program import data_shapes, initial, lower_steps, make_job, split_shapes, state_shapes
 from dreambooth_jax.sharding import make_mesh
 from dreambooth_jax.trained import open_run
-from runs import checkpoints, config_of, finish, read_state
 
 TARGETS = r"to_[qkv]|to_out\.0|conv1|[qkv]_proj"  # matrices and convolutions, of both models
 FIELDS = {"method": "lora", "lora_rank": 2, "lora_alpha": 4.0, "lora_targets": TARGETS, "learning_rate": 0.02}

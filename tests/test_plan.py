@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from runs import config_of
 
 from dreambooth_jax import plan, tpu
 from dreambooth_jax.pipeline import describe_base
 from dreambooth_jax.program import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
 from dreambooth_jax.sharding import make_mesh
-from runs import config_of
 
 ROOT = Path(__file__).parent.parent
 

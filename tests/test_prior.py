@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from runs import config_of
 
 from dreambooth_jax import train
 from dreambooth_jax.paint import make_painter
 from dreambooth_jax.pipeline import load_pipeline, read_params
 from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
 from dreambooth_jax.sharding import make_mesh, replicated
-from runs import config_of
 
 ABOUT = {"model": "micro", "sampler": "ddim"}
 

@@ -13,6 +13,7 @@ import optax
 import pytest
 from etils import epath
 from PIL import Image
+from runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
 
 from dreambooth_jax import checkpoint, program, train
 from dreambooth_jax.config import ConfigError, check_config
@@ -22,7 +23,6 @@ from dreambooth_jax.report import NonFiniteLoss, Reporter
 from dreambooth_jax.sharding import make_mesh, state_shardings
 from dreambooth_jax.step import Metrics, TrainState, init_state
 from dreambooth_jax.trained import open_run
-from runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
 
 
 @pytest.fixture

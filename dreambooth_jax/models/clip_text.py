@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dreambooth_jax.models.layers import attention
+from dreambooth_jax.models.attention import attention
 from dreambooth_jax.models.spec import not_among, read_spec
 
 Tokens = Float[Array, "b l c"]

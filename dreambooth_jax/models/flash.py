@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jaxtyping import Array, Float
 
-from dreambooth_jax.sharding import batch_axes
+from dreambooth_jax.sharding import on_each_part
 
 LANES = 128
 # Tiles of queries and keys; of a tile of keys, how much is computed at once.
@@ -43,14 +43,7 @@ def flash_attention(
     Args:
         interpret: compute what the kernel would, anywhere and slowly: for tests.
     """
-    kernel = functools.partial(_kernel, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else batch_axes(mesh.shape, len(query))
-    if axes:
-        part = jax.sharding.PartitionSpec(axes)
-        # The compiler does not split kernels by itself.
-        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False)
-    return kernel(query, key, value)
+    return on_each_part(functools.partial(_kernel, interpret=interpret), query, key, value)
 
 
 def _kernel(query: Array, key: Array, value: Array, interpret: bool) -> Array:

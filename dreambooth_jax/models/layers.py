@@ -7,8 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dreambooth_jax.models import flash
-
 Image = Float[Array, "b h w c"]
 
 
@@ -84,20 +82,6 @@ class GroupNorm(nnx.Module):
         variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
         normed = ((grouped - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(b, h, w, c)
         return (normed * self.scale + self.bias).astype(self.dtype)
-
-
-def attention(
-    query: Float[Array, "b q n d"],
-    key: Float[Array, "b k n d"],
-    value: Float[Array, "b k n d"],
-    *,
-    causal: bool = False,
-) -> Float[Array, "b q n d"]:
-    """softmax(QK^T / sqrt(d)) V, scores and softmax in float32 (so that `upcast_attention` always holds)."""
-    plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
-    if causal or not flash.worthwhile(query, key):
-        return plain(query, key, value)
-    return jax.lax.platform_dependent(query, key, value, tpu=flash.flash_attention, default=plain)
 
 
 class ResnetBlock2D(nnx.Module):

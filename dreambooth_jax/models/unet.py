@@ -11,15 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models import flash
-from dreambooth_jax.models.layers import (
-    Conv,
-    Downsample2D,
-    GroupNorm,
-    Image,
-    ResnetBlock2D,
-    Upsample2D,
-    attention,
-)
+from dreambooth_jax.models.attention import attention
+from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, ResnetBlock2D, Upsample2D
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
 
 Tokens = Float[Array, "b l c"]
@@ -45,7 +38,7 @@ class UNetSpec:
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
-    upcast_attention: bool = False  # always so here: see layers.attention
+    upcast_attention: bool = False  # always so here: see attention.attention
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "UNetSpec":
