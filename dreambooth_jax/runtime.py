@@ -1,5 +1,6 @@
 """What every command does to JAX before its first computation, and what several processes of one run must agree on."""
 
+import gc
 import glob
 import importlib.util
 import os
@@ -18,6 +19,7 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The cache directory of the environment
     (JAX_COMPILATION_CACHE_DIR) comes before `cache`.
     """
+    gc.set_threshold(50_000)  # not 700: looking for garbage takes a quarter of the time of tracing
     logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life otherwise
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}

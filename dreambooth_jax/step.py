@@ -176,7 +176,7 @@ def make_step(
     def step(state: TrainState, frozen: Params, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         batch = draw(data, schedule, batch_size, key, state.step, example_shape)
         grads, losses = mean_gradient(state.trainable, frozen, batch)
-        norm = optax.tree.norm(grads)
+        norm = _global_norm(grads)
         held = jax.tree.map(lambda g: _hold(g, grad_dtype), grads)
         updates, opt_state = optimizer.update(held, state.opt_state, state.trainable, grad_norm=norm)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -185,6 +185,13 @@ def make_step(
         return TrainState(state.step + 1, trainable, opt_state, ema), metrics
 
     return step
+
+
+def _global_norm(grads: Any) -> Array:
+    """Over everything trained. All vectors are taken as one: most parameters are such, and a sum for each would be a
+    seventh of the program's kernels on CPU, to compile and to read back."""
+    vectors, others = ([g for g in jax.tree.leaves(grads) if (g.ndim == 1) == flat] for flat in (True, False))
+    return optax.tree.norm([jnp.concatenate(vectors), *others] if vectors else others)
 
 
 def _hold(grad: Array, dtype) -> Array:
