@@ -30,6 +30,16 @@ def test_value_and_gradients_are_those_of_plain_attention(queries, keys):
         np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "wrap", [jax.checkpoint, lambda attend: lambda *qkv: jax.vmap(attend)(*(x[None] for x in qkv))[0]]
+)
+def test_recomputing_and_mapping_change_nothing(wrap):
+    inputs = qkv(256, 128)
+    plain, wrapped = (jax.jit(jax.grad(loss(attend), (0, 1, 2)))(*inputs) for attend in (attention, wrap(attention)))
+    for found, expected in zip(wrapped, plain, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_scores_beyond_the_range_of_exp_stay_finite():
     query, key, value = qkv(256, 256)
     found, expected = (jax.jit(attend)(1e3 * query, key, value) for attend in (attention, jax.nn.dot_product_attention))
