@@ -97,6 +97,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         config.learning_rate = 2e-6
         config.text_encoder_multiplier = 1.0
         config.dtype = "bfloat16"
+        config.remat = "elementwise"
         config.save_every = 400
         config.sample_every = 200
         config.sample_count = 2

@@ -113,6 +113,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
     config, pipeline, mesh, dtype = job.config, job.pipeline, job.mesh, jnp.dtype(job.config.dtype)
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
     spread = batch_sharding(mesh, batch)
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     step = make_step(
         pipeline.denoise_ids if config.train_text_encoder else pipeline.denoise,
         job.optimizer,
@@ -123,6 +124,8 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,
         grad_dtype=dtype if config.accumulate == 1 else jnp.float32,
+        # Among several devices the products would be exchanged twice too.
+        twice=on_tpu and mesh.size == 1 and config.accumulate == 1,
         ema_decay=config.ema_decay or None,
         example_shape=pipeline.latent_shape(config.resolution),
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
@@ -131,7 +134,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: Data, key: ja
     steps = jax.jit(
         run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
         keep_unused=True,  # what is frozen stays on the devices, to paint samples: its memory counts
-        compiler_options=_TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
+        compiler_options=_TPU_OPTIONS if on_tpu else None,
     )  # fmt: skip
     with jax.set_mesh(mesh):  # kernels split their batch over it
         return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))

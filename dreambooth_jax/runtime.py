@@ -7,9 +7,14 @@ import os
 from pathlib import Path
 
 import jax
+import jaxlib.version
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+
+# What XLA's CPU backend hands to the library YNNPACK: products and convolutions, but not sums. In jaxlib 0.10 some sums
+# over a product come out wrong (a sum of squares as -1e17), and differ from call to call.
+_NO_WRONG_SUMS = "--xla_cpu_experimental_ynn_fusion_type=individual_dot,individual_convolution"
 
 
 def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
@@ -19,6 +24,7 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The cache directory of the environment
     (JAX_COMPILATION_CACHE_DIR) comes before `cache`.
     """
+    _avoid_wrong_sums()
     gc.set_threshold(50_000)  # not 700: looking for garbage takes a quarter of the time of tracing
     logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life otherwise
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -29,6 +35,13 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _avoid_wrong_sums() -> None:
+    """Before the first computation. A TPU's compiler, and other releases, refuse flags that they do not know."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jaxlib.version.__version__.startswith("0.10.") and not _has_tpu() and "ynn_fusion_type" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_NO_WRONG_SUMS}".strip()
 
 
 def _has_tpu() -> bool:

@@ -16,6 +16,7 @@ from dreambooth_jax import method
 from dreambooth_jax.loss import Corrupted, Predict, dreambooth_loss
 from dreambooth_jax.params import Params
 from dreambooth_jax.schedule import Schedule
+from dreambooth_jax.twice import computed_twice
 
 
 class Resident(NamedTuple):
@@ -121,6 +122,7 @@ def make_step(
     snr_gamma: float | None = None,
     accumulate: int = 1,
     grad_dtype=jnp.float32,
+    twice: bool = False,
     ema_decay: float | None = None,
     example_shape: tuple[int, ...] | None = None,
     constrain: Callable[[Any], Any] = lambda batch: batch,
@@ -137,6 +139,8 @@ def make_step(
         prior_weight, snr_gamma: see `dreambooth_loss`.
         accumulate: number of equal parts in which the batch is computed, one after the other.
         grad_dtype: in which gradients wait for the optimizer; their clipping needs all of them.
+        twice: whether gradients that take more room than what they are made of are computed again in place of waiting
+            (`computed_twice`).
         ema_decay: of the running average of the trainable params, reached over the first steps (`_decay`); None for
             none.
         example_shape: [h, w, c], where the data are flat.
@@ -175,10 +179,19 @@ def make_step(
 
     def step(state: TrainState, frozen: Params, data: Data, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         batch = draw(data, schedule, batch_size, key, state.step, example_shape)
-        grads, losses = mean_gradient(state.trainable, frozen, batch)
+        if twice:
+            (grads, losses), again = computed_twice(mean_gradient)(state.trainable, frozen, batch)
+        else:
+            (grads, losses), again = mean_gradient(state.trainable, frozen, batch), lambda grad, after: None
         norm = _global_norm(grads)
-        held = jax.tree.map(lambda g: _hold(g, grad_dtype), grads)
-        updates, opt_state = optimizer.update(held, state.opt_state, state.trainable, grad_norm=norm)
+
+        def wait(grad: Array) -> Array:
+            recomputed = again(grad, norm)
+            return _hold(grad, grad_dtype) if recomputed is None else recomputed
+
+        updates, opt_state = optimizer.update(
+            jax.tree.map(wait, grads), state.opt_state, state.trainable, grad_norm=norm
+        )
         trainable = optax.apply_updates(state.trainable, updates)
         ema = state.ema and optax.incremental_update(trainable, state.ema, 1.0 - _decay(ema_decay, state.step))
         metrics = Metrics(*losses, norm)

@@ -21,27 +21,51 @@ def _convolve(x: Image, kernel: Array, stride: int, padding: int) -> Image:
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=dims)
 
 
-def _gradients(x: Image, kernel: Array, out: Image, stride: int, padding: int) -> tuple[Image, Array]:
-    return jax.vjp(lambda x, kernel: _convolve(x, kernel, stride, padding), x, kernel)[1](out)
+def _input_gradient(kernel: Array, out: Image, stride: int, padding: int, shape: tuple[int, ...]) -> Image:
+    x = jax.ShapeDtypeStruct(shape, out.dtype)
+    return jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)(out)[0]
 
 
-def _gradients_on_cpu(x: Image, kernel: Array, out: Image, stride: int, padding: int) -> tuple[Image, Array]:
-    """The same gradients as plain stride-1 NHWC convolutions: the only ones that XLA's CPU backend runs fast inside
-    loops and with strides (jax issue 12868); those that it derives itself are ten times slower there."""
+def _kernel_gradient(x: Image, out: Image, stride: int, padding: int, shape: tuple[int, ...]) -> Array:
+    kernel = jax.ShapeDtypeStruct(shape, out.dtype)
+    return jax.linear_transpose(lambda kernel: _convolve(x, kernel, stride, padding), kernel)(out)[0]
+
+
+# The same gradients as plain stride-1 NHWC convolutions: the only ones that XLA's CPU backend runs fast inside loops
+# and with strides (jax issue 12868); those that it derives itself are ten times slower there.
+
+
+def _input_gradient_on_cpu(kernel: Array, out: Image, stride: int, padding: int, shape: tuple[int, ...]) -> Image:
     size = kernel.shape[0]
-    full = x.shape[1] + 2 * padding - size + 1, x.shape[2] + 2 * padding - size + 1
+    return _convolve(
+        _spread(out, stride, padding, size, shape), kernel[::-1, ::-1].swapaxes(2, 3), 1, size - 1 - padding
+    )
+
+
+def _kernel_gradient_on_cpu(x: Image, out: Image, stride: int, padding: int, shape: tuple[int, ...]) -> Array:
+    out = _spread(out, stride, padding, shape[0], x.shape)
+    return _convolve(x.transpose(3, 1, 2, 0), out.transpose(1, 2, 0, 3), 1, padding).transpose(1, 2, 0, 3)
+
+
+def _spread(out: Image, stride: int, padding: int, size: int, shape: tuple[int, ...]) -> Image:
+    """The results of a strided convolution of [b, h, w, c] `shape` where stride 1 would have them, zeros between."""
+    full = [length + 2 * padding - size + 1 for length in shape[1:3]]
     gaps = [(0, whole - (part - 1) * stride - 1, stride - 1) for whole, part in zip(full, out.shape[1:3], strict=True)]
-    out = jax.lax.pad(out, jnp.zeros((), out.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
-    dx = _convolve(out, kernel[::-1, ::-1].swapaxes(2, 3), 1, size - 1 - padding)
-    dkernel = _convolve(x.transpose(3, 1, 2, 0), out.transpose(1, 2, 0, 3), 1, padding).transpose(1, 2, 0, 3)
-    return dx, dkernel
+    return jax.lax.pad(out, jnp.zeros((), out.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
 
 
 def _convolve_backward(stride: int, padding: int, saved: tuple[Image, Array], out: Image) -> tuple[Image, Array]:
-    def on(gradients):
-        return functools.partial(gradients, stride=stride, padding=padding)
+    x, kernel = saved
 
-    return jax.lax.platform_dependent(*saved, out, cpu=on(_gradients_on_cpu), default=on(_gradients))
+    def by_platform(cpu, default, factor: Array, shape: tuple[int, ...]) -> Array:
+        settings = {"stride": stride, "padding": padding, "shape": shape}
+        cpu, default = (functools.partial(way, **settings) for way in (cpu, default))
+        return jax.lax.platform_dependent(factor, out, cpu=cpu, default=default)
+
+    return (
+        by_platform(_input_gradient_on_cpu, _input_gradient, kernel, x.shape),
+        by_platform(_kernel_gradient_on_cpu, _kernel_gradient, x, kernel.shape),
+    )
 
 
 convolve.defvjp(

@@ -1,0 +1,101 @@
+"""Gradients computed twice are the gradients, and nothing waits that need not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from dreambooth_jax import tpu
+from dreambooth_jax.models.layers import convolve
+from dreambooth_jax.models.unet import REMAT, UNet2DConditionModel, UNetSpec
+from dreambooth_jax.optimizer import make_optimizer
+from dreambooth_jax.params import functional
+from dreambooth_jax.schedule import Schedule
+from dreambooth_jax.step import Data, Resident, init_state, make_step, run_steps
+from dreambooth_jax.twice import computed_twice
+
+SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+UNET = UNetSpec.from_config(
+    {
+        "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1, "cross_attention_dim": 16,
+        "attention_head_dim": 2, "norm_num_groups": 8,
+    }
+)  # fmt: skip
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_only_what_is_larger_than_its_factors_is_computed_again():
+    params = {
+        "wide": normal(0, 64, 64),
+        "narrow": normal(1, 64, 2),
+        "conv": normal(2, 3, 3, 8, 8),
+        "bias": normal(3, 64),
+    }
+    x, image = normal(4, 2, 8, 64), normal(5, 1, 4, 4, 8)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            hidden = jax.checkpoint(lambda w, b: jnp.tanh(x @ w + b))(params["wide"], params["bias"])
+            return jnp.square(hidden @ params["narrow"]).sum() + jnp.sin(convolve(image, params["conv"], 1, 1)).sum()
+
+        grads, again = computed_twice(jax.grad(loss))(params)
+        return grads, {name: again(grad, grads["bias"][0]) for name, grad in grads.items()}
+
+    grads, recomputed = run(params)
+    assert {name for name, grad in recomputed.items() if grad is not None} == {"wide", "conv"}
+    for name in ("wide", "conv"):
+        np.testing.assert_array_equal(recomputed[name], grads[name])
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_the_step_is_the_same(remat):
+    unet = functional(lambda rngs: UNet2DConditionModel(UNET, remat=remat, rngs=rngs))
+    optimizer = make_optimizer("adamw", optax.constant_schedule(1e-3))
+    examples = Resident(normal(0, 2, 4, 4, 4), jnp.ones((2, 4, 4, 4)), normal(1, 1, 3, 16), jnp.zeros(2, int))
+    data = Data(examples, None)
+    states = []
+    for twice in (False, True):
+        state = init_state(unet.init(jax.random.key(0)), optimizer)
+        step = make_step(unet.apply, optimizer, SCHEDULE, batch_size=2, twice=twice)
+        states.append(jax.jit(run_steps(step, 2))(state, {}, data, jax.random.key(1), 2))
+    (once, its_metrics), (twice, metrics) = states
+    np.testing.assert_allclose(metrics.grad_norm, its_metrics.grad_norm, rtol=1e-5)
+    for name, value in twice.trainable.items():
+        np.testing.assert_allclose(value, once.trainable[name], atol=2e-5, err_msg=name)
+
+
+def test_on_a_tpu_gradients_do_not_wait():
+    width, layers = 2048, 8
+    place = SingleDeviceSharding(tpu.devices_of("v5e:1x1")[0])
+
+    def predict(params, xt, t, cond):
+        for name in sorted(params):
+            xt = jnp.tanh(xt.astype(jnp.bfloat16) @ params[name].astype(jnp.bfloat16))
+        return xt.astype(jnp.float32)
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    optimizer = make_optimizer("adamw", optax.constant_schedule(1e-3))
+    params = {f"{number}.kernel": shape(width, width) for number in range(layers)}
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+    state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), state)
+    data = Data(Resident(shape(4, 8, 8, width), shape(4, 8, 8, width), shape(1, 1), shape(4, dtype=jnp.int32)), None)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    temporaries = []
+    for twice in (False, True):
+        step = make_step(predict, optimizer, SCHEDULE, batch_size=2, grad_dtype=jnp.bfloat16, twice=twice)
+        lowered = jax.jit(run_steps(step, 1), donate_argnums=0).lower(
+            state, {}, data, shape(dtype=key.dtype), shape(dtype=jnp.int32)
+        )
+        temporaries.append(tpu.compile_for(tpu.CHIPS["v5e"], lowered, quick=True).temporaries)
+    held, recomputed = temporaries
+    assert held > layers * width**2 * 2
+    assert recomputed < held / 2
