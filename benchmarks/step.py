@@ -16,6 +16,7 @@ import torch
 from alternate import alternate
 from diffusers import UNet2DConditionModel as TorchUNet
 
+from dreambooth_jax import runtime
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.params import count, functional
 
@@ -94,6 +95,7 @@ def jax_forward():
 
 
 def main() -> None:
+    runtime.start()
     print("A training step of the reduced UNet")
     alternate({"PyTorch eager": torch_step(), "dreambooth_jax": jax_step()}, ROUNDS)
     print("\nThe forward pass of Stable Diffusion 1.5")
