@@ -18,7 +18,8 @@ _NO_WRONG_SUMS = "--xla_cpu_experimental_ynn_fusion_type=individual_dot,individu
 
 
 def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
-    """Joins the other hosts of a pod, if there are any, and keeps compiled programs for the next run.
+    """Joins the other hosts of a pod, if there are any; keeps compiled programs for the next run; on CPU, keeps XLA
+    from wrong sums. Before the first computation.
 
     TPU VMs and GKE tell JAX who the others are. Elsewhere the environment does: JAX_COORDINATOR_ADDRESS (host:port of
     process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The cache directory of the environment
@@ -38,7 +39,7 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
 
 
 def _avoid_wrong_sums() -> None:
-    """Before the first computation. A TPU's compiler, and other releases, refuse flags that they do not know."""
+    """Through XLA_FLAGS: a TPU's compiler, and other releases, refuse flags that they do not know."""
     flags = os.environ.get("XLA_FLAGS", "")
     if jaxlib.version.__version__.startswith("0.10.") and not _has_tpu() and "ynn_fusion_type" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_NO_WRONG_SUMS}".strip()
