@@ -12,20 +12,20 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-# What XLA's CPU backend hands to the library YNNPACK: products and convolutions, but not sums. In jaxlib 0.10 some sums
-# over a product come out wrong (a sum of squares as -1e17), and differ from call to call.
-_NO_WRONG_SUMS = "--xla_cpu_experimental_ynn_fusion_type=individual_dot,individual_convolution"
+# What XLA's CPU backend hands to the library YNNPACK: nothing. In jaxlib 0.10 some sums over a product come out wrong there
+# (a sum of squares as -1e17), and differ from call to call; convolutions take longer, and so does compiling.
+_NO_YNNPACK = "--xla_cpu_experimental_ynn_fusion_type="
 
 
 def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     """Joins the other hosts of a pod, if there are any; keeps compiled programs for the next run; on CPU, keeps XLA
-    from wrong sums. Before the first computation.
+    from a library that gets sums wrong. Before the first computation.
 
     TPU VMs and GKE tell JAX who the others are. Elsewhere the environment does: JAX_COORDINATOR_ADDRESS (host:port of
     process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. The cache directory of the environment
     (JAX_COMPILATION_CACHE_DIR) comes before `cache`.
     """
-    _avoid_wrong_sums()
+    _avoid_ynnpack()
     gc.set_threshold(50_000)  # not 700: looking for garbage takes a quarter of the time of tracing
     logging.set_verbosity(logging.WARNING)  # Orbax tells its whole life otherwise
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -38,11 +38,11 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _avoid_wrong_sums() -> None:
+def _avoid_ynnpack() -> None:
     """Through XLA_FLAGS: a TPU's compiler, and other releases, refuse flags that they do not know."""
     flags = os.environ.get("XLA_FLAGS", "")
     if jaxlib.version.__version__.startswith("0.10.") and not _has_tpu() and "ynn_fusion_type" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_NO_WRONG_SUMS}".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} {_NO_YNNPACK}".strip()
 
 
 def _has_tpu() -> bool:

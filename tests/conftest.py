@@ -10,8 +10,8 @@ _COMPILE_FAST = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 # What `runtime.start` sets: tests call much of the library without it.
-_NO_WRONG_SUMS = "--xla_cpu_experimental_ynn_fusion_type=individual_dot,individual_convolution"
-_FLAGS = f"--xla_force_host_platform_device_count=8 {_COMPILE_FAST} {_NO_WRONG_SUMS}"
+_NO_YNNPACK = "--xla_cpu_experimental_ynn_fusion_type="
+_FLAGS = f"--xla_force_host_platform_device_count=8 {_COMPILE_FAST} {_NO_YNNPACK}"
 os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
