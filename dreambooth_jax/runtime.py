@@ -12,8 +12,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-# What XLA's CPU backend hands to the library YNNPACK: nothing. In jaxlib 0.10 some sums over a product come out wrong there
-# (a sum of squares as -1e17), and differ from call to call; convolutions take longer, and so does compiling.
+# What XLA's CPU backend hands to the library YNNPACK: nothing. In jaxlib 0.10 some sums over a product come out wrong
+# there (a sum of squares as -1e17), and differ from call to call; convolutions take longer, and so does compiling.
 _NO_YNNPACK = "--xla_cpu_experimental_ynn_fusion_type="
 
 

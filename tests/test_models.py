@@ -246,10 +246,12 @@ def test_remat_stores_less(sd15):
     for remat in unet.REMAT:
         apply = functional(lambda rngs, r=remat: unet.UNet2DConditionModel(spec, remat=r, rngs=rngs)).apply
         backward = jax.eval_shape(lambda p, apply=apply: jax.vjp(lambda q: apply(q, x, t, context), p)[1], shapes)
-        stored[remat] = sum(residual.size for residual in jax.tree.leaves(backward))
+        stored[remat] = [residual.size for residual in jax.tree.leaves(backward)]
     parameters = sum(x.size for x in shapes.values())
-    nothing, elementwise, layers = (stored[remat] - parameters for remat in ("nothing", "elementwise", "layers"))
-    assert elementwise < 0.7 * nothing and layers < 0.3 * elementwise
+    nothing, elementwise, layers = (sum(stored[remat]) - parameters for remat in ("nothing", "elementwise", "layers"))
+    assert elementwise < 0.2 * nothing and layers < 0.3 * elementwise
+    scores = (16 * 16) ** 2  # of one head's attention
+    assert max(stored["elementwise"]) < scores < max(stored["nothing"])
 
 
 def test_bfloat16_computes_near_float32_from_float32_parameters(tmp_path):

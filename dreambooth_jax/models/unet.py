@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import primitives
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models import flash
@@ -223,10 +224,17 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
 
 
-# Matrix products, convolutions and attention kernels are dear; norms and activation functions are not.
+def _is_worth_its_room(primitive, *factors, **params) -> bool:
+    """Whether the backward pass had better find this value than compute it again: a matrix product or a convolution,
+    but not the products that are larger than both of their factors (GEGLU's, scores of attention)."""
+    if primitive is not primitives.dot_general_p:
+        return primitive is primitives.conv_general_dilated_p
+    product = jax.eval_shape(functools.partial(primitive.bind, **params), *factors)
+    return product.size <= max(factor.size for factor in factors)
+
+
 _DEAR = jax.checkpoint_policies.save_from_both_policies(
-    lambda primitive, *_, **__: primitive.name in ("dot_general", "conv_general_dilated"),
-    jax.checkpoint_policies.save_only_these_names(flash.RESIDUALS),
+    _is_worth_its_room, jax.checkpoint_policies.save_only_these_names(flash.RESIDUALS)
 )
 # What is recomputed -> a transformation of the function of a layer.
 REMAT = {
