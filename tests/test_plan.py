@@ -12,9 +12,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 from runs import config_of
 
 from dreambooth_jax import plan, tpu
+from dreambooth_jax.models.unet import FeedForward
+from dreambooth_jax.params import functional
 from dreambooth_jax.pipeline import describe_base
 from dreambooth_jax.program import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
 from dreambooth_jax.sharding import make_mesh
@@ -111,6 +114,19 @@ def test_stable_diffusion_fits_chips_of_16_gb(config_string, topology, changes):
     trained = found.optimizer_state * found.devices / 8  # two moments of four bytes
     assert trained > 9.8e8 if config.method == "full" else trained < 1e7
     assert found.fits and found.cost.peak < found.chip.hbm
+
+
+def test_quick_compiles_leave_wide_products_whole():
+    """On v6e the compiler cuts the feed-forward of eight large images into loops, which it cannot lower when quick."""
+    layer = functional(lambda rngs: FeedForward(320, dtype=jnp.bfloat16, rngs=rngs))
+    place = SingleDeviceSharding(tpu.devices_of("v6e:1x1")[0])
+    x = jax.ShapeDtypeStruct((8, 4096, 320), jnp.bfloat16)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (layer.shapes, x))
+    out = jax.checkpoint(layer.apply)
+    gradient = jax.grad(lambda params, x: jnp.square(out(params, x).astype(jnp.float32)).sum(), (0, 1))
+    lowered = jax.jit(gradient).lower(*arguments)
+    cost = tpu.compile_for(tpu.CHIPS["v6e"], lowered, quick=True)
+    assert "while(" not in cost.hlo
 
 
 def test_a_sweep_compares_slices_and_settings(config, monkeypatch, capsys):
