@@ -6,7 +6,7 @@ setup(
     description="DreamBooth (arXiv 2208.12242) on JAX and Flax, for TPUs and everything smaller",
     python_requires=">=3.11",
     packages=find_packages(include=["dreambooth_jax", "dreambooth_jax.*"]),
-    package_data={"dreambooth_jax": ["tiny_base/**/*", "world/*.md"]},
+    package_data={"dreambooth_jax": ["tiny/base/**/*", "tiny/world/*.md"]},
     install_requires=[
         "jax>=0.10",
         "flax==0.12.*",

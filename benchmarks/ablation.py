@@ -21,16 +21,17 @@ import numpy as np
 from kept import kept
 from tqdm import tqdm
 
-from dreambooth_jax import metrics, runtime
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import param_sharding, replicated
+from dreambooth_jax.evaluation import metrics
+from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER, read_params
+from dreambooth_jax.files.safetensors import read_model
+from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
-from dreambooth_jax.paint import Request
-from dreambooth_jax.params import functional
-from dreambooth_jax.pictures import contact_sheet, save_png
-from dreambooth_jax.pipeline import EMBEDDED_FOLDER, read_params
-from dreambooth_jax.program import fresh_state, lower_steps
-from dreambooth_jax.sharding import param_sharding, replicated
+from dreambooth_jax.painting.painter import Request
+from dreambooth_jax.painting.sheets import contact_sheet, save_png
+from dreambooth_jax.runs.job import fresh_state, lower_steps
 from dreambooth_jax.train import prepare_data, set_up
-from dreambooth_jax.weights import read_model
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = {"dog": "dog", "cat": "cat", "car": "car", "backpack": "backpack", "teapot": "teapot", "robot": "robot"}

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from dreambooth_jax import runtime
-from dreambooth_jax.models.flash import flash_attention
-from dreambooth_jax.tpu import CHIPS, compile_for, devices_of
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.tpu import CHIPS, compile_for, devices_of
+from dreambooth_jax.ops.flash import flash_attention
 
 SLICES = {"v5e": "v5e:1x1", "v6e": "v6e:1x1"}
 # Images, tokens, heads, width of a head: the three resolutions with self-attention, (1+1) images.

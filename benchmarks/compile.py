@@ -15,10 +15,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from dreambooth_jax import runtime
-from dreambooth_jax.pipeline import load_pipeline
-from dreambooth_jax.program import argument_shapes, lower_painting, lower_steps, make_job
-from dreambooth_jax.sharding import make_mesh
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.pipeline import load_pipeline
+from dreambooth_jax.runs.job import argument_shapes, lower_painting, lower_steps, make_job
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {

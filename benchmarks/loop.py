@@ -17,12 +17,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from dreambooth_jax import runtime
-from dreambooth_jax.checkpoint import open_checkpoints
-from dreambooth_jax.pipeline import read_params
-from dreambooth_jax.preemption import Preemption
-from dreambooth_jax.program import lower_steps
-from dreambooth_jax.sharding import param_sharding, replicated
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import param_sharding, replicated
+from dreambooth_jax.families.pipeline import read_params
+from dreambooth_jax.runs.checkpoint import open_checkpoints
+from dreambooth_jax.runs.job import lower_steps
+from dreambooth_jax.runs.preemption import Preemption
 from dreambooth_jax.train import loop, prepare_data, set_up, start_state
 
 ROOT = Path(__file__).parent.parent

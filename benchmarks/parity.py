@@ -197,9 +197,9 @@ def split(arch: str, part: str, folder: str):
     import json
 
     from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
+    from dreambooth_jax.models.params import functional
     from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
     from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
-    from dreambooth_jax.params import functional
 
     spec_class, module = {
         "unet": (UNetSpec, UNet2DConditionModel), "vae": (VAESpec, AutoencoderKL), "text": (CLIPTextSpec, CLIPTextModel)
@@ -217,7 +217,7 @@ def relative(out, reference) -> float:
 def compare_values(arch: str, part: str, folder: str) -> list[tuple]:
     import jax
 
-    from dreambooth_jax.weights import read_model
+    from dreambooth_jax.files.safetensors import read_model
 
     model, given = split(arch, part, folder), inputs(arch, part)
     params = read_model(Path(folder, part), model.shapes)
@@ -241,10 +241,10 @@ def compare_values(arch: str, part: str, folder: str) -> list[tuple]:
 def compare_gradient(arch: str, part: str, folder: str) -> list[tuple]:
     import jax
 
-    from dreambooth_jax.loss import Corrupted, dreambooth_loss
-    from dreambooth_jax.params import under_prefix, with_prefix
-    from dreambooth_jax.schedule import Schedule
-    from dreambooth_jax.weights import read_model
+    from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
+    from dreambooth_jax.diffusion.process import Schedule
+    from dreambooth_jax.files.safetensors import read_model
+    from dreambooth_jax.models.params import under_prefix, with_prefix
 
     models = {name: split(arch, name, folder) for name in ("unet", "text")}
     params = {}
@@ -255,7 +255,7 @@ def compare_gradient(arch: str, part: str, folder: str) -> list[tuple]:
         states = models["text"].apply(under_prefix("text.", params), ids)
         return models["unet"].apply(under_prefix("unet.", params), xt, t, states)
 
-    batch = Corrupted(*inputs(arch, "gradient").values())
+    batch = Batch(*inputs(arch, "gradient").values())
     noise = Schedule.from_config(schedule(arch))
 
     @jax.jit
@@ -287,7 +287,7 @@ def measure_loading(arch: str, part: str, folder: str) -> list[tuple]:
     import jax
     import jax.numpy as jnp
 
-    from dreambooth_jax.weights import read_model
+    from dreambooth_jax.files.safetensors import read_model
 
     models = {name: split(arch, name, folder) for name in ("text", "vae", "unet")}
     files = [next(Path(folder, name).glob("*.safetensors")) for name in models]

@@ -1,6 +1,6 @@
 """How good the embedded base is: its autoencoder, and its pictures before an independent judge (judge.py).
 
-    python benchmarks/quality.py              # prints the table; sheets go to --output
+python benchmarks/quality.py              # prints the table; sheets go to --output
 """
 
 import argparse
@@ -13,16 +13,17 @@ import jax
 import numpy as np
 from judge import Judge, core_sprites
 
-from dreambooth_jax import runtime, world
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import make_mesh, param_sharding
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextSpec
-from dreambooth_jax.paint import Request, make_painter
-from dreambooth_jax.params import functional
-from dreambooth_jax.pictures import contact_sheet, save_png
-from dreambooth_jax.pipeline import load_pipeline, read_params
-from dreambooth_jax.sharding import make_mesh, param_sharding
-from dreambooth_jax.weights import read_model
-from dreambooth_jax.world.names import with_article
+from dreambooth_jax.models.params import functional
+from dreambooth_jax.painting.painter import Request, make_painter
+from dreambooth_jax.painting.sheets import contact_sheet, save_png
+from dreambooth_jax.tiny import world
+from dreambooth_jax.tiny.world.names import with_article
 
 NAMES, SAMPLES, BATCH = 100, 4, 16
 STEPS = 25
@@ -74,7 +75,7 @@ def main() -> None:
     mesh = make_mesh()
     params = read_params(pipeline, functools.partial(param_sharding, mesh))
     painter = make_painter(
-        pipeline, mesh, resolution=64, batch_size=BATCH, method="dpm++", steps=STEPS, guidance=options.guidance
+        pipeline, mesh, resolution=64, batch_size=BATCH, sampler="dpm++", steps=STEPS, guidance=options.guidance
     )
 
     def paint(prompts: list[str], seed: int) -> np.ndarray:

@@ -12,10 +12,10 @@ import torch
 from alternate import alternate
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from dreambooth_jax import runtime
-from dreambooth_jax.paint import Request, make_painter
-from dreambooth_jax.pipeline import EMBEDDED_FOLDER, load_pipeline, read_params
-from dreambooth_jax.sharding import make_mesh, param_sharding
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import make_mesh, param_sharding
+from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER, load_pipeline, read_params
+from dreambooth_jax.painting.painter import Request, make_painter
 
 PROMPT, BATCH, STEPS, GUIDANCE, ROUNDS = "a dog", 4, 50, 2.5, 7
 
@@ -24,7 +24,7 @@ def ours():
     pipeline, mesh = load_pipeline("tiny"), make_mesh()
     params = read_params(pipeline, functools.partial(param_sharding, mesh))
     painter = make_painter(
-        pipeline, mesh, resolution=64, batch_size=BATCH, method="ddim", steps=STEPS, guidance=GUIDANCE
+        pipeline, mesh, resolution=64, batch_size=BATCH, sampler="ddim", steps=STEPS, guidance=GUIDANCE
     )
     requests = [Request(PROMPT, "", jax.random.key(i)) for i in range(BATCH)]
     return lambda: list(painter(params, requests))
@@ -34,9 +34,9 @@ def theirs():
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_FOLDER, torch_dtype=torch.float32)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    return lambda: pipeline(
-        [PROMPT] * BATCH, height=64, width=64, num_inference_steps=STEPS, guidance_scale=GUIDANCE
-    ).images
+    return lambda: (
+        pipeline([PROMPT] * BATCH, height=64, width=64, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images
+    )
 
 
 def main() -> None:

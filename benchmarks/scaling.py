@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kept import kept
 
-from dreambooth_jax import runtime
+from dreambooth_jax.devices import runtime
 from dreambooth_jax.plan import Plan, plan
 
 ROOT = Path(__file__).parent.parent

@@ -16,9 +16,9 @@ import torch
 from alternate import alternate
 from diffusers import UNet2DConditionModel as TorchUNet
 
-from dreambooth_jax import runtime
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.models.params import count, functional
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
-from dreambooth_jax.params import count, functional
 
 REDUCED = {
     "sample_size": 32,

@@ -16,12 +16,12 @@ from pathlib import Path
 import jax.numpy as jnp
 from kept import kept
 
-from dreambooth_jax import runtime
-from dreambooth_jax.pipeline import describe_base
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.devices.tpu import CHIPS, Cost, devices_of
+from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.plan import Plan, painting_cost, plan
-from dreambooth_jax.program import make_job
-from dreambooth_jax.sharding import make_mesh
-from dreambooth_jax.tpu import CHIPS, Cost, devices_of
+from dreambooth_jax.runs.job import make_job
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

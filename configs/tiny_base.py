@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.workdir = "runs/tiny_base"  # checkpoints of every part; a killed run goes on from them
-    config.output = "dreambooth_jax/tiny_base"  # the folder that is written at the end
+    config.output = "dreambooth_jax/tiny/base"  # the folder that is written at the end
     config.world = ""  # folder with the two npm tarballs; "" fetches them
     config.seed = 0
     config.vocabulary = "core"  # or "all": 224 or 581 class nouns

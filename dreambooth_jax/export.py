@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_jax import runtime
-from dreambooth_jax.method import lora_for_files
-from dreambooth_jax.pipeline import save_pipeline
-from dreambooth_jax.sharding import make_mesh
-from dreambooth_jax.trained import open_run, open_trained
-from dreambooth_jax.weights import save_tensors
+from dreambooth_jax.adapters.method import lora_for_files
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.pipeline import save_pipeline
+from dreambooth_jax.files.safetensors import save_tensors
+from dreambooth_jax.runs.workdir import open_run, open_trained
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from dreambooth_jax import runtime
-from dreambooth_jax.config import check_config
-from dreambooth_jax.images import list_images
-from dreambooth_jax.pipeline import describe_base
-from dreambooth_jax.program import Job, argument_shapes, lower_painting, lower_steps, make_job
-from dreambooth_jax.sharding import make_mesh
-from dreambooth_jax.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
+from dreambooth_jax.data.images import list_images
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.devices.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
+from dreambooth_jax.families.pipeline import describe_base
+from dreambooth_jax.runs.config import check_config
+from dreambooth_jax.runs.job import Job, argument_shapes, lower_painting, lower_steps, make_job
 
 GIB = 2**30
 # Tried in this order, each on top of the ones before: what costs least comes first.

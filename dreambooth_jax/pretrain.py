@@ -21,27 +21,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app
+from absl import app, flags
 from jaxtyping import Array
 from ml_collections import config_flags
 from tqdm import trange
 
-from dreambooth_jax import checkpoint, contrastive, sharding, world
-from dreambooth_jax.contrastive import Pictures, normalise
-from dreambooth_jax.identifier import load_tokenizer
+from dreambooth_jax.devices import sharding
+from dreambooth_jax.devices.sharding import make_mesh, spread
+from dreambooth_jax.diffusion.optimizer import learning_rate, make_muon
+from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, TrainState, init_state, make_step, run_steps
+from dreambooth_jax.files.safetensors import WEIGHT_FILES, save_model
+from dreambooth_jax.files.tokenizer import load_tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
+from dreambooth_jax.models.params import Functional, Params, count, functional, under_prefix, with_prefix
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
-from dreambooth_jax.optimizer import learning_rate, make_muon
-from dreambooth_jax.params import Functional, Params, count, functional, under_prefix, with_prefix
-from dreambooth_jax.schedule import Schedule
-from dreambooth_jax.sharding import make_mesh, spread
-from dreambooth_jax.step import Data, Resident, TrainState, init_state, make_step, run_steps
-from dreambooth_jax.weights import WEIGHT_FILES, save_model
-
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny_base.py", "what to train")
+from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.tiny import contrastive, world
+from dreambooth_jax.tiny.contrastive import Pictures, normalise
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -216,7 +216,7 @@ def train_vit(config, pictures: Pictures, key: Array) -> Params:
     return fit("vit", step, start, optimizer, alike, config, config.vit).trainable
 
 
-def train_unet(config, examples: Resident, text_config: dict, text: Params, key: Array) -> Params:
+def train_unet(config, examples: EncodedExamples, text_config: dict, text: Params, key: Array) -> Params:
     """UNet and text tower, trained together by the library's own step.
 
     Args:
@@ -237,12 +237,12 @@ def train_unet(config, examples: Resident, text_config: dict, text: Params, key:
     optimizer = muon(config.unet, params)
     schedule = Schedule.from_config(SCHEDULER)
     step = make_step(predict, optimizer, schedule, batch_size=config.unet.batch_size, constrain=spread)
-    return fit("unet", step, params, optimizer, Data(examples, None), config, config.unet).trainable
+    return fit("unet", step, params, optimizer, TrainingData(examples, None), config, config.unet).trainable
 
 
 def main(_) -> None:
     logging.getLogger().setLevel(logging.INFO)
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     jax.set_mesh(make_mesh())  # attention splits its batch over it
     output = Path(config.output)
     sprites = world.load_sprites(config.world or None)
@@ -259,7 +259,7 @@ def main(_) -> None:
     latents = Path(config.workdir) / f"latents_{digest(pictures.images, *vae_params.values()):08x}.npz"
     mean, std = cached(latents, lambda: encode_all(vae, vae_params, pictures.images))
     scale = float(1 / mean.astype(np.float32).std())
-    examples = Resident(jnp.asarray(mean) * scale, jnp.asarray(std) * scale, pictures.ids, pictures.caption)
+    examples = EncodedExamples(jnp.asarray(mean) * scale, jnp.asarray(std) * scale, pictures.ids, pictures.caption)
     text = {name: value for name, value in clip_params.items() if name.startswith("text_model.")}
     trained = train_unet(config, examples, clip_config["text_config"], text, unet_key)
     unet_params, text_params = (under_prefix(f"{part}.", trained) for part in ("unet", "text_encoder"))
@@ -306,4 +306,5 @@ def write_index(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/tiny_base.py", "what to train")
     app.run(main)

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from dreambooth_jax import runtime
-from dreambooth_jax.paint import Request, make_painter, save_sheet
-from dreambooth_jax.pictures import file_names, save_png
-from dreambooth_jax.pipeline import load_pipeline, read_params
-from dreambooth_jax.sampler import METHODS
-from dreambooth_jax.sharding import make_mesh, param_sharding
-from dreambooth_jax.trained import open_run
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import make_mesh, param_sharding
+from dreambooth_jax.diffusion.sampler import SAMPLERS
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.painting.painter import Request, make_painter, save_sheet
+from dreambooth_jax.painting.sheets import file_names, save_png
+from dreambooth_jax.runs.workdir import open_run
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +33,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--negative_prompt", default="", help="what to keep away from")
     parser.add_argument("--count", type=_positive, default=4, help="pictures per prompt (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next have the numbers after it")
-    parser.add_argument("--sampler", choices=METHODS, default="dpm++", help="how the noise is removed (default: dpm++)")
+    parser.add_argument(
+        "--sampler", choices=SAMPLERS, default="dpm++", help="how the noise is removed (default: dpm++)"
+    )
     parser.add_argument("--steps", type=_positive, default=25, help="of the sampler (default: 25)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; default: the run's, or 7.5")
     parser.add_argument("--resolution", type=_positive, help="pixels; default: the run's, or the base's")
@@ -71,7 +73,7 @@ def paint(options: argparse.Namespace) -> epath.Path:
     requests = [Request(prompt, options.negative_prompt, jax.random.key(seed)) for prompt, seed in wanted]
     painter = make_painter(
         pipeline, mesh, resolution=options.resolution or resolution, batch_size=min(options.batch_size, len(requests)),
-        method=options.sampler, steps=options.steps, guidance=guidance,
+        sampler=options.sampler, steps=options.steps, guidance=guidance,
     )  # fmt: skip
     about = {
         "model": model, "negative_prompt": options.negative_prompt, "sampler": options.sampler,

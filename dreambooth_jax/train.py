@@ -16,28 +16,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
+from absl import app, flags
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from dreambooth_jax import checkpoint, runtime
-from dreambooth_jax.config import ConfigError, check_config, check_resumable, fill
+from dreambooth_jax.data.class_images import check_class_images, missing_class_images, paint_class_images
+from dreambooth_jax.data.encode import make_encoder
+from dreambooth_jax.data.images import Examples, decode_image, list_images, read_examples
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import batch_sharding, make_mesh, param_sharding, replicated
+from dreambooth_jax.diffusion.step import TrainingData, TrainState
+from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.identifier import check_identifier
-from dreambooth_jax.images import Examples, decode_image, list_images, read_examples
-from dreambooth_jax.paint import Painter, Request, make_painter, paint_sheet, save_sheet
-from dreambooth_jax.params import Params, count
-from dreambooth_jax.pictures import file_names, save_png
-from dreambooth_jax.pipeline import Pipeline, load_pipeline, read_params
-from dreambooth_jax.preemption import Agreement, Preemption
-from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
-from dreambooth_jax.program import Job, fresh_state, initial, lower_steps, make_job, state_shapes
-from dreambooth_jax.report import NonFiniteLoss, Reporter, check_finite, write_whole
-from dreambooth_jax.sharding import batch_sharding, make_mesh, param_sharding, replicated
-from dreambooth_jax.step import Data, TrainState
-from dreambooth_jax.subject import make_encoder
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "such as configs/dog.py or configs/dog.py:sd15")
+from dreambooth_jax.models.params import Params, count
+from dreambooth_jax.painting.painter import Painter, Request, make_painter, paint_sheet, save_sheet
+from dreambooth_jax.painting.sheets import file_names, save_png
+from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.config import ConfigError, check_config, check_resumable, fill
+from dreambooth_jax.runs.job import Job, fresh_state, initial, lower_steps, make_job, state_shapes
+from dreambooth_jax.runs.preemption import Agreement, Preemption
+from dreambooth_jax.runs.report import NonFiniteLoss, Reporter, check_finite, write_whole
 
 
 class Run(NamedTuple):
@@ -76,7 +75,7 @@ def set_up(config: ConfigDict) -> Run:
     config = job.config
     paint = make_painter(
         pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
-        method=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
+        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
     )  # fmt: skip
     examples = read_examples(
         config.instance_images, config.resolution, template=config.instance_prompt, identifier=config.identifier,
@@ -144,12 +143,12 @@ def print_plan(run: Run, done: int) -> None:
         )
 
 
-def prepare_data(run: Run, params: Params) -> Data:
+def prepare_data(run: Run, params: Params) -> TrainingData:
     """Paints what class images are missing, then encodes all examples."""
     config = run.config
     encode = make_encoder(run.pipeline, run.mesh, text_states=not config.train_text_encoder)
     if not config.prior_preservation:
-        return Data(encode(params, run.examples), None)
+        return TrainingData(encode(params, run.examples), None)
     folder = class_folder(config)
     if numbers := _agreed(missing_class_images(folder, config.num_class_images), config.num_class_images):
         about = {
@@ -160,7 +159,7 @@ def prepare_data(run: Run, params: Params) -> Data:
             folder, numbers, run.paint, params, prompt=fill(config.class_prompt, config), seed=config.seed,
             batch_size=config.class_batch_size, metadata=about,
         )  # fmt: skip
-    return Data(encode(params, run.examples), encode(params, read_class_images(config)))
+    return TrainingData(encode(params, run.examples), encode(params, read_class_images(config)))
 
 
 def _agreed(numbers: list[int], count: int) -> list[int]:
@@ -351,7 +350,7 @@ def main(_) -> None:
     runtime.start()
     with Preemption() as guard:
         try:
-            train(set_up(_CONFIG.value), guard)
+            train(set_up(flags.FLAGS.config), guard)
         except (OSError, ValueError, NonFiniteLoss) as error:
             sys.exit(f"error: {error}")
         except jax.errors.JaxRuntimeError as error:
@@ -366,4 +365,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "such as configs/dog.py or configs/dog.py:sd15")
     app.run(main)

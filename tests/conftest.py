@@ -31,7 +31,7 @@ class Base:
     def __init__(self, folder, **parts):
         from torch_folders import write_folder
 
-        from dreambooth_jax.pipeline import load_pipeline, read_params
+        from dreambooth_jax.families.pipeline import load_pipeline, read_params
 
         self.folder = folder
         self.torch = write_folder(folder, **parts)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dreambooth_jax.world.sprites import FLUENT, NOTO, tarball_name
+from dreambooth_jax.tiny.world.sprites import FLUENT, NOTO, tarball_name
 
 # short_name, name, code point, category, subcategory
 EMOJI = (

@@ -11,8 +11,11 @@ import time
 
 import jax
 from absl import app
+from ml_collections import config_flags
 
-from dreambooth_jax import prior, report, train
+from dreambooth_jax import train
+from dreambooth_jax.data import class_images as prior
+from dreambooth_jax.runs import report
 
 PLACES = {
     "class images": (prior, "save_png", 6),
@@ -49,4 +52,5 @@ def signal_at(place: str) -> None:
 
 if __name__ == "__main__":
     signal_at(sys.argv.pop(1))
+    config_flags.DEFINE_config_file("config", None, "of the run")
     app.run(train.main)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreambooth_jax.models.attention import BLOCK, attention, blockwise_attention
-from dreambooth_jax.sharding import batch_sharding, make_mesh
+from dreambooth_jax.devices.sharding import batch_sharding, make_mesh
+from dreambooth_jax.ops.attention import BLOCK, attention, blockwise_attention
 
 
 def qkv(queries, keys, dtype=jnp.float32, batch=2):

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 import transformers
 
-from dreambooth_jax.identifier import load_tokenizer
+from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER
+from dreambooth_jax.files.safetensors import read_model
+from dreambooth_jax.files.tokenizer import load_tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextSpec
-from dreambooth_jax.params import functional
-from dreambooth_jax.pipeline import EMBEDDED_FOLDER
-from dreambooth_jax.weights import read_model
+from dreambooth_jax.models.params import functional
 
 
 def test_features_are_those_of_transformers():

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreambooth_jax import contrastive
-from dreambooth_jax.params import Functional
+from dreambooth_jax.models.params import Functional
+from dreambooth_jax.tiny import contrastive
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from dreambooth_jax import export, sample
-from dreambooth_jax.pipeline import load_pipeline, read_params
-from dreambooth_jax.sharding import make_mesh
-from dreambooth_jax.trained import open_run
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.runs.workdir import open_run
 
 PROMPT, SEEDS = "a sks dog in the snow", (3, 4)
 

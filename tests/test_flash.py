@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from dreambooth_jax import tpu
-from dreambooth_jax.models import flash
-from dreambooth_jax.models.attention import attention
-from dreambooth_jax.sharding import batch_sharding, make_mesh
+from dreambooth_jax.devices import tpu
+from dreambooth_jax.devices.sharding import batch_sharding, make_mesh
+from dreambooth_jax.ops import flash
+from dreambooth_jax.ops.attention import attention
 
 
 def normal(seed, *shape):

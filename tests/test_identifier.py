@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dreambooth_jax.identifier import check_identifier, default_ranks, load_tokenizer, main, rare_tokens
+from dreambooth_jax.files.tokenizer import load_tokenizer
+from dreambooth_jax.identifier import check_identifier, default_ranks, main, rare_tokens
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

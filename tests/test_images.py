@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from dreambooth_jax.images import list_images, read_examples
+from dreambooth_jax.data.images import list_images, read_examples
 
 TEMPLATE = "a photo of {identifier} {class_noun}"
 

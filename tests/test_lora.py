@@ -10,11 +10,11 @@ from safetensors.numpy import load_file
 from test_export import painted_by_diffusers, painted_by_sample
 
 from dreambooth_jax import export
-from dreambooth_jax.method import lora, make_method
-from dreambooth_jax.pipeline import load_pipeline, read_params
-from dreambooth_jax.program import data_shapes, initial, lower_steps, make_job, split_shapes, state_shapes
-from dreambooth_jax.sharding import make_mesh
-from dreambooth_jax.trained import open_run
+from dreambooth_jax.adapters.method import lora, make_method
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.runs.job import data_shapes, initial, lower_steps, make_job, split_shapes, state_shapes
+from dreambooth_jax.runs.workdir import open_run
 
 TARGETS = r"to_[qkv]|to_out\.0|conv1|[qkv]_proj"  # matrices and convolutions, of both models
 FIELDS = {"method": "lora", "lora_rank": 2, "lora_alpha": 4.0, "lora_targets": TARGETS, "learning_rate": 0.02}

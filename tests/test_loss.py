@@ -8,8 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from dreambooth_jax.loss import Corrupted, dreambooth_loss
-from dreambooth_jax.schedule import Schedule
+from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
+from dreambooth_jax.diffusion.process import Schedule
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
@@ -22,7 +22,7 @@ def predict(params, x, t, cond):
 def batch():
     rng = np.random.default_rng(0)
     x0, eps = rng.standard_normal((2, 7, 5, 3), np.float32)
-    return Corrupted(x0, eps, rng.integers(0, 1000, 7), rng.standard_normal(7, np.float32))
+    return Batch(x0, eps, rng.integers(0, 1000, 7), rng.standard_normal(7, np.float32))
 
 
 def torch_losses(batch, prediction, num_instance, gamma):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from dreambooth_jax import metrics
+from dreambooth_jax.evaluation import metrics
 
 
 def unit(key, *shape):

@@ -10,12 +10,12 @@ from diffusers.training_utils import compute_snr
 from torch_folders import TEXT_15, TEXT_21, UNET_15, UNET_21, VAE, randomise
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dreambooth_jax.loss import Corrupted, dreambooth_loss
+from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
+from dreambooth_jax.families.pipeline import PARTS, describe_base, load_pipeline
+from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.models import clip_text, layers, unet, vae
+from dreambooth_jax.models.params import count, functional, under_prefix
 from dreambooth_jax.models.spec import UnsupportedConfig
-from dreambooth_jax.params import count, functional, under_prefix
-from dreambooth_jax.pipeline import PARTS, describe_base, load_pipeline
-from dreambooth_jax.weights import read_model
 
 CROSS = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
 
@@ -154,7 +154,7 @@ def test_text(config, tmp_path):
     assert relative(jax.jit(split.apply)(params, ids), expected) <= 1e-4
 
 
-def torch_loss(pipe, batch: Corrupted, num_instance: int, prior_weight: float, gamma=None) -> torch.Tensor:
+def torch_loss(pipe, batch: Batch, num_instance: int, prior_weight: float, gamma=None) -> torch.Tensor:
     """The DreamBooth loss as PyTorch trainers write it, with diffusers' scheduler."""
     x0, eps = nchw(np.asarray(batch.x0)), nchw(np.asarray(batch.eps))
     t = torch.from_numpy(np.array(batch.t, np.int64))
@@ -175,7 +175,7 @@ def test_gradient_of_the_training_loss(name, remat, request):
     base = request.getfixturevalue(name)
     pipeline, parts = load_pipeline(str(base.folder), remat=remat), (base.torch.unet, base.torch.text_encoder)
     ids = pipeline.tokenize(["a sks dog", "a dog", "a cat"])
-    batch = Corrupted(normal(3, 8, 8, 4), normal(3, 8, 8, 4, seed=1), np.int32([10, 450, 999]), ids)
+    batch = Batch(normal(3, 8, 8, 4), normal(3, 8, 8, 4, seed=1), np.int32([10, 450, 999]), ids)
     trainable = {n: v for n, v in base.params.items() if not n.startswith("vae.")}
 
     def loss(params):

@@ -9,7 +9,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from transformers.optimization import Adafactor
 
-from dreambooth_jax.optimizer import learning_rate, make_muon, make_optimizer
+from dreambooth_jax.diffusion.optimizer import learning_rate, make_muon, make_optimizer
 
 NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

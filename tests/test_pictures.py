@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_jax.images import list_images
-from dreambooth_jax.pictures import contact_sheet, file_names, save_png
+from dreambooth_jax.data.images import list_images
+from dreambooth_jax.painting.sheets import contact_sheet, file_names, save_png
 
 
 def flat(value, size=32):

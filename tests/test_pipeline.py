@@ -13,14 +13,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
+from dreambooth_jax.families.pipeline import load_pipeline, read_params, resolve_base, save_pipeline
 from dreambooth_jax.models.spec import UnsupportedConfig
-from dreambooth_jax.pipeline import load_pipeline, read_params, resolve_base, save_pipeline
-from dreambooth_jax.sampler import make_sampler, noise_for_seeds
 
 
 def paint(pipeline, params, noise, prompts, negatives, guidance):
     """Ten DDIM steps and the decoder: pixels in [0, 1]."""
-    sample = make_sampler(pipeline.denoise, pipeline.schedule, method="ddim", steps=10)
+    sample = make_sampler(pipeline.denoise, pipeline.schedule, sampler="ddim", steps=10)
 
     @jax.jit
     def run(params, noise, *ids):
@@ -136,7 +136,7 @@ def test_absent_files_and_bases_are_named(sd15, tmp_path):
 
 USE = """
 import sys
-from dreambooth_jax.pipeline import load_pipeline, read_params
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
 pipeline = load_pipeline(sys.argv[1])
 states = pipeline.encode_text(read_params(pipeline), pipeline.tokenize(["a sks dog"]))
 print(states.shape, "torch" in sys.modules)

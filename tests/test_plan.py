@@ -15,12 +15,13 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from runs import config_of
 
-from dreambooth_jax import plan, tpu
+from dreambooth_jax import plan
+from dreambooth_jax.devices import tpu
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.pipeline import describe_base
+from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import FeedForward
-from dreambooth_jax.params import functional
-from dreambooth_jax.pipeline import describe_base
-from dreambooth_jax.program import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
-from dreambooth_jax.sharding import make_mesh
+from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,8 +119,8 @@ def test_stable_diffusion_fits_chips_of_16_gb(config_string, topology, changes):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_wide_products_stay_whole(quick):
-    """On v6e the compiler would cut the feed-forward of eight large images into loops, which it cannot lower when quick,
-    nor print otherwise."""
+    """On v6e the compiler would cut the feed-forward of eight large images into loops, which it cannot lower when
+    quick, nor print otherwise."""
     layer = functional(lambda rngs: FeedForward(320, dtype=jnp.bfloat16, rngs=rngs))
     place = SingleDeviceSharding(tpu.devices_of("v6e:1x1")[0])
     x = jax.ShapeDtypeStruct((8, 4096, 320), jnp.bfloat16)

@@ -10,7 +10,7 @@ import pytest
 
 BEGIN = """
 import os, signal, sys, threading, time
-from dreambooth_jax.preemption import Preemption
+from dreambooth_jax.runs.preemption import Preemption
 
 def say(text):
     print(text, flush=True)

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from npm_packages import write_packages
 from safetensors.numpy import load_file
 
-from dreambooth_jax.pipeline import load_pipeline, read_params
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
 
 ROOT = Path(__file__).parent.parent
 # As its config advises, one device per core.

@@ -7,10 +7,10 @@ from PIL import Image
 from runs import config_of
 
 from dreambooth_jax import train
-from dreambooth_jax.paint import make_painter
-from dreambooth_jax.pipeline import load_pipeline, read_params
-from dreambooth_jax.prior import check_class_images, missing_class_images, paint_class_images
-from dreambooth_jax.sharding import make_mesh, replicated
+from dreambooth_jax.data.class_images import check_class_images, missing_class_images, paint_class_images
+from dreambooth_jax.devices.sharding import make_mesh, replicated
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.painting.painter import make_painter
 
 ABOUT = {"model": "micro", "sampler": "ddim"}
 
@@ -24,7 +24,7 @@ class Prior:
         self.params = jax.device_put(read_params(pipeline), replicated(mesh))
         self.batch_size = batch_size
         self.painter = make_painter(
-            pipeline, mesh, resolution=16, batch_size=batch_size, method="ddim", steps=3, guidance=3.0
+            pipeline, mesh, resolution=16, batch_size=batch_size, sampler="ddim", steps=3, guidance=3.0
         )
 
     def paint(self, folder, numbers, painter=None):

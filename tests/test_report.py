@@ -9,8 +9,8 @@ import pytest
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dreambooth_jax.report import COLUMNS, NonFiniteLoss, Reporter, check_finite, write_whole
-from dreambooth_jax.step import Metrics
+from dreambooth_jax.diffusion.step import Metrics
+from dreambooth_jax.runs.report import COLUMNS, NonFiniteLoss, Reporter, check_finite, write_whole
 
 
 def metrics(first: int, count: int, capacity: int = 4, **changed) -> Metrics:

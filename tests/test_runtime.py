@@ -7,12 +7,12 @@ from pathlib import Path
 
 # The norm of a UNet's gradients, alone and beside the gradients themselves: XLA compiles different programs for them.
 NORMS = """
-from dreambooth_jax import runtime
+from dreambooth_jax.devices import runtime
 runtime.start()
 import jax, jax.numpy as jnp, optax
 from test_twice import UNET, normal
 from dreambooth_jax.models.unet import UNet2DConditionModel
-from dreambooth_jax.params import functional
+from dreambooth_jax.models.params import functional
 
 unet = functional(lambda rngs: UNet2DConditionModel(UNET, remat="layers", rngs=rngs))
 params = unet.init(jax.random.key(0))

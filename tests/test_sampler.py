@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from dreambooth_jax.sampler import make_sampler, noise_for_seeds, sampler_table
-from dreambooth_jax.schedule import Schedule
+from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds, sampler_table
 
 THEIRS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -50,13 +50,13 @@ def relative(out, reference) -> float:
 COND = np.float32([0.2, -1.0])
 
 
-def our_path(schedule, method, noise, steps):
-    return jax.jit(make_sampler(predict, schedule, method=method, steps=steps))(0.8, noise, COND, None, 1.0)
+def our_path(schedule, sampler, noise, steps):
+    return jax.jit(make_sampler(predict, schedule, sampler=sampler, steps=steps))(0.8, noise, COND, None, 1.0)
 
 
-def clip(method) -> dict:
+def clip(sampler) -> dict:
     """Stable Diffusion pipelines turn clipping off whatever the file says: latents are not images."""
-    return {"clip_sample": False} if method == "ddim" else {}
+    return {"clip_sample": False} if sampler == "ddim" else {}
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +66,15 @@ def noise():
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("method", THEIRS)
-def test_timesteps(method, spacing, offset, tmp_path):
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_timesteps(sampler, spacing, offset, tmp_path):
     """At step counts that divide T, that do not, and whose ratio to T ends in a half."""
-    theirs = THEIRS[method](**BETAS, **clip(method), timestep_spacing=spacing, steps_offset=offset)
+    theirs = THEIRS[sampler](**BETAS, **clip(sampler), timestep_spacing=spacing, steps_offset=offset)
     schedule = read(theirs, tmp_path)
     for steps in (1, 2, 7, 10, 16, 20, 25, 33, 48, 50, 80, 250, 333):
         theirs.set_timesteps(steps)
         np.testing.assert_allclose(
-            sampler_table(schedule, method, steps).t, theirs.timesteps, rtol=1e-5, err_msg=str(steps)
+            sampler_table(schedule, sampler, steps).t, theirs.timesteps, rtol=1e-5, err_msg=str(steps)
         )
 
 
@@ -84,60 +84,60 @@ STEPS = [10, 7, 50, 2, 20, 1, 16, 7, 2, 10, 50, 20]
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("method", THEIRS)
-def test_paths(method, prediction, noise, tmp_path):
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_paths(sampler, prediction, noise, tmp_path):
     for (spacing, offset, one), steps in zip(SPACED, STEPS, strict=True):
-        kw = clip(method) | ({"set_alpha_to_one": one} if method == "ddim" else {})
-        theirs = THEIRS[method](
+        kw = clip(sampler) | ({"set_alpha_to_one": one} if sampler == "ddim" else {})
+        theirs = THEIRS[sampler](
             **BETAS, timestep_spacing=spacing, steps_offset=offset, prediction_type=prediction, **kw
         )
-        if method != "ddim" and not one:
+        if sampler != "ddim" and not one:
             continue
-        out = our_path(read(theirs, tmp_path), method, noise, steps)
+        out = our_path(read(theirs, tmp_path), sampler, noise, steps)
         assert relative(out, their_path(theirs, noise, COND, steps)) <= 1e-3, (spacing, offset, one, steps)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 20, 50])
-@pytest.mark.parametrize("method", THEIRS)
-def test_paths_at_every_number_of_steps(method, steps, noise, tmp_path):
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_paths_at_every_number_of_steps(sampler, steps, noise, tmp_path):
     """With the defaults of each scheduler, on the linear schedule of their own defaults."""
-    theirs = THEIRS[method](**clip(method))
-    out = our_path(read(theirs, tmp_path), method, noise, steps)
+    theirs = THEIRS[sampler](**clip(sampler))
+    out = our_path(read(theirs, tmp_path), sampler, noise, steps)
     assert relative(out, their_path(theirs, noise, COND, steps)) <= 1e-3
 
 
-@pytest.mark.parametrize("method", THEIRS)
+@pytest.mark.parametrize("sampler", THEIRS)
 @pytest.mark.parametrize("writer", [*THEIRS.values(), PNDMScheduler])
-def test_a_file_written_by_any_scheduler_serves_every_sampler(writer, method, noise, tmp_path):
+def test_a_file_written_by_any_scheduler_serves_every_sampler(writer, sampler, noise, tmp_path):
     """As diffusers hands a config from one class to another."""
     own = {"clip_sample": False, "set_alpha_to_one": False} if writer is DDIMScheduler else {}
     written = writer(**BETAS, prediction_type="v_prediction", steps_offset=1, **own)
     schedule = read(written, tmp_path)
-    theirs = THEIRS[method].from_pretrained(tmp_path, **clip(method))
-    assert relative(our_path(schedule, method, noise, 10), their_path(theirs, noise, COND, 10)) <= 1e-3
+    theirs = THEIRS[sampler].from_pretrained(tmp_path, **clip(sampler))
+    assert relative(our_path(schedule, sampler, noise, 10), their_path(theirs, noise, COND, 10)) <= 1e-3
 
 
-@pytest.mark.parametrize("method", THEIRS)
-def test_a_file_that_leaves_the_spacing_out_gives_each_sampler_its_own(method, noise, tmp_path):
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_a_file_that_leaves_the_spacing_out_gives_each_sampler_its_own(sampler, noise, tmp_path):
     """Files of Stable Diffusion's own years."""
     config = {"_class_name": "PNDMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}
     (tmp_path / "scheduler_config.json").write_text(json.dumps(BETAS | config | {"clip_sample": False}))
-    theirs = THEIRS[method].from_config(PNDMScheduler.from_pretrained(tmp_path).config)
+    theirs = THEIRS[sampler].from_config(PNDMScheduler.from_pretrained(tmp_path).config)
     schedule = Schedule.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
-    assert relative(our_path(schedule, method, noise, 10), their_path(theirs, noise, COND, 10)) <= 1e-3
+    assert relative(our_path(schedule, sampler, noise, 10), their_path(theirs, noise, COND, 10)) <= 1e-3
 
 
 ZERO = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
-@pytest.mark.parametrize("method", THEIRS)
-def test_zero_snr(method, noise, tmp_path):
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_zero_snr(sampler, noise, tmp_path):
     """A base that is trained from noise alone, as the embedded one is."""
-    theirs = THEIRS[method](**ZERO, **clip(method))
+    theirs = THEIRS[sampler](**ZERO, **clip(sampler))
     schedule = read(theirs, tmp_path)
     assert schedule.alpha[-1] == 0
     for steps in (2, 10, 25):
-        ours = our_path(schedule, method, noise, steps)
+        ours = our_path(schedule, sampler, noise, steps)
         assert relative(ours, their_path(theirs, noise, COND, steps)) <= 1e-3
 
 
@@ -171,7 +171,7 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch():
     many = np.asarray(noise_for_seeds(np.arange(500), shape))
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
     assert abs(np.corrcoef(many[:-1].ravel(), many[1:].ravel())[0, 1]) < 0.03
-    sample = jax.jit(make_sampler(predict, Schedule.from_config(BETAS), method="dpm++", steps=5))
+    sample = jax.jit(make_sampler(predict, Schedule.from_config(BETAS), sampler="dpm++", steps=5))
     cond, uncond = np.float32([0.1, 0.2, 0.3, 0.1]), np.zeros(4, np.float32)
     together = sample(0.8, batch, cond, uncond, 3.0)
     alone = sample(0.8, batch[2:3], cond[2:3], uncond[2:3], 3.0)
@@ -180,7 +180,7 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch():
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "match"),
+    ("sampler", "steps", "match"),
     [
         ("heun", 10, "sampler = 'heun'; implemented: ddim, dpm.., euler"),
         ("ddim", 0, "0 sampling steps: expected at least 1 and fewer than the 1000 training timesteps"),
@@ -190,8 +190,8 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch():
         ("euler", 1000, "1000 sampling steps.* at leading spacing"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(method, steps, match):
+def test_what_cannot_be_sampled_is_refused(sampler, steps, match):
     """An offset takes the first of as many steps as timesteps beyond the last one."""
     schedule = Schedule.from_config(BETAS | {"timestep_spacing": "leading", "steps_offset": 1})
     with pytest.raises(ValueError, match=match):
-        sampler_table(schedule, method, steps)
+        sampler_table(schedule, sampler, steps)

@@ -14,8 +14,8 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
+from dreambooth_jax.diffusion.process import Schedule, corrupt, predicted_x0, snr_weight, target
 from dreambooth_jax.models.spec import UnsupportedConfig
-from dreambooth_jax.schedule import Schedule, corrupt, predicted_x0, snr_weight, target
 
 CONFIGS = [
     {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},

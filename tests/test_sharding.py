@@ -9,11 +9,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dreambooth_jax import tpu
-from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
-from dreambooth_jax.optimizer import make_optimizer
-from dreambooth_jax.params import functional
-from dreambooth_jax.sharding import (
+from dreambooth_jax.devices import tpu
+from dreambooth_jax.devices.sharding import (
     batch_sharding,
     gather,
     make_mesh,
@@ -23,7 +20,10 @@ from dreambooth_jax.sharding import (
     split_largest,
     state_shardings,
 )
-from dreambooth_jax.step import init_state
+from dreambooth_jax.diffusion.optimizer import make_optimizer
+from dreambooth_jax.diffusion.step import init_state
+from dreambooth_jax.models.params import functional
+from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 
 
 @pytest.mark.parametrize(("asked", "got"), [((-1, 1), (8, 1)), ((2, -1), (2, 4)), ((4, 2), (4, 2)), ((-1, 8), (1, 8))])

@@ -11,25 +11,41 @@ import torch
 from diffusers.training_utils import EMAModel
 from test_models import as_ours, torch_loss
 
-from dreambooth_jax.optimizer import make_optimizer
-from dreambooth_jax.schedule import Schedule
-from dreambooth_jax.sharding import batch_sharding, gather, make_mesh, param_sharding, replicated, state_shardings
-from dreambooth_jax.step import Data, Resident, TrainState, draw, init_state, make_step, pick, run_steps
+from dreambooth_jax.devices.sharding import (
+    batch_sharding,
+    gather,
+    make_mesh,
+    param_sharding,
+    replicated,
+    state_shardings,
+)
+from dreambooth_jax.diffusion.optimizer import make_optimizer
+from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.step import (
+    EncodedExamples,
+    TrainingData,
+    TrainState,
+    draw,
+    init_state,
+    make_step,
+    pick,
+    run_steps,
+)
 
 SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 KEY = jax.random.key(3)
 
 
-def resident(count, cond, seed, shape=(4, 4, 3)) -> Resident:
+def resident(count, cond, seed, shape=(4, 4, 3)) -> EncodedExamples:
     rng = np.random.default_rng(seed)
     mean = rng.standard_normal((count, *shape), np.float32)
-    return Resident(mean, np.full_like(mean, 0.1), cond, np.arange(count, dtype=np.int32) % len(cond))
+    return EncodedExamples(mean, np.full_like(mean, 0.1), cond, np.arange(count, dtype=np.int32) % len(cond))
 
 
 @pytest.fixture(scope="module")
 def data():
     cond = np.random.default_rng(9).standard_normal((2, 5), np.float32)
-    return jax.device_put(Data(resident(4, cond, 0), resident(6, cond[1:] + 1, 1)))
+    return jax.device_put(TrainingData(resident(4, cond, 0), resident(6, cond[1:] + 1, 1)))
 
 
 def predict(params, x, t, cond):
@@ -86,7 +102,7 @@ def real(sd15):
     """UNet and text encoder, their data, and how `run` trains them: (run on a mesh, trainable, data, optimizer)."""
     pipeline = sd15.pipeline
     ids = pipeline.tokenize(["a sks dog", "a dog"])
-    data = Data(resident(4, ids[:1], 0, (8, 8, 4)), resident(6, ids[1:], 1, (8, 8, 4)))
+    data = TrainingData(resident(4, ids[:1], 0, (8, 8, 4)), resident(6, ids[1:], 1, (8, 8, 4)))
     trainable = {name: value for name, value in sd15.params.items() if not name.startswith("vae.")}
     multiplier = lambda name: TEXT_RATE if name.startswith("text_encoder.") else 1.0  # noqa: E731
     optimizer = make_optimizer("adamw", optax.constant_schedule(RATE), multiplier=multiplier)
@@ -300,7 +316,7 @@ def test_what_is_drawn(data):
         x0, cond = (np.asarray(a[:, half]).reshape(800, *a.shape[2:]) for a in (batches.x0, batches.cond))
         nearest = np.abs(x0[:, None] - np.asarray(part.mean)).mean((2, 3, 4)).argmin(1)
         np.testing.assert_array_equal(np.sort(np.unique(nearest)), np.arange(len(part.mean)))
-        np.testing.assert_array_equal(cond, np.asarray(part.cond)[np.asarray(part.caption)[nearest]])
+        np.testing.assert_array_equal(cond, np.asarray(part.cond)[np.asarray(part.cond_index)[nearest]])
         # The posterior is sampled anew every time.
         residue = x0 - np.asarray(part.mean)[nearest]
         assert abs(residue.std() - 0.1) < 0.003 and abs(residue.mean()) < 0.003
@@ -337,7 +353,7 @@ def test_draws_do_not_depend_on_devices(data):
 
 def test_flat_data_are_the_same_examples():
     ids = np.zeros((1, 4), np.int32)
-    data = Data(resident(4, ids, 0, (8, 8, 4)), resident(6, ids, 1, (8, 8, 4)))
+    data = TrainingData(resident(4, ids, 0, (8, 8, 4)), resident(6, ids, 1, (8, 8, 4)))
     flat = jax.tree.map(lambda x: x.reshape(len(x), -1) if x.ndim == 4 else x, data)
     for step in (0, 3):
         assert_same(draw(data, SCHEDULE, 2, KEY, step), draw(flat, SCHEDULE, 2, KEY, step, (8, 8, 4)))

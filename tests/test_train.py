@@ -15,14 +15,16 @@ from etils import epath
 from PIL import Image
 from runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
 
-from dreambooth_jax import checkpoint, program, train
-from dreambooth_jax.config import ConfigError, check_config
-from dreambooth_jax.method import make_method
-from dreambooth_jax.preemption import Preemption
-from dreambooth_jax.report import NonFiniteLoss, Reporter
-from dreambooth_jax.sharding import make_mesh, state_shardings
-from dreambooth_jax.step import Metrics, TrainState, init_state
-from dreambooth_jax.trained import open_run
+from dreambooth_jax import train
+from dreambooth_jax.adapters.method import make_method
+from dreambooth_jax.devices.sharding import make_mesh, state_shardings
+from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state
+from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs import job as program
+from dreambooth_jax.runs.config import ConfigError, check_config
+from dreambooth_jax.runs.preemption import Preemption
+from dreambooth_jax.runs.report import NonFiniteLoss, Reporter
+from dreambooth_jax.runs.workdir import open_run
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from dreambooth_jax import tpu
+from dreambooth_jax.devices import tpu
+from dreambooth_jax.diffusion.optimizer import make_optimizer
+from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, init_state, make_step, run_steps
 from dreambooth_jax.models.layers import convolve
+from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import REMAT, UNet2DConditionModel, UNetSpec
-from dreambooth_jax.optimizer import make_optimizer
-from dreambooth_jax.params import functional
-from dreambooth_jax.schedule import Schedule
-from dreambooth_jax.step import Data, Resident, init_state, make_step, run_steps
-from dreambooth_jax.twice import computed_twice
+from dreambooth_jax.ops.recompute import recompute_gradients
 
 SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 UNET = UNetSpec.from_config(
@@ -45,7 +45,7 @@ def test_only_what_is_larger_than_its_factors_is_computed_again():
             hidden = jax.checkpoint(lambda w, b: jnp.tanh(x @ w + b))(params["wide"], params["bias"])
             return jnp.square(hidden @ params["narrow"]).sum() + jnp.sin(convolve(image, params["conv"], 1, 1)).sum()
 
-        grads, again = computed_twice(jax.grad(loss))(params)
+        grads, again = recompute_gradients(jax.grad(loss))(params)
         return grads, {name: again(grad, grads["bias"][0]) for name, grad in grads.items()}
 
     grads, recomputed = run(params)
@@ -58,8 +58,8 @@ def test_only_what_is_larger_than_its_factors_is_computed_again():
 def test_the_step_is_the_same(remat):
     unet = functional(lambda rngs: UNet2DConditionModel(UNET, remat=remat, rngs=rngs))
     optimizer = make_optimizer("adamw", optax.constant_schedule(1e-3))
-    examples = Resident(normal(0, 2, 4, 4, 4), jnp.ones((2, 4, 4, 4)), normal(1, 1, 3, 16), jnp.zeros(2, int))
-    data = Data(examples, None)
+    examples = EncodedExamples(normal(0, 2, 4, 4, 4), jnp.ones((2, 4, 4, 4)), normal(1, 1, 3, 16), jnp.zeros(2, int))
+    data = TrainingData(examples, None)
     states = []
     for twice in (False, True):
         state = init_state(unet.init(jax.random.key(0)), optimizer)
@@ -87,7 +87,9 @@ def test_on_a_tpu_gradients_do_not_wait():
     params = {f"{number}.kernel": shape(width, width) for number in range(layers)}
     state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
     state = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype), state)
-    data = Data(Resident(shape(4, 8, 8, width), shape(4, 8, 8, width), shape(1, 1), shape(4, dtype=jnp.int32)), None)
+    data = TrainingData(
+        EncodedExamples(shape(4, 8, 8, width), shape(4, 8, 8, width), shape(1, 1), shape(4, dtype=jnp.int32)), None
+    )
     key = jax.eval_shape(lambda: jax.random.key(0))
     temporaries = []
     for twice in (False, True):

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
+from dreambooth_jax.files.safetensors import read_model
+from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.spec import UnsupportedConfig
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
-from dreambooth_jax.params import functional
-from dreambooth_jax.weights import read_model
 
 
 @pytest.mark.parametrize("pooler", [False, True])

@@ -14,9 +14,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch_folders import write_folder
 
-from dreambooth_jax.params import under_prefix
-from dreambooth_jax.sharding import make_mesh, param_sharding, split_largest
-from dreambooth_jax.weights import WEIGHT_FILES, WeightsError, read_model, save_model
+from dreambooth_jax.devices.sharding import make_mesh, param_sharding, split_largest
+from dreambooth_jax.files.safetensors import WEIGHT_FILES, WeightsError, read_model, save_model
+from dreambooth_jax.models.params import under_prefix
 
 UNET_FILE, TEXT_FILE = WEIGHT_FILES
 
@@ -213,8 +213,8 @@ def test_onto_a_mesh(sd15):
 MEASURE = """
 import sys
 import jax, jax.numpy as jnp
-from dreambooth_jax.sharding import make_mesh, param_sharding, split_largest
-from dreambooth_jax.weights import read_model
+from dreambooth_jax.devices.sharding import make_mesh, param_sharding, split_largest
+from dreambooth_jax.files.safetensors import read_model
 
 def peak():  # resident bytes, mapped files included; ru_maxrss would begin at what the parent process had
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

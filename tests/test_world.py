@@ -11,7 +11,7 @@ from npm_packages import write_packages
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from dreambooth_jax.world import (
+from dreambooth_jax.tiny.world import (
     BACKGROUNDS,
     COLOURS,
     SETTINGS,
@@ -22,10 +22,10 @@ from dreambooth_jax.world import (
     words,
     write_tokenizer,
 )
-from dreambooth_jax.world.dataset import sprite_weights
-from dreambooth_jax.world.names import CLASSES, with_article
-from dreambooth_jax.world.scenes import place, setting
-from dreambooth_jax.world.sprites import FLUENT, HELD_OUT, NOTO, Sprite, fetch, tarball_name
+from dreambooth_jax.tiny.world.dataset import sprite_weights
+from dreambooth_jax.tiny.world.names import CLASSES, with_article
+from dreambooth_jax.tiny.world.scenes import place, setting
+from dreambooth_jax.tiny.world.sprites import FLUENT, HELD_OUT, NOTO, Sprite, fetch, tarball_name
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,9 @@ def sprites(source):
 
 def test_the_tokenizer_is_the_same_in_every_process(sprites, tmp_path):
     """The text tower knows tokens by their ids: another order of merges would turn it into noise."""
-    program = "import sys; from dreambooth_jax.world import write_tokenizer; write_tokenizer(sys.argv[1], sys.argv[2:])"
+    program = (
+        "import sys; from dreambooth_jax.tiny.world import write_tokenizer; write_tokenizer(sys.argv[1], sys.argv[2:])"
+    )
     for number in range(3):
         command = [sys.executable, "-c", program, str(tmp_path / str(number)), *words(sprites)]
         subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": str(number)})

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.extend.core import primitives
 from jaxtyping import Array, Float
 
-from dreambooth_jax.models import flash
-from dreambooth_jax.models.attention import attention
 from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, ResnetBlock2D, Upsample2D
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
+from dreambooth_jax.ops import flash
+from dreambooth_jax.ops.attention import attention
 
 Tokens = Float[Array, "b l c"]
 

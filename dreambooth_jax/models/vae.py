@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dreambooth_jax.models.attention import attention
 from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, ResnetBlock2D, Upsample2D
 from dreambooth_jax.models.spec import not_among, not_per_block, read_spec
+from dreambooth_jax.ops.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dreambooth_jax.models.attention import attention
 from dreambooth_jax.models.clip_text import ACTIVATIONS
 from dreambooth_jax.models.spec import not_among, read_spec
+from dreambooth_jax.ops.attention import attention
 
 Tokens = Float[Array, "b l c"]
 

@@ -4,7 +4,7 @@
 
 The dog, the cat and the car are made from sprites that the base's training leaves out (`sprites.HELD_OUT`), the
 backpack, the teapot and the robot from ones it knows. Each has a coat of its own, loud enough to be told at 64x64. The
-pictures of the settings come from a bank that training does not use. Licences: dreambooth_jax/world/LICENSES.md.
+pictures of the settings come from a bank that training does not use. Licences: dreambooth_jax/tiny/world/LICENSES.md.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageFilter
 
-from dreambooth_jax.world import COLOURS, load_sprites
-from dreambooth_jax.world.scenes import GROUNDED, blend, noise, place, plain, setting
-from dreambooth_jax.world.sprites import cut_out, tint
+from dreambooth_jax.tiny.world import COLOURS, load_sprites
+from dreambooth_jax.tiny.world.scenes import GROUNDED, blend, noise, place, plain, setting
+from dreambooth_jax.tiny.world.sprites import cut_out, tint
 
 SIZE = 256
 SPLIT = "subjects"

@@ -1,0 +1,71 @@
+"""The DreamBooth loss (arXiv 2208.12242, equation 2, in the notation of schedule.py).
+
+    L = mean_instance ||target - f(x_t, t, c)||^2 + lambda mean_prior ||target - f(x_t', t', c_class)||^2
+
+Both means come from one forward pass over the concatenated batch. `f` is any `predict(params, x_t, t, cond)`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dreambooth_jax.diffusion.process import Schedule, corrupt, snr_weight, target
+
+Predict = Callable[[Any, Array, Array, Any], Array]
+
+
+class Batch(NamedTuple):
+    """A training batch with its noise: instance examples first, then prior examples.
+
+    Attributes:
+        x0: clean latents or pixels [b, ...].
+        eps: standard normal noise, like x0.
+        t: timesteps in [0, T), [b].
+        cond: what `predict` takes as condition: any pytree with leading axis b.
+    """
+
+    x0: Float[Array, "b ..."]
+    eps: Float[Array, "b ..."]
+    t: Int[Array, "b"]
+    cond: Any
+
+
+class Losses(NamedTuple):
+    """Scalars: `loss` = `instance` + lambda `prior`; `prior` is 0 without prior examples."""
+
+    loss: Float[Array, ""]
+    instance: Float[Array, ""]
+    prior: Float[Array, ""]
+
+
+def dreambooth_loss(
+    predict: Predict,
+    params: Any,
+    batch: Batch,
+    schedule: Schedule,
+    *,
+    num_instance: int,
+    prior_weight: float = 1.0,
+    snr_gamma: float | None = None,
+) -> Losses:
+    """The prior-preserving loss of one batch.
+
+    Args:
+        predict: (params, x_t, t, cond) -> prediction like x_t.
+        params: whatever `predict` takes; gradients flow to it.
+        batch: the first `num_instance` examples show the subject, the rest the class.
+        schedule: noise levels and what is predicted.
+        num_instance: static; the batch's size turns prior preservation off.
+        prior_weight: lambda.
+        snr_gamma: min-SNR-gamma weighting of every example, in both halves; None for none.
+    """
+    xt = corrupt(schedule, batch.x0, batch.eps, batch.t)
+    prediction = predict(params, xt, batch.t, batch.cond).astype(jnp.float32)
+    error = jnp.square(prediction - target(schedule, batch.x0, batch.eps, batch.t)).mean(range(1, xt.ndim))
+    if snr_gamma is not None:
+        error = error * snr_weight(schedule, batch.t, snr_gamma)
+    instance = error[:num_instance].mean()
+    prior = error[num_instance:].mean() if len(error) > num_instance else jnp.zeros(())
+    return Losses(instance + prior_weight * prior, instance, prior)

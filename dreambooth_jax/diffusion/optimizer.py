@@ -1,0 +1,132 @@
+"""Optimizers from optax, over flat trainable params."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from dreambooth_jax.devices.sharding import make_mesh, replicated, split_kernel
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "adafactor")
+
+
+def learning_rate(kind: str, peak: float, *, warmup: int, steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup` updates to `peak`, then constant, or linear or cosine decay to 0 at `steps`.
+
+    Raises:
+        ValueError: unknown kind, or a warm-up that is as long as the run.
+    """
+    if kind not in LR_SCHEDULES:
+        raise ValueError(f"lr_schedule = {kind!r}; implemented: {', '.join(LR_SCHEDULES)}")
+    if warmup >= steps:
+        raise ValueError(f"lr_warmup_steps = {warmup} leaves nothing of {steps} steps")
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, steps - warmup),
+        "cosine": optax.cosine_decay_schedule(peak, steps - warmup),
+    }[kind]
+    # The first update already moves: 1/warmup of the peak.
+    return (
+        optax.join_schedules([lambda count: peak * (count + 1) / max(warmup, 1), after], [warmup]) if warmup else after
+    )
+
+
+def scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformation:
+    """Multiplies each named update by `factor(name)`: a per-module learning-rate multiplier."""
+
+    def update(updates: Mapping[str, jax.Array], state, params=None):
+        return {name: value * factor(name) for name, value in updates.items()}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Scales updates whose norm over everything exceeds `limit` down to it (arXiv 1211.5063, algorithm 1).
+
+    A norm that is known already can be given as `grad_norm`, a scalar: computed where the gradients come about it costs
+    nothing, while for optax's own all of them are read once more.
+    """
+
+    def update(updates, state, params=None, *, grad_norm: jax.Array | None = None, **extra):
+        norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
+        scale = limit / jnp.maximum(norm, limit)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    name: str,
+    rate: optax.Schedule,
+    *,
+    weight_decay: float = 1e-2,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float | None = 1.0,
+    moment_dtype: str = "float32",
+    multiplier: Callable[[str], float] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235) after clipping by the global norm.
+
+    Args:
+        name: "adamw" or "adafactor".
+        rate: update count -> learning rate.
+        weight_decay: decoupled; multiplied by the learning rate in both.
+        b1, b2, eps: AdamW's.
+        clip_norm: of the gradient over everything trained; None for no clipping.
+        moment_dtype: of AdamW's first moment; "bfloat16" saves two bytes per trained parameter.
+        multiplier: parameter name -> factor on its learning rate.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer = {name!r}; implemented: {', '.join(OPTIMIZERS)}")
+    core = (
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=moment_dtype)
+        if name == "adamw"
+        # Adafactor adds its decay after the learning rate; scaling it here keeps the field's meaning the same.
+        else optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
+    )
+    clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
+    return optax.chain(*clip, core, *([scale_by_name(multiplier)] if multiplier else []))
+
+
+# Between features and pixels or latents, whose few channels are not of equal rank: these take AdamW's update.
+_OUTERMOST = ("conv_in.kernel", "conv_out.kernel", "patch_embedding.kernel")
+
+
+def make_muon(
+    params: Mapping[str, jax.Array], rate: optax.Schedule, *, weight_decay: float, clip_norm: float = 1.0
+) -> optax.GradientTransformation:
+    """Muon (https://kellerjordan.github.io/posts/muon) for all matrices and convolutions but the outermost, AdamW with
+    the same root mean square of an update for the rest (arXiv 2502.16982, equation 4); for training from scratch.
+
+    Args:
+        params: what is trained, arrays or shapes.
+        rate: update count -> learning rate.
+        weight_decay: decoupled; multiplied by the learning rate.
+        clip_norm: of the gradient over everything trained.
+    """
+
+    def dimensions(name: str, ndim: int) -> MuonDimensionNumbers | None:
+        if not name.endswith("kernel") or name.endswith(_OUTERMOST):
+            return None
+        *window, rows, columns = range(ndim)
+        return MuonDimensionNumbers((rows, *window), columns)
+
+    optimizer = optax.contrib.muon(
+        rate, ns_steps=4, weight_decay=weight_decay, adam_weight_decay=weight_decay, adam_b2=0.99, consistent_rms=0.2,
+        muon_weight_dimension_numbers={name: dimensions(name, x.ndim) for name, x in params.items()},
+    )  # fmt: skip
+    # Every device orthogonalises its share of each matrix; otherwise all would do the same work.
+    divided = optax.stateless(lambda updates, params: jax.tree.map(split_kernel, updates))
+    everywhere = replicated(make_mesh())
+    whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, everywhere))
+    return optax.chain(clip_by_global_norm(clip_norm), divided, optimizer, whole)

@@ -1,0 +1,91 @@
+"""Attention, each backend by what it runs best.
+
+TPUs have a kernel (flash.py). XLA's CPU backend has none, and writes scores, probabilities and their gradients to
+memory one after the other; there the work goes head by head and block by block of queries, so that they stay in the
+cache, with the gradient of FlashAttention (arXiv 2205.14135, algorithm 4): from the normaliser of each row, no score is
+kept for the backward pass.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dreambooth_jax.devices.sharding import on_each_part
+from dreambooth_jax.ops import flash
+
+Heads = Float[Array, "b l n d"]
+# On CPU: queries whose scores are computed at once, and the fewest scores of one head for which a loop pays.
+BLOCK, FEWEST_SCORES = 512, 2**13
+
+
+def attention(
+    query: Float[Array, "b q n d"],
+    key: Float[Array, "b k n d"],
+    value: Float[Array, "b k n d"],
+    *,
+    causal: bool = False,
+) -> Float[Array, "b q n d"]:
+    """softmax(QK^T / sqrt(d)) V, scores and softmax in float32 (so that `upcast_attention` always holds)."""
+    plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    kinds = {}
+    if not causal and flash.worthwhile(query, key):
+        kinds["tpu"] = flash.flash_attention
+    if not causal and query.shape[1] * key.shape[1] >= FEWEST_SCORES:
+        kinds["cpu"] = blockwise_attention
+    return jax.lax.platform_dependent(query, key, value, **kinds, default=plain) if kinds else plain(query, key, value)
+
+
+def blockwise_attention(
+    query: Float[Array, "b q n d"], key: Float[Array, "b k n d"], value: Float[Array, "b k n d"]
+) -> Float[Array, "b q n d"]:
+    """softmax(QK^T / sqrt(d)) V, a block of one head's scores at a time. Under `jax.set_mesh` every device computes its
+    own part of the batch."""
+    return on_each_part(_head_by_head, query, key, value)
+
+
+def _head_by_head(query: Heads, key: Heads, value: Heads) -> Heads:
+    def heads(x: Heads) -> Float[Array, "bn l d"]:
+        return x.astype(jnp.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+    out = jax.lax.map(lambda qkv: _one_head(*qkv), (heads(query * query.shape[-1] ** -0.5), heads(key), heads(value)))
+    batch, length, count, width = query.shape
+    return out.reshape(batch, count, length, width).swapaxes(1, 2).astype(query.dtype)
+
+
+@jax.custom_vjp
+def _one_head(query: Float[Array, "q d"], key: Float[Array, "k d"], value: Float[Array, "k d"]) -> Float[Array, "q d"]:
+    return _forward(query, key, value)[0]
+
+
+def _forward(query: Array, key: Array, value: Array):
+    def block(query: Array) -> tuple[Array, Array]:
+        scores = query @ key.T
+        highest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(-1, keepdims=True)
+        return weights @ value / total, highest + jnp.log(total)
+
+    size = max(size for size in range(1, min(BLOCK, len(query)) + 1) if len(query) % size == 0)
+    queries = query.reshape(-1, size, query.shape[1])
+    out, normaliser = jax.lax.map(block, queries)
+    return out.reshape(query.shape), (queries, key, value, out, normaliser)
+
+
+def _backward(saved, d_out: Float[Array, "q d"]):
+    queries, key, value, out, normaliser = saved
+
+    def block(sums, inputs):
+        query, out, normaliser, d_out = inputs
+        weights = jnp.exp(query @ key.T - normaliser)
+        d_scores = weights * (d_out @ value.T - (d_out * out).sum(-1, keepdims=True))
+        # Not d_scores.T @ query: that turns over what is large.
+        return (sums[0] + query.T @ d_scores, sums[1] + d_out.T @ weights), d_scores @ key
+
+    sums = jnp.zeros_like(key.T), jnp.zeros_like(value.T)
+    (d_key, d_value), d_query = jax.lax.scan(block, sums, (queries, out, normaliser, d_out.reshape(out.shape)))
+    return d_query.reshape(d_out.shape), d_key.T, d_value.T
+
+
+_one_head.defvjp(_forward, _backward)

@@ -1,0 +1,176 @@
+"""What a config may say: everything that is checked before anything runs.
+
+The fields and their meaning stand in configs/dog.py.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from dreambooth_jax.adapters.method import METHODS
+from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
+from dreambooth_jax.diffusion.sampler import SAMPLERS
+from dreambooth_jax.models.unet import REMAT
+
+
+class ConfigError(ValueError):
+    """A config field is unknown, missing, of the wrong type, out of range, or contradicts the run that it resumes."""
+
+
+class Field(NamedTuple):
+    """A config field: its type, what holds of its value, and whether another value makes it another training run."""
+
+    kind: type
+    holds: Callable[[Any], bool] = lambda value: True
+    says: str = ""
+    meaning: bool = True
+
+
+def _positive(**kw) -> Field:
+    return Field(int, lambda v: v > 0, "a whole number above 0", **kw)
+
+
+def _not_negative(kind: type, **kw) -> Field:
+    return Field(kind, lambda v: v >= 0, "0 or more", **kw)
+
+
+def _one_of(*choices: str, **kw) -> Field:
+    return Field(str, lambda v: v in choices, f"one of {', '.join(choices)}", **kw)
+
+
+def _text(**kw) -> Field:
+    return Field(str, lambda v: bool(v.strip()), "not empty", **kw)
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        return bool(re.compile(text).pattern)
+    except re.error:
+        return False
+
+
+_SIZE = Field(int, lambda v: v == -1 or v > 0, "above 0, or -1 for what is left", meaning=False)
+_SHARE = Field(float, lambda v: 0 <= v < 1, "at least 0 and below 1")
+
+FIELDS: dict[str, Field] = {
+    "base": _text(),
+    "workdir": _text(meaning=False),
+    "instance_images": _text(),
+    "identifier": _text(),
+    "class_noun": _text(),
+    "instance_prompt": _text(),
+    "captions": _one_of("auto", "template"),
+    "resolution": _not_negative(int),
+    "crop": _one_of("center", "random"),
+    "flip": Field(bool),
+    "views": _positive(),
+    "seed": _not_negative(int),
+    "prior_preservation": Field(bool),
+    "prior_weight": _not_negative(float),
+    "class_prompt": _text(),
+    "class_images": Field(str),
+    "num_class_images": _positive(),
+    "class_batch_size": _positive(meaning=False),
+    "steps": _positive(),
+    "batch_size": _positive(),
+    "accumulate": _positive(),
+    "method": _one_of(*METHODS),
+    "lora_rank": _positive(),
+    "lora_alpha": Field(float, lambda v: v > 0, "above 0"),
+    "lora_targets": Field(str, _is_regex, "a regex for the ends of module names"),
+    "train_text_encoder": Field(bool),
+    "text_encoder_multiplier": _not_negative(float),
+    "optimizer": _one_of(*OPTIMIZERS),
+    "moment_dtype": _one_of("float32", "bfloat16"),
+    "learning_rate": Field(float, lambda v: v > 0, "above 0"),
+    "lr_schedule": _one_of(*LR_SCHEDULES),
+    "lr_warmup_steps": _not_negative(int),
+    "weight_decay": _not_negative(float),
+    "clip_norm": _not_negative(float),
+    "snr_gamma": _not_negative(float),
+    "ema_decay": _SHARE,
+    "dtype": _one_of("float32", "bfloat16"),
+    "remat": _one_of(*REMAT, meaning=False),
+    "mesh_data": _SIZE,
+    "mesh_fsdp": _SIZE,
+    "steps_per_call": _positive(meaning=False),
+    "save_every": _positive(meaning=False),
+    "keep_last": _positive(meaning=False),
+    "keep_every": _not_negative(int, meaning=False),
+    "sample_every": _positive(meaning=False),
+    "sample_prompts": Field(tuple, lambda v: all(isinstance(p, str) for p in v), "a tuple of prompts", meaning=False),
+    "sample_count": _positive(meaning=False),
+    "sampler": _one_of(*SAMPLERS),
+    "sampling_steps": _positive(),
+    "guidance_scale": _not_negative(float),
+    "negative_prompt": Field(str, meaning=False),
+}
+# These paint the class images, so that they belong to the run only with prior preservation.
+_PAINTING = ("class_prompt", "class_images", "num_class_images", "sampler", "sampling_steps", "guidance_scale")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks every field by itself and what two of them say together.
+
+    Raises:
+        ConfigError: naming every field that is unknown, missing or wrong, and what was expected.
+    """
+    problems = [f"{name}: unknown field" for name in sorted(config.keys() - FIELDS.keys())]
+    problems += [f"{name}: missing; configs/dog.py has every field" for name in sorted(FIELDS.keys() - config.keys())]
+    for name, field in FIELDS.items():
+        if name in config and (problem := _problem(field, config[name])):
+            problems.append(f"{name} = {config[name]!r}: {problem}")
+    if not problems:
+        problems = _contradictions(config)
+    if problems:
+        raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _problem(field: Field, value: Any) -> str | None:
+    number = field.kind is float and isinstance(value, int) and not isinstance(value, bool)
+    if not number and type(value) is not field.kind:
+        return f"expected {field.kind.__name__}"
+    return None if field.holds(value) else f"expected {field.says}"
+
+
+def _contradictions(config: ConfigDict) -> list[str]:
+    problems = []
+    if config.batch_size % config.accumulate:
+        problems.append(f"accumulate = {config.accumulate} does not divide batch_size = {config.batch_size}")
+    if config.lr_warmup_steps >= config.steps:
+        problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
+    prompts = {name: config[name] for name in ("instance_prompt", "class_prompt")}
+    prompts |= {f"sample_prompts[{i}]": text for i, text in enumerate(config.sample_prompts)}
+    for name, text in prompts.items():
+        try:
+            fill(text, config)
+        except (AttributeError, KeyError, IndexError, ValueError) as error:
+            problems.append(f"{name} = {text!r}: only {{identifier}} and {{class_noun}} can stand in it ({error!r})")
+    return problems
+
+
+def fill(template: str, config: ConfigDict) -> str:
+    """A prompt with the config's identifier and class noun in their places."""
+    return template.format(identifier=config.identifier, class_noun=config.class_noun)
+
+
+def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming the fields, if `config` means another run than `earlier`, its config.json."""
+    now = json.loads(config.to_json())
+    fields = {name for name, field in FIELDS.items() if field.meaning}
+    if not config.prior_preservation:
+        fields -= {*_PAINTING, "prior_weight"}
+    if config.method != "lora":
+        fields -= {"lora_rank", "lora_alpha", "lora_targets"}
+    if config.lr_schedule == "constant":
+        fields -= {"steps"}  # a longer run begins alike
+    changed = sorted(name for name in fields if now[name] != earlier.get(name))
+    if changed:
+        lines = (f"{name}: {earlier.get(name)!r} in the checkpoint, {now[name]!r} now" for name in changed)
+        raise ConfigError(
+            f"{config.workdir} holds a run with another meaning; go on with its values, or give another "
+            "--config.workdir:\n  " + "\n  ".join(lines)
+        )

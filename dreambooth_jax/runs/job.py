@@ -1,0 +1,154 @@
+"""The compiled programs of a training run, from shapes alone: `train` runs them, `plan` compiles them for a machine
+that is not there."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dreambooth_jax.adapters.method import Method, make_method
+from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
+from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
+from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, TrainState, init_state, make_step, run_steps
+from dreambooth_jax.families.pipeline import Pipeline
+from dreambooth_jax.models.params import Params
+from dreambooth_jax.painting.painter import make_paint_batch
+
+
+class Job(NamedTuple):
+    """What determines the programs. `config.resolution` is in pixels here, no longer 0."""
+
+    config: ConfigDict
+    pipeline: Pipeline
+    mesh: Mesh
+    optimizer: object
+    method: Method
+
+
+def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
+    """Resolves what a config leaves to the base, and the optimizer.
+
+    Raises:
+        ValueError: the optimizer or its schedule is not implemented.
+    """
+    config = ConfigDict(dict(config) | {"resolution": config.resolution or pipeline.resolution})
+    rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
+    optimizer = make_optimizer(
+        config.optimizer, rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None,
+        moment_dtype=config.moment_dtype,
+        multiplier=lambda name: config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0,
+    )  # fmt: skip
+    return Job(config, pipeline, mesh, optimizer, make_method(config))
+
+
+def initial(job: Job):
+    """trainable -> the state before the first step."""
+    return functools.partial(init_state, optimizer=job.optimizer, ema=job.config.ema_decay > 0)
+
+
+def split_shapes(job: Job) -> tuple[Params, Params]:
+    """(trainable, frozen) shapes, as the mesh holds them."""
+    trainable, frozen = job.method.shapes(job.pipeline.shapes)
+    return placed_shapes(job.mesh, trainable), placed_shapes(job.mesh, frozen)
+
+
+def state_shapes(job: Job, trainable: Params) -> TrainState:
+    """Shapes of the whole train state, as the mesh holds it; `trainable` may be arrays or shapes."""
+    shapes = jax.eval_shape(initial(job), trainable)
+    shardings = state_shardings(job.mesh, trainable, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def fresh_state(job: Job, trainable: Params) -> TrainState:
+    """The state before the first step, placed on the mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, state_shapes(job, trainable))
+    return jax.jit(initial(job), out_shardings=shardings)(trainable)
+
+
+def argument_shapes(job: Job, num_instance: int) -> tuple[TrainState, Params, TrainingData, jax.ShapeDtypeStruct]:
+    """(state, frozen, data, key): what `lower_steps` takes, for a subject of `num_instance` images."""
+    trainable, frozen = split_shapes(job)
+    data = data_shapes(job, num_instance, job.config.num_class_images)
+    return state_shapes(job, trainable), frozen, data, key_shape(job)
+
+
+def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
+    """Shapes of the resident examples, each half with one caption; every device has all of them."""
+    config, pipeline = job.config, job.pipeline
+    length, width = pipeline.text_spec.max_position_embeddings, pipeline.text_spec.hidden_size
+    cond = _everywhere(job, (1, length), jnp.int32)
+    if not config.train_text_encoder:
+        cond = _everywhere(job, (1, length, width), jnp.float32)
+
+    def resident(count: int) -> EncodedExamples:
+        latents = _everywhere(job, (count, math.prod(pipeline.latent_shape(config.resolution))), jnp.float32)
+        return EncodedExamples(latents, latents, cond, _everywhere(job, (count,), jnp.int32))
+
+    return TrainingData(resident(num_instance), resident(num_class) if config.prior_preservation else None)
+
+
+def key_shape(job: Job) -> jax.ShapeDtypeStruct:
+    """Of the run's key."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return _everywhere(job, key.shape, key.dtype)
+
+
+def _everywhere(job: Job, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(job.mesh))
+
+
+# The order of instructions that needs least memory; by default the compiler takes what the chip has.
+_TPU_OPTIONS = {"xla_memory_scheduler": "list"}
+
+
+def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData, key: jax.Array) -> jax.stages.Lowered:
+    """The call of up to `steps_per_call` training steps: (state, frozen, data, key, count) -> (state, metrics).
+
+    Arguments may be arrays or ShapeDtypeStructs with shardings. The state is donated.
+    """
+    config, pipeline, mesh, dtype = job.config, job.pipeline, job.mesh, jnp.dtype(job.config.dtype)
+    batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
+    spread = batch_sharding(mesh, batch)
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    step = make_step(
+        pipeline.denoise_ids if config.train_text_encoder else pipeline.denoise,
+        job.optimizer,
+        pipeline.schedule,
+        batch_size=config.batch_size,
+        combine=lambda frozen, trainable: gather(mesh, job.method.combine(frozen, trainable), dtype),
+        prior_weight=config.prior_weight,
+        snr_gamma=config.snr_gamma or None,
+        accumulate=config.accumulate,
+        grad_dtype=dtype if config.accumulate == 1 else jnp.float32,
+        # Among several devices the products would be exchanged twice too.
+        twice=on_tpu and mesh.size == 1 and config.accumulate == 1,
+        ema_decay=config.ema_decay or None,
+        example_shape=pipeline.latent_shape(config.resolution),
+        constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    steps = jax.jit(
+        run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
+        keep_unused=True,  # what is frozen stays on the devices, to paint samples: its memory counts
+        compiler_options=_TPU_OPTIONS if on_tpu else None,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):  # kernels split their batch over it
+        return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def lower_painting(job: Job) -> jax.stages.Lowered:
+    """Painting one batch of class images: (params, token ids, those of the negative prompts, keys) -> images."""
+    config, pipeline = job.config, job.pipeline
+    batch = config.class_batch_size
+    paint = make_paint_batch(
+        pipeline, job.mesh, resolution=config.resolution, batch_size=batch, sampler=config.sampler,
+        steps=config.sampling_steps, guidance=config.guidance_scale,
+    )  # fmt: skip
+    ids = _everywhere(job, (batch, pipeline.text_spec.max_position_embeddings), jnp.int32)
+    trainable, frozen = split_shapes(job)
+    with jax.set_mesh(job.mesh):
+        return paint.lower(trainable | frozen, ids, ids, _everywhere(job, (batch, 2), jnp.uint32))

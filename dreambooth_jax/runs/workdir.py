@@ -1,0 +1,73 @@
+"""Opening a training run again: its config, its pipeline, and the weights of a checkpoint."""
+
+import functools
+import json
+import os
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dreambooth_jax.adapters.method import Method, make_method
+from dreambooth_jax.devices.sharding import param_sharding, placed_shapes
+from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params
+from dreambooth_jax.models.params import Params
+from dreambooth_jax.runs import checkpoint
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The config that `train` wrote into its workdir.
+
+    Raises:
+        FileNotFoundError: nothing was trained there.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file. Give the --workdir of a run of dreambooth_jax.train.")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+class Trained(NamedTuple):
+    """What a run has learnt, apart from the base's weights.
+
+    Attributes:
+        trainable: the trained parameters or their average.
+    """
+
+    config: ConfigDict
+    pipeline: Pipeline
+    method: Method
+    trainable: Params
+
+
+def open_trained(
+    workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
+) -> Trained:
+    """Opens a run without reading the base's weights.
+
+    Args:
+        step: of the checkpoint; default: the newest.
+        dtype: of the computation; default: the run's.
+
+    Raises:
+        FileNotFoundError: no run, or no such checkpoint.
+    """
+    config = read_config(workdir)
+    pipeline = load_pipeline(config.base, dtype=jnp.dtype(dtype or config.dtype))
+    config.resolution = config.resolution or pipeline.resolution
+    method = make_method(config)
+    shapes, _ = method.shapes(pipeline.shapes)
+    manager = checkpoint.open_checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
+    trained = checkpoint.restore_weights(manager, placed_shapes(mesh, shapes), average=config.ema_decay > 0, step=step)
+    return Trained(config, pipeline, method, trained)
+
+
+def open_run(
+    workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
+) -> tuple[ConfigDict, Pipeline, Params]:
+    """The personalised model of a run, all its parameters; arguments and errors are `open_trained`'s."""
+    config, pipeline, method, trainable = open_trained(workdir, mesh, step, dtype=dtype)
+    params = read_params(pipeline, functools.partial(param_sharding, mesh))
+    return config, pipeline, method.combine(params, trainable)
