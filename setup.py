@@ -32,6 +32,9 @@ setup(
         # torch is pinned: a range that admits newer builds pulls in gigabytes of CUDA packages.
         "test": [
             "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "beartype",
             "torch==2.13.0",
             "diffusers>=0.40",
             "accelerate",

@@ -16,7 +16,12 @@ os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Annotations are checked at every call of these packages.
+TYPECHECKED: tuple[str, ...] = ()
+jaxtyping.install_import_hook(list(TYPECHECKED), "beartype.beartype")
 
 
 class Base:
@@ -29,7 +34,7 @@ class Base:
     """
 
     def __init__(self, folder, **parts):
-        from torch_folders import write_folder
+        from support.torch_folders import write_folder
 
         from dreambooth_jax.families.pipeline import load_pipeline, read_params
 
@@ -49,7 +54,7 @@ def sd15(tmp_path_factory):
 def sd21(tmp_path_factory):
     """Like Stable Diffusion 2.x: linear projections, heads per block, gelu, predicts the velocity."""
     from diffusers import DDIMScheduler
-    from torch_folders import SCHEDULE, TEXT_21, UNET_21
+    from support.torch_folders import SCHEDULE, TEXT_21, UNET_21
 
     scheduler = DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **SCHEDULE)
     return Base(tmp_path_factory.mktemp("sd21"), unet=UNET_21, text=TEXT_21, scheduler=scheduler)
@@ -58,7 +63,7 @@ def sd21(tmp_path_factory):
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     """A base whose training steps take milliseconds."""
-    from runs import write_micro
+    from support.runs import write_micro
 
     folder = tmp_path_factory.mktemp("micro")
     write_micro(folder)
@@ -68,7 +73,7 @@ def micro(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(micro, tmp_path_factory):
     """The workdir of an uninterrupted run of `runs.SMALL`; not to be changed."""
-    from runs import finish
+    from support.runs import finish
 
     workdir = tmp_path_factory.mktemp("finished") / "run"
     finish(workdir, base=micro)

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import (
+from support.runs import (
     assert_same_run,
     assert_same_state,
     checkpoints,
@@ -82,7 +82,7 @@ def test_sigterm_saves_and_leaves_at_once_wherever_it_comes(finished, micro, tmp
     for place in ("class images", "compile", "training", "sampling"):
         before = len(log_of(workdir).read_text()) if saved else 0
         uncached = {"JAX_ENABLE_COMPILATION_CACHE": str(place != "compile").lower()}
-        process = start(workdir, program=("tests/stopped_train.py", place), environment=uncached, **fields)
+        process = start(workdir, program=("tests/support/stopped_train.py", place), environment=uncached, **fields)
         while "sending SIGTERM" not in log_of(workdir).read_text()[before:] and process.poll() is None:
             time.sleep(0.01)
         sent = time.monotonic()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import SMALL, checkpoints, flags
+from support.runs import SMALL, checkpoints, flags
 
 from dreambooth_jax.export import main as export
 
@@ -34,7 +34,10 @@ def cloud(micro, tmp_path):
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name, text in (
-        ("gcloud", f'#!/usr/bin/env bash\nexec {sys.executable} {ROOT / "tests" / "fake_gcloud.py"} "$@"\n'),
+        (
+            "gcloud",
+            f'#!/usr/bin/env bash\nexec {sys.executable} {ROOT / "tests" / "support" / "fake_gcloud.py"} "$@"\n',
+        ),
         ("python3", HOST_PYTHON.format(python=sys.executable)),
     ):
         (bin_folder / name).write_text(text)

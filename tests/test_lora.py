@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
-from runs import checkpoints, config_of, finish, read_state
 from safetensors.numpy import load_file
+from support.runs import checkpoints, config_of, finish, read_state
 from test_export import painted_by_diffusers, painted_by_sample
 
 from dreambooth_jax import export

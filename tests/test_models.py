@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
-from torch_folders import TEXT_15, TEXT_21, UNET_15, UNET_21, VAE, randomise
+from support.torch_folders import TEXT_15, TEXT_21, UNET_15, UNET_21, VAE, randomise
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
-from runs import config_of
+from support.runs import config_of
 
 from dreambooth_jax import plan
 from dreambooth_jax.devices import tpu

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
-from npm_packages import write_packages
 from safetensors.numpy import load_file
+from support.npm_packages import write_packages
 
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 

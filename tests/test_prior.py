@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from runs import config_of
+from support.runs import config_of
 
 from dreambooth_jax import train
 from dreambooth_jax.data.class_images import check_class_images, missing_class_images, paint_class_images

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import checkpoints, log_of, pictures, start, wait
+from support.runs import checkpoints, log_of, pictures, start, wait
 
 FIELDS = {"batch_size": 4, "steps": 12, "save_every": 4, "sample_every": 12, "num_class_images": 10, "mesh_fsdp": 2}
 

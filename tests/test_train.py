@@ -13,7 +13,7 @@ import optax
 import pytest
 from etils import epath
 from PIL import Image
-from runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
+from support.runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
 
 from dreambooth_jax import train
 from dreambooth_jax.adapters.method import make_method

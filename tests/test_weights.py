@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from torch_folders import write_folder
+from support.torch_folders import write_folder
 
 from dreambooth_jax.devices.sharding import make_mesh, param_sharding, split_largest
 from dreambooth_jax.files.safetensors import WEIGHT_FILES, WeightsError, read_model, save_model

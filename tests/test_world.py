@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from npm_packages import write_packages
 from PIL import Image
+from support.npm_packages import write_packages
 from transformers import CLIPTokenizer
 
 from dreambooth_jax.tiny.world import (

@@ -11,9 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from torch_folders import write_folder
 
-ROOT = Path(__file__).parent.parent
+from support.torch_folders import write_folder
+
+ROOT = Path(__file__).parent.parent.parent
 UNET = {
     "sample_size": 8,
     "block_out_channels": (16,),
