@@ -13,6 +13,7 @@ from support.runs import SMALL, checkpoints, flags
 from dreambooth_jax.export import main as export
 
 ROOT = Path(__file__).parent.parent
+FAKE_GCLOUD = ROOT / "tests" / "support" / "fake_gcloud.py"
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 FIELDS = SMALL | {"steps": 120, "save_every": 10, "sample_every": 120, "batch_size": 2}
 
@@ -36,7 +37,7 @@ def cloud(micro, tmp_path):
     for name, text in (
         (
             "gcloud",
-            f'#!/usr/bin/env bash\nexec {sys.executable} {ROOT / "tests" / "support" / "fake_gcloud.py"} "$@"\n',
+            f'#!/usr/bin/env bash\nexec {sys.executable} {FAKE_GCLOUD} "$@"\n',
         ),
         ("python3", HOST_PYTHON.format(python=sys.executable)),
     ):
