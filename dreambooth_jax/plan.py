@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from dreambooth_jax.data.images import list_images
+from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes

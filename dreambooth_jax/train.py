@@ -21,14 +21,22 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from dreambooth_jax.data.class_images import check_class_images, missing_class_images, paint_class_images
+from dreambooth_jax.data.class_images import (
+    agreed,
+    check_class_images,
+    class_folder,
+    missing_class_images,
+    paint_class_images,
+    read_class_images,
+)
 from dreambooth_jax.data.encode import make_encoder
-from dreambooth_jax.data.images import Examples, decode_image, list_images, read_examples
+from dreambooth_jax.data.identifiers import check_identifier
+from dreambooth_jax.data.images import Examples, decode_image, read_examples
+from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import batch_sharding, make_mesh, param_sharding, replicated
 from dreambooth_jax.diffusion.step import TrainingData, TrainState
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params
-from dreambooth_jax.identifier import check_identifier
 from dreambooth_jax.models.params import Params, count
 from dreambooth_jax.painting.painter import Painter, Request, make_painter, paint_sheet, save_sheet
 from dreambooth_jax.painting.sheets import file_names, save_png
@@ -58,10 +66,6 @@ class Run(NamedTuple):
     @property
     def mesh(self) -> Mesh:
         return self.job.mesh
-
-
-def class_folder(config: ConfigDict) -> epath.Path:
-    return epath.Path(config.class_images or f"{config.workdir}/class_images")
 
 
 def set_up(config: ConfigDict) -> Run:
@@ -101,13 +105,6 @@ def _claim(workdir: epath.Path, config: ConfigDict) -> None:
         raise ConfigError(
             f"workdir = {config.workdir!r} cannot be written ({error}); give another --config.workdir"
         ) from error
-
-
-def read_class_images(config: ConfigDict) -> Examples:
-    return read_examples(
-        class_folder(config), config.resolution, template=config.class_prompt, identifier=config.identifier,
-        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip, seed=config.seed,
-    )  # fmt: skip
 
 
 def print_plan(run: Run, done: int) -> None:
@@ -150,7 +147,7 @@ def prepare_data(run: Run, params: Params) -> TrainingData:
     if not config.prior_preservation:
         return TrainingData(encode(params, run.examples), None)
     folder = class_folder(config)
-    if numbers := _agreed(missing_class_images(folder, config.num_class_images), config.num_class_images):
+    if numbers := agreed(missing_class_images(folder, config.num_class_images), config.num_class_images):
         about = {
             "model": config.base, "sampler": config.sampler, "steps": str(config.sampling_steps),
             "guidance": str(config.guidance_scale),
@@ -160,13 +157,6 @@ def prepare_data(run: Run, params: Params) -> TrainingData:
             batch_size=config.class_batch_size, metadata=about,
         )  # fmt: skip
     return TrainingData(encode(params, run.examples), encode(params, read_class_images(config)))
-
-
-def _agreed(numbers: list[int], count: int) -> list[int]:
-    """`numbers` below `count` as the first process has them: one that looks later may already see new pictures."""
-    chosen = np.zeros(count, bool)
-    chosen[numbers] = True
-    return np.flatnonzero(runtime.as_first_process_has_it(chosen)).tolist()
 
 
 def start_state(run: Run, trainable: Params, manager) -> TrainState:

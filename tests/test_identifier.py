@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dreambooth_jax.data.identifiers import check_identifier, default_ranks, rare_tokens
 from dreambooth_jax.files.tokenizer import load_tokenizer
-from dreambooth_jax.identifier import check_identifier, default_ranks, main, rare_tokens
+from dreambooth_jax.identifier import main
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

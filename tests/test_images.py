@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from dreambooth_jax.data.images import list_images, read_examples
+from dreambooth_jax.data.images import read_examples
+from dreambooth_jax.data.sources import list_images
 
 TEMPLATE = "a photo of {identifier} {class_noun}"
 

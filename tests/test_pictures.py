@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_jax.data.images import list_images
+from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.painting.sheets import contact_sheet, file_names, save_png
 
 

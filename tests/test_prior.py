@@ -6,8 +6,12 @@ import pytest
 from PIL import Image
 from support.runs import config_of
 
-from dreambooth_jax import train
-from dreambooth_jax.data.class_images import check_class_images, missing_class_images, paint_class_images
+from dreambooth_jax.data.class_images import (
+    check_class_images,
+    missing_class_images,
+    paint_class_images,
+    read_class_images,
+)
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.painting.painter import make_painter
@@ -115,7 +119,7 @@ def test_a_persons_own_images_count(prior, complete, tmp_path):
 def test_more_than_were_asked_for_are_used(complete, tmp_path, micro):
     config = config_of(tmp_path, base=micro, resolution=16, num_class_images=3, class_images=str(complete))
     assert missing_class_images(complete, 3) == []
-    assert len(train.read_class_images(config).images) == 10
+    assert len(read_class_images(config).images) == 10
 
 
 def test_another_prompt_is_found_out(complete, tmp_path):

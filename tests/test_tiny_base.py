@@ -8,9 +8,9 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 
+from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
 from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER, load_pipeline, read_params
-from dreambooth_jax.identifier import check_identifier
 from dreambooth_jax.tiny import world
 
 

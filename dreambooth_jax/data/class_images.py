@@ -9,17 +9,31 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth_jax.data.images import list_images
+from dreambooth_jax.data.images import Examples, read_examples
+from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
 
 _OURS = re.compile(r"class_(\d{5,})\.png")
+
+
+def class_folder(config: ConfigDict) -> epath.Path:
+    return epath.Path(config.class_images or f"{config.workdir}/class_images")
+
+
+def read_class_images(config: ConfigDict) -> Examples:
+    return read_examples(
+        class_folder(config), config.resolution, template=config.class_prompt, identifier=config.identifier,
+        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip, seed=config.seed,
+    )  # fmt: skip
 
 
 def missing_class_images(folder: str | os.PathLike, count: int) -> list[int]:
@@ -87,3 +101,10 @@ def paint_class_images(
             "workdir (or class_images) of a run on several hosts must be one folder for all: gs://bucket/..., or a "
             "shared disk."
         )
+
+
+def agreed(numbers: list[int], count: int) -> list[int]:
+    """`numbers` below `count` as the first process has them: one that looks later may already see new pictures."""
+    chosen = np.zeros(count, bool)
+    chosen[numbers] = True
+    return np.flatnonzero(runtime.as_first_process_has_it(chosen)).tolist()

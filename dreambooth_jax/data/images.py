@@ -8,25 +8,20 @@ happens here, as `views` pre-drawn crops and flips of each image.
 """
 
 import io
-import json
 import os
-import re
-import string
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from etils import epath
 from PIL import Image, ImageCms, ImageOps
 
+from dreambooth_jax.data.captions import fill, raise_listing
+from dreambooth_jax.data.sources import Item, folder_items, tfds_items
+
 FORMATS = ("JPEG", "PNG", "WEBP")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
-# Pictures that are not read. Skipping them like a README would drop a person's photos in silence.
-FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl", ".jp2", ".dng", ".cr2", ".nef")
-CAPTION_FIELDS = ("identifier", "class_noun")
 
 
 class Examples(NamedTuple):
@@ -35,12 +30,6 @@ class Examples(NamedTuple):
     images: np.ndarray  # uint8[n h w 3], sRGB
     captions: tuple[str, ...]
     names: tuple[str, ...]  # the file name, or NAME:SPLIT#index
-
-
-class _Item(NamedTuple):
-    name: str
-    read: Callable[[], bytes]  # the encoded image
-    caption: str | None
 
 
 def read_examples(
@@ -82,8 +71,8 @@ def read_examples(
       ValueError: a bad argument, template or caption, no images, or images that cannot be read: all of them are listed.
     """
     _check_arguments(resolution, captions, crop, flip, views)
-    _fill(template, identifier, class_noun, "the caption template")
-    items = _tfds_items(os.fspath(source)) if os.fspath(source).startswith("tfds:") else _folder_items(source)
+    fill(template, identifier, class_noun, "the caption template")
+    items = tfds_items(os.fspath(source)) if os.fspath(source).startswith("tfds:") else folder_items(source)
     texts = _captions(items, captions, template, identifier, class_noun, source)
     squares = _read_squares(items, resolution, crop, flip, views, seed, source)
     return Examples(
@@ -91,26 +80,6 @@ def read_examples(
         captions=tuple(text for text in texts for _ in range(views)),
         names=tuple(item.name for item in items for _ in range(views)),
     )
-
-
-def list_images(folder: str | os.PathLike) -> list[epath.Path]:
-    """The JPEG, PNG and WebP files directly in `folder`, sorted by name; none where the folder does not exist.
-
-    Hidden files and files that are no images are skipped.
-
-    Raises:
-      ValueError: the folder holds pictures of a kind that is not read (HEIC, TIFF, ...); all of them are listed.
-    """
-    folder = epath.Path(folder)
-    if not folder.is_dir():
-        return []
-    visible = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
-    foreign = [p.name for p in visible if p.suffix.lower() in FOREIGN_SUFFIXES]
-    if foreign:
-        raise ValueError(
-            f"{folder}: these pictures are not JPEG, PNG or WebP; convert or remove them: {', '.join(foreign)}"
-        )
-    return [p for p in visible if p.suffix.lower() in SUFFIXES and not p.is_dir()]
 
 
 def _check_arguments(resolution, captions, crop, flip, views) -> None:
@@ -126,120 +95,8 @@ def _check_arguments(resolution, captions, crop, flip, views) -> None:
         )
 
 
-def _raise_listing(problem: str, reasons: Mapping[str, str], remedy: str) -> None:
-    lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"{problem}:\n{lines}\n{remedy}")
-
-
-# --- sources
-
-
-def _folder_items(source: str | os.PathLike) -> list[_Item]:
-    folder = epath.Path(source)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"No image folder {folder}. Give an existing folder with 3-5 JPEG, PNG or WebP photos, or tfds:NAME:SPLIT."
-        )
-    paths = list_images(folder)
-    if not paths:
-        raise ValueError(
-            f"{folder} holds no images. Put JPEG, PNG or WebP files directly in it (subfolders are not searched)."
-        )
-    texts = _folder_captions(folder, paths)
-    return [_Item(path.name, path.read_bytes, texts.get(path.name)) for path in paths]
-
-
-def _folder_captions(folder: epath.Path, paths: Sequence[epath.Path]) -> dict[str, str]:
-    metadata = folder / "metadata.jsonl"
-    sidecars = {path.name: side for path in paths if (side := path.with_suffix(".txt")).exists()}
-    if metadata.exists() and sidecars:
-        raise ValueError(f"{folder} has captions twice, in metadata.jsonl and in .txt files: remove one of them")
-    if metadata.exists():
-        return _metadata_captions(metadata, {path.name for path in paths})
-    return {name: _read_text(side) for name, side in sidecars.items()}
-
-
-def _read_text(path: epath.Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # some editors put a byte-order mark first
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-
-
-def _metadata_captions(path: epath.Path, names: set[str]) -> dict[str, str]:
-    """Reads {"file_name": ..., "text": ...} lines, the layout of Hugging Face's imagefolder."""
-    texts, bad = {}, {}
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            bad[f"line {number}"] = f"{type(error).__name__}: {error}"
-            continue
-        if name not in names:
-            bad[f"line {number}"] = f"there is no image {name!r} in this folder"
-        elif not isinstance(text, str):
-            bad[f"line {number}"] = f"text is {text!r}, not a string"
-        texts[name] = text
-    if bad:
-        _raise_listing(
-            f"{path} has unusable lines", bad, 'Each line must be {"file_name": "dog.jpg", "text": "a caption"}.'
-        )
-    return texts
-
-
-def _tfds_items(source: str) -> list[_Item]:
-    match = re.fullmatch(r"tfds:([^:?]+(?::\d[^:?]*)?):([^?]+)(?:\?data_dir=(.+))?", source)
-    if not match:
-        raise ValueError(f"{source!r} is not of the form tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR]")
-    name, split, data_dir = match.groups()
-    records, image_key, caption_key = _open_tfds(name, split, data_dir or os.environ.get("TFDS_DATA_DIR"))
-    items = []
-    for i in range(len(records)):
-        record = records[i]
-        caption = record[caption_key].decode() if caption_key else None
-        items.append(_Item(f"{name}:{split}#{i}", lambda data=record[image_key]: data, caption))
-    if not items:
-        raise ValueError(f"{source} holds no images: choose another split or slice")
-    return items
-
-
-def _open_tfds(name: str, split: str, data_dir: str | None):
-    """The random-access records of a split with images left encoded, its image key and its caption key or None."""
-    try:
-        import tensorflow_datasets as tfds  # slow to import, and only these sources need it
-    except ImportError as error:
-        raise ImportError("tfds: sources need: pip install tensorflow-datasets array_record") from error
-    try:
-        records = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
-    except (tfds.core.DatasetNotFoundError, NotImplementedError, AssertionError) as error:
-        raise ValueError(
-            f"TFDS has no {name} stored as ArrayRecord under {data_dir or '~/tensorflow_datasets'}. Prepare it once "
-            f"where TensorFlow is installed, `tfds build {name} --file_format=array_record`, and give the folder that "
-            "it wrote to as ?data_dir= or in TFDS_DATA_DIR."
-        ) from error
-    features = records.dataset_info.features
-    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
-    image_key = "image" if "image" in images else images[0] if len(images) == 1 else None
-    if image_key is None:
-        raise ValueError(
-            f"TFDS {name} has no feature `image` and not exactly one image feature; its image features are {images}"
-        )
-    if features[image_key].np_dtype == np.float32:
-        raise ValueError(f"TFDS {name}: feature {image_key!r} holds float32 values, not pictures")
-    texts = [key for key in ("caption", "text") if key in features and isinstance(features[key], tfds.features.Text)]
-    # TFDS's own decoder ignores orientation, palettes and transparency; ours reads the same bytes as from a file.
-    records.decoders = {key: tfds.decode.SkipDecoding() for key in images}
-    return records, image_key, texts[0] if texts else None
-
-
-# --- captions
-
-
 def _captions(
-    items: Sequence[_Item], captions: str, template: str, identifier: str, class_noun: str, source
+    items: Sequence[Item], captions: str, template: str, identifier: str, class_noun: str, source
 ) -> list[str]:
     own = [" ".join((item.caption or "").split()) if captions == "auto" else "" for item in items]
     missing = [item.name for item, text in zip(items, own, strict=True) if not text]
@@ -248,32 +105,14 @@ def _captions(
             f"{source}: {len(missing)} of {len(items)} images have no caption while the others have one: "
             f"{', '.join(missing)}. Give every image a .txt file or a metadata.jsonl line, or set captions='template'."
         )
-    return [_fill(text or template, identifier, class_noun, item.name) for item, text in zip(items, own, strict=True)]
-
-
-def _fill(caption: str, identifier: str, class_noun: str, where: str) -> str:
-    """Replaces {identifier} and {class_noun}; anything else in braces is an error."""
-    values = dict(zip(CAPTION_FIELDS, (identifier, class_noun), strict=True))
-    try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(caption) if field is not None}
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: {caption!r} is not a valid caption: {error}. Write {{{{ and }}}} for literal braces."
-        ) from error
-    if unknown := sorted(fields - set(values)):
-        raise ValueError(
-            f"{where}: unknown field {{{unknown[0]}}} in {caption!r}; the fields are {{identifier}} and {{class_noun}}"
-        )
-    if empty := sorted(field for field in fields if not values[field]):
-        raise ValueError(f"{where}: {caption!r} uses {{{empty[0]}}}, which is empty: set {empty[0]} or leave it out")
-    return caption.format(**values)
+    return [fill(text or template, identifier, class_noun, item.name) for item, text in zip(items, own, strict=True)]
 
 
 # --- pixels
 
 
 def _read_squares(
-    items: Sequence[_Item], resolution: int, crop: str, flip: bool, views: int, seed: int, source
+    items: Sequence[Item], resolution: int, crop: str, flip: bool, views: int, seed: int, source
 ) -> list[np.ndarray]:
     squares, bad, small = [], {}, []
     for item in items:
@@ -286,7 +125,7 @@ def _read_squares(
             small.append(f"{item.name} ({image.width} x {image.height})")
         squares += [_square(image, resolution, *view) for view in _draw_views(item.name, crop, flip, views, seed)]
     if bad:
-        _raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
+        raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
     if small:
         logging.warning(
             "%d images are smaller than %d pixels and were enlarged: %s", len(small), resolution, ", ".join(small)

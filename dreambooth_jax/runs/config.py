@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.method import METHODS
+from dreambooth_jax.data import captions
 from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
 from dreambooth_jax.diffusion.sampler import SAMPLERS
 from dreambooth_jax.models.unet import REMAT
@@ -146,15 +147,15 @@ def _contradictions(config: ConfigDict) -> list[str]:
     prompts |= {f"sample_prompts[{i}]": text for i, text in enumerate(config.sample_prompts)}
     for name, text in prompts.items():
         try:
-            fill(text, config)
-        except (AttributeError, KeyError, IndexError, ValueError) as error:
-            problems.append(f"{name} = {text!r}: only {{identifier}} and {{class_noun}} can stand in it ({error!r})")
+            fill(text, config, name)
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 
-def fill(template: str, config: ConfigDict) -> str:
+def fill(template: str, config: ConfigDict, where: str = "prompt") -> str:
     """A prompt with the config's identifier and class noun in their places."""
-    return template.format(identifier=config.identifier, class_noun=config.class_noun)
+    return captions.fill(template, config.identifier, config.class_noun, where)
 
 
 def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
