@@ -34,7 +34,7 @@ _ALIASES = (
 )
 _ROWS = 16  # a cache line: transposing in strips is three times as fast as all at once
 # A constant buffer of older transformers; a head that features are not read from.
-_IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+_IGNORED = ("encoder.embed_tokens.weight", "embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 
 class WeightsError(ValueError):

@@ -53,7 +53,7 @@ def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def not_among(spec, allowed: Mapping[str, Sequence[str]]) -> list[str]:
+def not_among(spec, allowed: Mapping[str, Sequence[str | None]]) -> list[str]:
     """A problem for each field whose value, or an entry of it, is not one of those `allowed` by name."""
     problems = []
     for name, choices in allowed.items():
