@@ -175,12 +175,17 @@ def test_command(clip_base, capsys):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--base", "nowhere"], "No tokenizer in nowhere"), (["--base", "nowhere", "--ranks", "5"], "invalid")],
+    [(["--base", "nowhere"], "nowhere': no such folder"), (["--base", "nowhere", "--ranks", "5"], "invalid")],
 )
 def test_command_errors(options, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit) as end:
         main(options)
-    assert message in capsys.readouterr().err
+    assert end.value.code not in (0, None) and message in f"{end.value.code}{capsys.readouterr().err}"
+
+
+def test_the_embedded_base_proposes_identifiers(capsys):
+    main(["--base", "tiny", "--count", "3"])
+    assert capsys.readouterr().out.count(" rank ") == 3
 
 
 def test_module_runs_as_a_program():

@@ -1,0 +1,57 @@
+"""Whole files or none: a killed process leaves the old file or the new one, never a part of it."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Replaces the content of a file, local or in a bucket; its folder is made if absent.
+
+    The data are on the disk, not only in the system's cache, when this returns.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if "://" in str(path):
+        epath.Path(path).write_bytes(data)  # object stores show an object when it is complete
+        return
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty new file beside `path` (local); the body writes it, then it takes the place of `path`.
+
+    The partial file has a random name and is made by this process alone: a link that somebody else has put there is
+    not followed. It is hidden, so that no listing of images or weights takes it for a whole file, and it is deleted
+    if the body fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{secrets.token_hex(8)}.partial"
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    mode = partial.stat().st_mode
+    try:
+        yield partial
+        partial.chmod(mode)  # safetensors makes files that only their owner reads
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a local file, or the names in a local folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
