@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_jax.adapters.method import lora_for_files
+from dreambooth_jax.adapters.lora import merge
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import save_pipeline
+from dreambooth_jax.files.lora_peft import FILE as LORA_FILE
+from dreambooth_jax.files.lora_peft import lora_for_files
 from dreambooth_jax.files.safetensors import save_tensors
 from dreambooth_jax.runs.workdir import open_run, open_trained
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def export_model(options: argparse.Namespace, dtype: np.dtype) -> str:
     """Writes the personalised model; returns how to open it."""
     _, pipeline, params = open_run(options.workdir, make_mesh(), options.step)
-    save_pipeline(pipeline, params, options.output, dtype=dtype)
+    save_pipeline(pipeline, merge(params), options.output, dtype=dtype)
     return f'StableDiffusionPipeline.from_pretrained("{options.output}")'
 
 
@@ -34,10 +34,10 @@ def export_lora(options: argparse.Namespace, dtype: np.dtype) -> str:
     Raises:
         ValueError: the run did not train a LoRA.
     """
-    config, _, _, trainable = open_trained(options.workdir, make_mesh(), options.step)
+    config, _, method, trainable = open_trained(options.workdir, make_mesh(), options.step)
     if config.method != "lora":
         raise ValueError(f"{options.workdir} was trained with method = {config.method!r}: leave out --lora")
-    factors = lora_for_files(trainable, rank=config.lora_rank, alpha=config.lora_alpha)
+    factors = lora_for_files(method.combine({}, trainable))
     save_tensors(Path(options.output) / LORA_FILE, factors, dtype=dtype)
     return f'StableDiffusionPipeline.from_pretrained("{config.base}").load_lora_weights("{options.output}")'
 

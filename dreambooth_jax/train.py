@@ -178,10 +178,11 @@ def train(run: Run, guard: Preemption) -> None:
         if done < config.steps or _sheet_is_missing(run, done):
             check_space(run, manager)
             params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
-            data = prepare_data(run, params)
             key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(run.mesh))()
             trainable, frozen = run.job.method.start(params, key)
             del params
+            # The base still, in the form that the samples' painter takes: painting compiles once.
+            data = prepare_data(run, run.job.method.combine(frozen, trainable))
             state = start_state(run, trainable, manager)
             del trainable
             steps = lower_steps(run.job, state, frozen, data, key).compile()

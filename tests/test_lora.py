@@ -10,10 +10,10 @@ from support.runs import checkpoints, config_of, finish, read_state
 from test_export import painted_by_diffusers, painted_by_sample
 
 from dreambooth_jax import export
-from dreambooth_jax.adapters.method import lora, make_method
+from dreambooth_jax.adapters.lora import lora, merge
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
-from dreambooth_jax.runs.job import data_shapes, initial, lower_steps, make_job, split_shapes, state_shapes
+from dreambooth_jax.runs.job import data_shapes, initial, lower_steps, make_job, make_method, split_shapes, state_shapes
 from dreambooth_jax.runs.workdir import open_run
 
 TARGETS = r"to_[qkv]|to_out\.0|conv1|[qkv]_proj"  # matrices and convolutions, of both models
@@ -45,16 +45,22 @@ def test_it_starts_at_the_base_with_the_shapes_it_promised(base, tmp_path):
     assert {n: (x.shape, x.dtype) for n, x in trainable.items()} == {n: (x.shape, x.dtype) for n, x in promised.items()}
     assert frozen.keys() == kept.keys() == base[1].keys()
     combined = method.combine(frozen, trainable)
-    assert combined.keys() == base[1].keys()
+    merged = merge(combined)
+    assert combined.keys() == base[1].keys() | trainable.keys() and merged.keys() == base[1].keys()
     for name, value in base[1].items():
-        np.testing.assert_array_equal(combined[name], value)
+        np.testing.assert_array_equal(merged[name], value)
+    pipeline, rng = base[0], np.random.default_rng(0)
+    x, ids = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.arange(32).reshape(2, 16)
+    painted = [jax.jit(pipeline.denoise_ids)(params, x, jnp.ones(2), ids) for params in (base[1], combined)]
+    np.testing.assert_array_equal(*painted)
     other, _ = method.start(base[1], jax.random.key(1))
     randomly = {name for name, value in trainable.items() if not np.array_equal(value, other[name])}
     assert randomly == {name for name in trainable if ".lora_A." in name}
 
 
 def test_the_difference_is_of_low_rank_on_the_targets_alone(tuned, base):
-    _, _, params = open_run(tuned, make_mesh())
+    _, _, factored = open_run(tuned, make_mesh())
+    params = merge(factored)
     moved = {name for name, value in base[1].items() if not np.array_equal(value, params[name])}
     assert {name.split(".")[0] for name in moved} == {"unet", "text_encoder"}
     ends = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "q_proj", "k_proj", "v_proj")
@@ -128,6 +134,25 @@ def test_eight_devices_compute_what_one_does(base, tmp_path):
     alone = losses(make_mesh(1, 1, jax.devices()[:1]))
     assert alone[0] != alone[-1]
     np.testing.assert_allclose(losses(make_mesh(2, 4)), alone, rtol=1e-5)
+
+
+def test_a_layer_computes_with_its_factors_what_it_computes_with_the_merged_kernel(tuned, base):
+    pipeline, rng = base[0], np.random.default_rng(0)
+    _, _, factored = open_run(tuned, make_mesh())
+    x, ids = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.arange(32).reshape(2, 16)
+    ours, merged, before = (
+        np.asarray(jax.jit(pipeline.denoise_ids)(params, x, jnp.ones(2), ids))
+        for params in (factored, merge(factored), base[1])
+    )
+    np.testing.assert_allclose(ours, merged, atol=1e-5)
+    assert np.abs(ours - before).max() > 1e-2
+
+
+def test_factors_for_a_layer_that_is_not_there_are_an_error(base):
+    pipeline, params = base
+    x, ids = jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 16), jnp.int32)
+    with pytest.raises(KeyError, match=r"mid_block\.attn9: no linear layer or convolution takes its lora_A"):
+        pipeline.denoise_ids(params | {"unet.mid_block.attn9.lora_A.kernel": x}, x, jnp.ones(1), ids)
 
 
 def test_targets_that_match_nothing_are_an_error(base):

@@ -16,7 +16,6 @@ from PIL import Image
 from support.runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
 
 from dreambooth_jax import train
-from dreambooth_jax.adapters.method import make_method
 from dreambooth_jax.devices.sharding import make_mesh, state_shardings
 from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state
 from dreambooth_jax.runs import checkpoint
@@ -331,7 +330,7 @@ def fake_run(tmp_path, monkeypatch, **fields):
 
     monkeypatch.setattr(Reporter, "record", told("report", Reporter.record))
     monkeypatch.setattr(checkpoint, "save", told("save", checkpoint.save))
-    job = program.Job(config, None, make_mesh(), None, make_method(config))
+    job = program.Job(config, None, make_mesh(), None, program.make_method(config))
     return train.Run(job, epath.Path(config.workdir), None, None), events
 
 

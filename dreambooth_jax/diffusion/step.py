@@ -4,6 +4,7 @@ Every random draw comes from `fold_in(key, step)` and then per example, never fr
 devices: a resumed run repeats the uninterrupted one bit for bit, and four photos train on one chip or on 256.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from dreambooth_jax.adapters import method
 from dreambooth_jax.diffusion.loss import Batch, Predict, dreambooth_loss
 from dreambooth_jax.diffusion.process import Schedule
 from dreambooth_jax.models.params import Params
@@ -117,7 +117,7 @@ def make_step(
     schedule: Schedule,
     *,
     batch_size: int,
-    combine: Callable[[Params, Params], Params] = method.combine,
+    combine: Callable[[Params, Params], Params] = operator.or_,
     prior_weight: float = 1.0,
     snr_gamma: float | None = None,
     accumulate: int = 1,

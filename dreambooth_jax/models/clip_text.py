@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dreambooth_jax.models.layers import Linear
 from dreambooth_jax.models.spec import not_among, read_spec
 from dreambooth_jax.ops.attention import attention
 
@@ -88,10 +89,10 @@ class Embeddings(nnx.Module):
 class SelfAttention(nnx.Module):
     def __init__(self, channels: int, heads: int, causal: bool, **kw):
         self.heads, self.causal = heads, causal
-        self.q_proj = nnx.Linear(channels, channels, **kw)
-        self.k_proj = nnx.Linear(channels, channels, **kw)
-        self.v_proj = nnx.Linear(channels, channels, **kw)
-        self.out_proj = nnx.Linear(channels, channels, **kw)
+        self.q_proj = Linear(channels, channels, **kw)
+        self.k_proj = Linear(channels, channels, **kw)
+        self.v_proj = Linear(channels, channels, **kw)
+        self.out_proj = Linear(channels, channels, **kw)
 
     def __call__(self, x: Tokens) -> Tokens:
         heads = (*x.shape[:2], self.heads, -1)
@@ -102,8 +103,8 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, channels: int, hidden: int, activation: str, **kw):
         self.activation = ACTIVATIONS[activation]
-        self.fc1 = nnx.Linear(channels, hidden, **kw)
-        self.fc2 = nnx.Linear(hidden, channels, **kw)
+        self.fc1 = Linear(channels, hidden, **kw)
+        self.fc2 = Linear(hidden, channels, **kw)
 
     def __call__(self, x: Tokens) -> Tokens:
         return self.fc2(self.activation(self.fc1(x)))

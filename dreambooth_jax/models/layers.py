@@ -1,6 +1,7 @@
 """Layers shared by the UNet and the autoencoder. Images are [batch, height, width, channels] inside."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,24 @@ convolve.defvjp(
 )
 
 
+class Linear(nnx.Module):
+    """x W + b over the last axis, or with low-rank factors x W + (x A) B + b: see `adapt`."""
+
+    def __init__(self, cin: int, cout: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (cin, cout)))
+        self.bias = nnx.Param(nnx.initializers.zeros_init()(rngs.params(), (cout,))) if use_bias else None
+        self.factors = nnx.data(None)
+
+    def __call__(self, x: Float[Array, "*b cin"]) -> Float[Array, "*b cout"]:
+        x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
+        y = adapt(self, x @ kernel, lambda a: x @ a)
+        return y if self.bias is None else y + self.bias.astype(self.dtype)
+
+
 class Conv(nnx.Module):
-    """A square convolution; `padding` defaults to what keeps the size at stride 1."""
+    """A square convolution, with low-rank factors if given (`adapt`); `padding` defaults to the one that keeps the size
+    at stride 1."""
 
     def __init__(
         self, cin: int, cout: int, size: int, *, stride: int = 1, padding: int | None = None, dtype, rngs: nnx.Rngs
@@ -83,12 +100,47 @@ class Conv(nnx.Module):
         self.dtype = dtype
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (size, size, cin, cout)))
         self.bias = nnx.Param(jnp.zeros(cout))
+        self.factors = nnx.data(None)
 
     def __call__(self, x: Image) -> Image:
-        kernel, bias = self.kernel.astype(self.dtype), self.bias.astype(self.dtype)
-        if kernel.shape[0] == 1:
-            return x @ kernel[0, 0] + bias
-        return convolve(x, kernel, self.stride, self.padding) + bias
+        def product(kernel: Float[Array, "k k cin d"]) -> Image:
+            if kernel.shape[0] == 1:
+                return x @ kernel[0, 0]
+            return convolve(x, kernel, self.stride, self.padding)
+
+        return adapt(self, product(self.kernel.astype(self.dtype)), product) + self.bias.astype(self.dtype)
+
+
+def adapt(
+    layer: Linear | Conv, y: Float[Array, "*b cout"], product: Callable[[Array], Array]
+) -> Float[Array, "*b cout"]:
+    """y = x W with the layer's low-rank difference: y + (x A) B (arXiv 2106.09685, equation 3), never forming A B.
+
+    With a magnitude m (DoRA, arXiv 2402.09353, equation 5) that is scaled per output channel by m / |W + A B|.
+
+    Args:
+        layer: its `factors` are None or {"lora_A": A [..., cin, r], "lora_B": B [r, cout]}, scale folded into B, and
+            optionally "lora_magnitude_vector": m [cout].
+        product: kernel -> x times it, matrix product or convolution.
+    """
+    if layer.factors is None:
+        return y
+    factors = {name: variable.get_value() for name, variable in layer.factors.items()}
+    a, b = factors["lora_A"], factors["lora_B"]
+    y = y + product(a.astype(layer.dtype)) @ b.astype(layer.dtype)
+    if "lora_magnitude_vector" in factors:
+        norm = jax.lax.stop_gradient(column_norms(layer.kernel.get_value(), a, b))
+        y = y * (factors["lora_magnitude_vector"] / norm).astype(layer.dtype)
+    return y
+
+
+def column_norms(
+    kernel: Float[Array, "*k cin cout"], a: Float[Array, "*k cin r"], b: Float[Array, "r cout"]
+) -> Float[Array, "cout"]:
+    """|W + A B| per output channel, in float32: |W|^2 + 2 diag((W^T A) B) + diag(B^T (A^T A) B)."""
+    w, a, b = (x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (kernel, a, b))
+    squared = jnp.square(w).sum(0) + 2 * ((a.T @ w) * b).sum(0) + (((a.T @ a) @ b) * b).sum(0)
+    return jnp.sqrt(squared)
 
 
 class GroupNorm(nnx.Module):
@@ -114,7 +166,7 @@ class ResnetBlock2D(nnx.Module):
     def __init__(self, cin: int, cout: int, *, groups: int, eps: float, temb_dim: int | None = None, **kw):
         self.norm1 = GroupNorm(cin, groups, eps, **kw)
         self.conv1 = Conv(cin, cout, 3, **kw)
-        self.time_emb_proj = None if temb_dim is None else nnx.Linear(temb_dim, cout, **kw)
+        self.time_emb_proj = None if temb_dim is None else Linear(temb_dim, cout, **kw)
         self.norm2 = GroupNorm(cout, groups, eps, **kw)
         self.conv2 = Conv(cout, cout, 3, **kw)
         self.conv_shortcut = Conv(cin, cout, 1, **kw) if cin != cout else None

@@ -6,6 +6,7 @@ LoRA targets and sharding rules address one namespace. `functional` turns an `nn
 dict.
 """
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax
 from flax import nnx
 
 Params = dict[str, jax.Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Functional(NamedTuple):
@@ -22,10 +24,11 @@ class Functional(NamedTuple):
     Attributes:
         shapes: name -> ShapeDtypeStruct of every parameter.
         init: (key) -> flat params with the module's own initialisers, for training from scratch.
-        apply: (flat params, *args, method="__call__") -> output.
+        apply: (flat params, *args, method="__call__") -> output. Beside `MODULE.kernel` the params may have factors,
+            `MODULE.lora_A.kernel` and the like, which layers.Linear and layers.Conv take.
     """
 
-    shapes: dict[str, jax.ShapeDtypeStruct]
+    shapes: Shapes
     init: Callable[[jax.Array], Params]
     apply: Callable[..., Any]
 
@@ -56,9 +59,30 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
 
     def apply(params: Mapping[str, jax.Array], *args, method: str = "__call__"):
         module = nnx.merge(graph, nnx.from_flat_state([(path, params[name]) for name, path in paths.items()]))
+        _hand_factors(module, paths, {name: value for name, value in params.items() if name not in paths})
         return getattr(module, method)(*args)
 
     return Functional(shapes, init, apply)
+
+
+def _hand_factors(module: nnx.Module, paths: Mapping[str, tuple], factors: Mapping[str, jax.Array]) -> None:
+    """Gives each layer its factors: `MODULE.lora_A.kernel` becomes the module's `factors["lora_A"]`.
+
+    Raises:
+        KeyError: no layer that takes factors has that name.
+    """
+    by_layer: dict[str, dict[str, nnx.Param]] = {}
+    for name, value in factors.items():
+        layer, _, factor = name.rpartition(".")[0].rpartition(".")
+        by_layer.setdefault(layer, {})[factor] = nnx.Param(value)
+    for layer, named in by_layer.items():
+        path = paths.get(f"{layer}.kernel", ())[:-1]
+        owner = functools.reduce(
+            lambda node, key: node[key] if isinstance(key, int) else getattr(node, key), path, module
+        )
+        if not hasattr(owner, "factors"):
+            raise KeyError(f"{layer}: no linear layer or convolution takes its {', '.join(named)}")
+        owner.factors = nnx.Dict(named)
 
 
 def with_prefix(prefix: str, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.extend.core import primitives
 from jaxtyping import Array, Float
 
-from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, ResnetBlock2D, Upsample2D
+from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, Linear, ResnetBlock2D, Upsample2D
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
 from dreambooth_jax.ops import flash
 from dreambooth_jax.ops.attention import attention
@@ -114,8 +114,8 @@ def timestep_embedding(
 
 class TimestepEmbedding(nnx.Module):
     def __init__(self, dim: int, out: int, **kw):
-        self.linear_1 = nnx.Linear(dim, out, **kw)
-        self.linear_2 = nnx.Linear(out, out, **kw)
+        self.linear_1 = Linear(dim, out, **kw)
+        self.linear_2 = Linear(out, out, **kw)
 
     def __call__(self, x):
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
@@ -126,10 +126,10 @@ class Attention(nnx.Module):
 
     def __init__(self, channels: int, context_dim: int, heads: int, **kw):
         self.heads = heads
-        self.to_q = nnx.Linear(channels, channels, use_bias=False, **kw)
-        self.to_k = nnx.Linear(context_dim, channels, use_bias=False, **kw)
-        self.to_v = nnx.Linear(context_dim, channels, use_bias=False, **kw)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, **kw)])
+        self.to_q = Linear(channels, channels, use_bias=False, **kw)
+        self.to_k = Linear(context_dim, channels, use_bias=False, **kw)
+        self.to_v = Linear(context_dim, channels, use_bias=False, **kw)
+        self.to_out = nnx.List([Linear(channels, channels, **kw)])
 
     def __call__(self, x: Tokens, context: Tokens) -> Tokens:
         q, k, v = (_split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
@@ -144,7 +144,7 @@ class GEGLU(nnx.Module):
     """x * gelu(gate), both halves of one projection (arXiv 2002.05202)."""
 
     def __init__(self, channels: int, hidden: int, **kw):
-        self.proj = nnx.Linear(channels, 2 * hidden, **kw)
+        self.proj = Linear(channels, 2 * hidden, **kw)
 
     def __call__(self, x: Tokens) -> Tokens:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -154,7 +154,7 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
     def __init__(self, channels: int, **kw):
         # net.1 of the reference is dropout: it has no parameters, and its place in the list keeps the names.
-        self.net = nnx.List([GEGLU(channels, 4 * channels, **kw), None, nnx.Linear(4 * channels, channels, **kw)])
+        self.net = nnx.List([GEGLU(channels, 4 * channels, **kw), None, Linear(4 * channels, channels, **kw)])
 
     def __call__(self, x: Tokens) -> Tokens:
         return self.net[2](self.net[0](x))
@@ -182,7 +182,7 @@ class Transformer2DModel(nnx.Module):
     """Transformer blocks over the pixels of a feature map, between two projections."""
 
     def __init__(self, channels: int, context_dim: int, heads: int, depth: int, *, groups: int, linear: bool, **kw):
-        project = nnx.Linear if linear else lambda cin, cout, **kw: Conv(cin, cout, 1, **kw)
+        project = Linear if linear else lambda cin, cout, **kw: Conv(cin, cout, 1, **kw)
         self.norm = GroupNorm(channels, groups, 1e-6, **kw)
         self.proj_in = project(channels, channels, **kw)
         self.transformer_blocks = nnx.List(

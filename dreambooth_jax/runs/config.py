@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dreambooth_jax.adapters.method import METHODS
 from dreambooth_jax.data import captions
 from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
 from dreambooth_jax.diffusion.sampler import SAMPLERS
 from dreambooth_jax.models.unet import REMAT
+
+METHODS = ("full", "lora")
 
 
 class ConfigError(ValueError):

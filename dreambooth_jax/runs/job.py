@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dreambooth_jax.adapters.method import Method, make_method
+from dreambooth_jax.adapters.lora import lora
+from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, TrainState, init_state, make_step, run_steps
@@ -43,6 +44,15 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
         multiplier=lambda name: config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0,
     )  # fmt: skip
     return Job(config, pipeline, mesh, optimizer, make_method(config))
+
+
+def make_method(config: ConfigDict) -> Method:
+    """The method that the config names."""
+    parts = r"^(unet|text_encoder)\." if config.train_text_encoder else r"^unet\."
+    names = "the UNet and text encoder" if config.train_text_encoder else "the UNet"
+    if config.method == "lora":
+        return lora(parts, config.lora_targets, config.lora_rank, config.lora_alpha, names)
+    return full(parts, names)
 
 
 def initial(job: Job):

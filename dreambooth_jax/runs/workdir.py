@@ -10,11 +10,12 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dreambooth_jax.adapters.method import Method, make_method
+from dreambooth_jax.adapters.method import Method
 from dreambooth_jax.devices.sharding import param_sharding, placed_shapes
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.job import make_method
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -67,7 +68,8 @@ def open_trained(
 def open_run(
     workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
 ) -> tuple[ConfigDict, Pipeline, Params]:
-    """The personalised model of a run, all its parameters; arguments and errors are `open_trained`'s."""
+    """The personalised model of a run: parameters as `Method.combine` joins them, a LoRA's factors beside the base's
+    kernels (`adapters.lora.merge` folds them in). Arguments and errors are `open_trained`'s."""
     config, pipeline, method, trainable = open_trained(workdir, mesh, step, dtype=dtype)
     params = read_params(pipeline, functools.partial(param_sharding, mesh))
     return config, pipeline, method.combine(params, trainable)
