@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The variables of tpu_vm.sh and queued.sh, and the steps that both take. Set them in the environment or here. Steps
-# return what failed themselves: `set -e` does not hold where they stand in a condition.
+# The variables of tpu_vm.sh and queued.sh, and their common steps. Set the variables in the environment or here. Every
+# step returns its own failure, because `set -e` has no effect inside a condition.
 PROJECT=${PROJECT:-my-project}
 ZONE=${ZONE:-us-west4-a}
 NAME=${NAME:-dreambooth}                  # of the slice, and of the run
@@ -8,46 +8,95 @@ TYPE=${TYPE:-v5litepod-8}                 # slice: v5litepod-1 to -256, v6e-1 to
 IMAGE=${IMAGE:-v2-alpha-tpuv5-lite}       # runtime version: v2-alpha-tpuv6e, v2-alpha-tpuv5, tpu-ubuntu2204-base for v4
 SPOT=${SPOT:-1}                           # 1: cheaper, may be taken away at any time; empty: on demand
 WORKDIR=${WORKDIR:-gs://my-bucket/$NAME}  # one place for all hosts: checkpoints, class images, samples
-PHOTOS=${PHOTOS:-examples/subjects/dog}   # three to five pictures, copied to every host
+PHOTOS=${PHOTOS:-examples/subjects/dog}   # folder of three to five pictures, copied to every host; or gs://, tfds:, hub:
 RESULTS=${RESULTS:-results/$NAME}         # where fetch brings samples, metrics and trained weights to
 CONFIG=${CONFIG:-configs/dog.py:sd15}
-ARGS=${ARGS:---config.batch_size=8 --config.mesh_fsdp=8}  # more --config.FIELD=VALUE
+ARGS=${ARGS:---config.batch_size=8 --config.mesh_fsdp=8}  # more --config.FIELD=VALUE; quotes keep spaces together
 POLL=${POLL:-20}                          # seconds between two looks at the state of a slice
 DRY_RUN=${DRY_RUN:-}                      # 1: print the commands instead of running them
 
 where=(--project="$PROJECT" --zone="$ZONE")
 # shellcheck disable=SC2034 # used by the scripts that source this one
 spot=(${SPOT:+--spot})
+created= # 1 once the slice of that name is this call's own
 
 run() {
     printf '+%s\n' "$(printf ' %q' "$@")" >&2
     [[ -n $DRY_RUN ]] || "$@"
 }
 
+# The words of a remote command, quoted for the host's shell.
+quoted() {
+    printf ' %q' "$@"
+}
+
 on_all_hosts() {
     run gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"
 }
 
-# The package, the configs and the photos to every host, and what they need into an environment of its own.
+# A slice that exists already is used and stays; a new one is deleted when this call ends, however it ends.
+create_or_attach() {
+    if exists; then
+        echo "a slice named $NAME exists: it is used, and not deleted afterwards" >&2
+        return
+    fi
+    created=1
+    trap delete_created EXIT
+    if ! create; then
+        created=
+        echo "the slice was not created: see above. If a slice named $NAME exists now, '$0 delete' deletes it" >&2
+        return 1
+    fi
+}
+
+# shellcheck disable=SC2317 # called by the trap
+delete_created() {
+    [[ -z $created ]] || delete
+}
+
+# Whether PHOTOS is a folder of this machine.
+photos_are_here() {
+    [[ $PHOTOS != *://* && $PHOTOS != tfds:* && $PHOTOS != hub:* ]]
+}
+
+# Copies the package, the configs and the photos to every host and installs them into a virtual environment.
 install() {
-    local archive
-    archive=$(mktemp -d)/job.tgz
-    run tar -czf "$archive" --exclude=__pycache__ setup.py dreambooth_jax configs -C "$(dirname "$PHOTOS")" \
-        --transform="s,^$(basename "$PHOTOS"),photos," "$(basename "$PHOTOS")" || return
-    run gcloud compute tpus tpu-vm scp "$archive" "$NAME:job.tgz" "${where[@]}" --worker=all || return
-    on_all_hosts "mkdir -p job && tar -xzf job.tgz -C job && cd job &&
+    local stage failed=0
+    if photos_are_here && [[ ! -d $PHOTOS ]]; then
+        echo "PHOTOS=$PHOTOS: no such folder; expected a folder of pictures" >&2
+        return 1
+    fi
+    stage=$(mktemp -d)
+    copy_to_hosts "$stage" || failed=1
+    rm -rf "$stage"
+    [[ $failed == 0 ]] || return 1
+    on_all_hosts "mkdir -p job && tar -xzf job.tgz -C job && rm job.tgz && cd job &&
         python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.11 env &&
         python3 -m uv pip install -q --python env -e '.[tpu]'"
 }
 
-# The same command on every host; it goes on from the last checkpoint in WORKDIR.
-train() {
-    on_all_hosts "cd job && env/bin/python -m dreambooth_jax.train --config $CONFIG --config.workdir=$WORKDIR \
-        --config.instance_images=photos $ARGS"
+copy_to_hosts() {
+    local photos=()
+    if photos_are_here; then
+        run cp -RL -- "$PHOTOS" "$1/photos" || return
+        photos=(-C "$1" photos)
+    fi
+    run tar -czf "$1/job.tgz" --exclude=__pycache__ setup.py README.md dreambooth_jax configs "${photos[@]}" || return
+    run gcloud compute tpus tpu-vm scp "$1/job.tgz" "$NAME:job.tgz" "${where[@]}" --worker=all
 }
 
-# Everything but the optimizer's state, which only a resumed run needs.
+# Starts the same command on every host; it resumes from the last checkpoint in WORKDIR. Compiled programs are kept
+# there too, for the next slice.
+train() {
+    local source=photos args=()
+    photos_are_here || source=$PHOTOS
+    mapfile -d '' -t args < <(xargs printf '%s\0' <<<"$ARGS") # splits words at quotes as a shell does, runs nothing
+    on_all_hosts "cd job &&$(quoted env "JAX_COMPILATION_CACHE_DIR=$WORKDIR/xla" env/bin/python -m dreambooth_jax.train \
+        --config "$CONFIG" --config.workdir="$WORKDIR" --config.instance_images="$source" "${args[@]}")"
+}
+
+# Fetches everything but the optimizer's state, which only a resumed run needs, and the compiled programs.
 fetch() {
-    run mkdir -p "$RESULTS" || return
-    run gcloud storage rsync -r --exclude='.*/optimizer/.*' "$WORKDIR" "$RESULTS"
+    run mkdir -p -- "$RESULTS" || return
+    run gcloud storage rsync -r --exclude='.*/optimizer/.*|xla/.*' "$WORKDIR" "$RESULTS"
 }

@@ -26,8 +26,20 @@ run() {
     [[ -n $DRY_RUN ]] || "$@"
 }
 
+# The JobSet with the variables in place: escaped inside quotes, whole numbers elsewhere.
 render() {
-    python3 -c 'import os, sys; print(os.path.expandvars(sys.stdin.read()), end="")' <launch/jobset.yaml
+    python3 - launch/jobset.yaml <<'END'
+import json, os, re, sys
+
+def fill(match):
+    text = re.sub(r"\$\{(\w+)\}", lambda variable: os.environ[variable[1]], match[0].strip('"'))
+    if match[0].startswith('"'):
+        return json.dumps(text)
+    return text if text.isdecimal() else sys.exit(f"{match[0]} is {text!r}: expected a whole number")
+
+with open(sys.argv[1]) as template:
+    print(re.sub(r'"[^"\n]*"|\$\{\w+\}', fill, template.read()), end="")
+END
 }
 
 image() {

@@ -21,6 +21,10 @@ state() {
     fi
 }
 
+exists() {
+    [[ -z $DRY_RUN ]] && state &>/dev/null
+}
+
 delete() {
     run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
 }
@@ -33,7 +37,7 @@ wait_until_active() {
     done
 }
 
-# Whether the slice is being taken away; that may show a little after its hosts have stopped.
+# Whether the slice is being taken away. Its state may change a little after its hosts have stopped.
 taken_away() {
     local look
     for look in 1 2 3; do
@@ -44,14 +48,17 @@ taken_away() {
 }
 
 all() {
-    trap delete EXIT # whatever happens, the slice does not go on costing money
-    create
+    create_or_attach
     until wait_until_active && install && train; do
         if ! taken_away; then
-            echo "the training failed on a slice that is well: see above" >&2
+            echo "the training failed although the slice is well: see above" >&2
             return 1
         fi
-        echo "the slice was taken away; asking for another, which goes on from the last checkpoint" >&2
+        if [[ -z $created ]]; then
+            echo "the slice was taken away, and this call did not create it: run '$0 delete', then this again" >&2
+            return 1
+        fi
+        echo "the slice was taken away; a new one is requested, and the run resumes from the last checkpoint" >&2
         delete
         create
     done

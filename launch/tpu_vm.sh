@@ -10,13 +10,16 @@ create() {
     run gcloud compute tpus tpu-vm create "$NAME" "${where[@]}" --accelerator-type="$TYPE" --version="$IMAGE" "${spot[@]}"
 }
 
+exists() {
+    [[ -z $DRY_RUN ]] && gcloud compute tpus tpu-vm describe "$NAME" "${where[@]}" --format='value(state)' &>/dev/null
+}
+
 delete() {
     run gcloud compute tpus tpu-vm delete "$NAME" "${where[@]}" --quiet
 }
 
 all() {
-    create
-    trap delete EXIT # whatever happens, the slice does not go on costing money
+    create_or_attach
     install
     train
     fetch

@@ -1,6 +1,8 @@
 """The launch files: their whole life against a `gcloud` that runs the hosts as processes here; and their form."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -47,7 +49,7 @@ def cloud(micro, tmp_path):
     return os.environ | {
         "PATH": f"{bin_folder}:{os.environ['PATH']}", "FAKE_CLOUD": str(tmp_path / "cloud"), "POLL": "0.2",
         "WORKDIR": str(tmp_path / "bucket"), "RESULTS": str(tmp_path / "results"), "NAME": "job",
-        "CONFIG": "configs/dog.py", "ARGS": " ".join(f"'{flag}'" for flag in flags(base=micro, **FIELDS)),
+        "CONFIG": "configs/dog.py", "ARGS": " ".join(f'"{flag}"' for flag in flags(base=micro, **FIELDS)),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
     }  # fmt: skip
 
@@ -91,7 +93,7 @@ def test_a_training_that_fails_by_itself_ends_and_deletes_the_slice(cloud):
     cloud["ARGS"] += " --config.learning_rate=-1.0"
     done = subprocess.run([ROOT / "launch" / "queued.sh", "all"], env=cloud, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "learning_rate = -1.0: expected above 0" in done.stderr and "on a slice that is well" in done.stderr
+    assert "learning_rate = -1.0: expected above 0" in done.stderr and "although the slice is well" in done.stderr
     assert sum(" create " in call for call in calls(cloud)) == 1
     assert_slice_is_gone(cloud)
 
@@ -115,6 +117,54 @@ def test_a_dry_run_prints_what_a_run_does_and_does_nothing(cloud, script, tmp_pa
         assert sum(command in step for step in steps) == 1
 
 
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "queued.sh"])
+def test_a_slice_that_exists_is_used_and_stays(cloud, script, tmp_path):
+    subprocess.run([ROOT / "launch" / script, "create"], env=cloud, check=True, capture_output=True)
+    cloud["ARGS"] += " --config.learning_rate=-1.0"
+    done = subprocess.run([ROOT / "launch" / script, "all"], env=cloud, capture_output=True, text=True)
+    assert done.returncode and "a slice named job exists" in done.stderr
+    assert sum(" create " in call for call in calls(cloud)) == 1
+    assert not [call for call in calls(cloud) if " delete " in call]
+    assert (tmp_path / "cloud" / "state").exists()
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "queued.sh"])
+def test_a_creation_that_fails_deletes_nothing(cloud, script, tmp_path):
+    (tmp_path / "cloud" / "full").touch()
+    done = subprocess.run([ROOT / "launch" / script, "all"], env=cloud, capture_output=True, text=True)
+    assert done.returncode == 1 and "the slice was not created" in done.stderr
+    assert not [call for call in calls(cloud) if " delete " in call or " scp " in call]
+
+
+ODD = "a; touch pwned #'\"$(touch pwned)\nz"
+
+
+def step(cloud, name: str) -> str:
+    """What a step of tpu_vm.sh prints as its commands."""
+    script = ROOT / "launch" / "tpu_vm.sh"
+    return subprocess.run([script, name], env=cloud, capture_output=True, text=True, check=True).stderr
+
+
+def test_odd_values_reach_the_hosts_as_they_are(cloud, tmp_path):
+    printed = step(cloud | {"WORKDIR": ODD, "CONFIG": "a b.py", "DRY_RUN": "1"}, "train")
+    (on_host,) = [word for word in shlex.split(printed) if word.startswith("--command=")]
+    command = on_host.removeprefix("--command=cd job &&")
+    run = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, cwd=tmp_path)
+    words = run.stdout.split("\0")
+    assert f"--config.workdir={ODD}" in words and "a b.py" in words and "--config.instance_images=photos" in words
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_folder_of_photos_may_have_any_name(cloud, tmp_path):
+    photos = tmp_path / "d, e"
+    shutil.copytree(ROOT / "examples" / "subjects" / "dog", photos)
+    step(cloud, "create")
+    step(cloud | {"PHOTOS": str(photos)}, "install")
+    host = tmp_path / "cloud" / "host0"
+    assert {path.name for path in (host / "job" / "photos").iterdir()} == {path.name for path in photos.iterdir()}
+    assert not (host / "job.tgz").exists()
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
     done = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, capture_output=True, text=True)
@@ -127,11 +177,28 @@ def test_without_a_word_it_says_which_there_are(script):
     assert done.returncode == 2 and "delete" in done.stderr
 
 
+def render(**variables) -> subprocess.CompletedProcess:
+    environment = os.environ | {"DRY_RUN": "1"} | variables
+    return subprocess.run([ROOT / "launch" / "gke.sh", "submit"], capture_output=True, text=True, env=environment)
+
+
+def test_the_jobset_holds_odd_values_as_they_are():
+    job = yaml.safe_load(render(PHOTOS=ODD, WORKDIR="a: b #c", QUEUE="${NAME}").stdout)
+    (container,) = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert f"--config.instance_images={ODD}" in container["args"] and "--config.workdir=a: b #c" in container["args"]
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "${NAME}"}
+    wrong = render(HOSTS="2; true")
+    assert wrong.returncode and "HOSTS" in wrong.stderr and "expected a whole number" in wrong.stderr
+
+
+def test_the_container_does_not_run_as_root():
+    assert "\nUSER trainer\n" in (ROOT / "launch" / "Dockerfile").read_text()
+    pod = yaml.safe_load(render().stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"]
+
+
 def test_the_jobset_has_the_shape_that_kubernetes_takes():
-    done = subprocess.run(
-        [ROOT / "launch" / "gke.sh", "submit"], capture_output=True, text=True, check=True,
-        env=os.environ | {"DRY_RUN": "1", "NAME": "rex", "HOSTS": "4", "QUEUE": "spot"},
-    )  # fmt: skip
+    done = render(NAME="rex", HOSTS="4", QUEUE="spot")
     assert "$" not in done.stdout
     job = yaml.safe_load(done.stdout)
     assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")

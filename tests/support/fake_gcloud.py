@@ -18,7 +18,8 @@ STATE = CLOUD / "state"
 
 
 def create() -> int:
-    assert not STATE.exists(), "a slice of that name exists"
+    if STATE.exists() or (CLOUD / "full").exists():
+        return 1
     for host in HOSTS:
         host.mkdir(parents=True)
     STATE.write_text("ACTIVE")
@@ -81,8 +82,8 @@ def main(arguments: list[str]) -> int:
             return create()
         case ["compute", "tpus", "tpu-vm" | "queued-resources", "delete", _]:
             return delete()
-        case ["compute", "tpus", "queued-resources", "describe", _]:
-            return print(STATE.read_text()) or 0
+        case ["compute", "tpus", "tpu-vm" | "queued-resources", "describe", _]:
+            return (print(STATE.read_text()) or 0) if STATE.exists() else 1
         case ["compute", "tpus", "tpu-vm", "ssh", _]:
             return ssh(options["--command"])
         case ["compute", "tpus", "tpu-vm", "scp", source, target]:
