@@ -242,7 +242,7 @@ def compare_gradient(arch: str, part: str, folder: str) -> list[tuple]:
     import jax
 
     from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
-    from dreambooth_jax.diffusion.process import Schedule
+    from dreambooth_jax.diffusion.schedulers import process_from_scheduler
     from dreambooth_jax.files.safetensors import read_model
     from dreambooth_jax.models.params import under_prefix, with_prefix
 
@@ -256,12 +256,12 @@ def compare_gradient(arch: str, part: str, folder: str) -> list[tuple]:
         return models["unet"].apply(under_prefix("unet.", params), xt, t, states)
 
     batch = Batch(*inputs(arch, "gradient").values())
-    noise = Schedule.from_config(schedule(arch))
+    process = process_from_scheduler(schedule(arch))
 
     @jax.jit
     def gradient(params):
         kw = {"num_instance": 1, "prior_weight": PRIOR_WEIGHT}
-        return jax.value_and_grad(lambda p: dreambooth_loss(predict, p, batch, noise, **kw).loss)(params)
+        return jax.value_and_grad(lambda p: dreambooth_loss(predict, p, batch, process, **kw).loss)(params)
 
     loss, grads = gradient(params)
     del params

@@ -32,7 +32,7 @@ def ours():
 
 def theirs():
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_FOLDER, torch_dtype=torch.float32)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.processr = DDIMScheduler.from_config(pipeline.processr.config)
     pipeline.set_progress_bar_config(disable=True)
     return lambda: (
         pipeline([PROMPT] * BATCH, height=64, width=64, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images

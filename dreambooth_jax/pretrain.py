@@ -29,7 +29,7 @@ from tqdm import trange
 from dreambooth_jax.devices import sharding
 from dreambooth_jax.devices.sharding import make_mesh, spread
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_muon
-from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, TrainState, init_state, make_step, run_steps
 from dreambooth_jax.files.safetensors import WEIGHT_FILES, save_model
 from dreambooth_jax.files.tokenizer import load_tokenizer
@@ -235,8 +235,8 @@ def train_unet(config, examples: EncodedExamples, text_config: dict, text: Param
 
     params = with_prefix("unet.", unet.init(key)) | with_prefix("text_encoder.", text)
     optimizer = muon(config.unet, params)
-    schedule = Schedule.from_config(SCHEDULER)
-    step = make_step(predict, optimizer, schedule, batch_size=config.unet.batch_size, constrain=spread)
+    process = process_from_scheduler(SCHEDULER)
+    step = make_step(predict, optimizer, process, batch_size=config.unet.batch_size, constrain=spread)
     return fit("unet", step, params, optimizer, TrainingData(examples, None), config, config.unet).trainable
 
 

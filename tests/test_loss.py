@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
-from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 
@@ -48,7 +48,7 @@ def torch_losses(batch, prediction, num_instance, gamma):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_losses_and_gradients(batch, prediction, num_instance, gamma):
     """Halves of unequal size: each is a mean of its own, and each is weighted by its own timesteps."""
-    schedule, calls = Schedule.from_config(CONFIG | {"prediction_type": prediction}), []
+    process, calls = process_from_scheduler(CONFIG | {"prediction_type": prediction}), []
 
     def loss(params):
         def counted(params, x, t, cond):
@@ -56,7 +56,7 @@ def test_losses_and_gradients(batch, prediction, num_instance, gamma):
             return predict(params, x, t, cond)
 
         kw = {"num_instance": num_instance, "prior_weight": 0.3, "snr_gamma": gamma}
-        losses = dreambooth_loss(counted, params, batch, schedule, **kw)
+        losses = dreambooth_loss(counted, params, batch, process, **kw)
         return losses.loss, losses
 
     grads, losses = jax.grad(loss, has_aux=True)({"a": 0.7, "b": -0.2})
@@ -67,12 +67,12 @@ def test_losses_and_gradients(batch, prediction, num_instance, gamma):
 
 
 def test_low_precision_predictions_are_compared_in_float32(batch):
-    schedule = Schedule.from_config(CONFIG)
+    process = process_from_scheduler(CONFIG)
     wrong_by = np.float32(1e-3)
 
     def nearly_right(params, x, t, cond):
         return (0 * x).astype(jnp.bfloat16)
 
-    losses = dreambooth_loss(nearly_right, {}, batch._replace(eps=0 * batch.eps + wrong_by), schedule, num_instance=7)
+    losses = dreambooth_loss(nearly_right, {}, batch._replace(eps=0 * batch.eps + wrong_by), process, num_instance=7)
     assert losses.loss.dtype == jnp.float32
     np.testing.assert_allclose(losses.loss, 1e-6, rtol=1e-4)

@@ -180,7 +180,7 @@ def test_gradient_of_the_training_loss(name, remat, request):
 
     def loss(params):
         return dreambooth_loss(
-            pipeline.denoise_ids, params, batch, pipeline.schedule, num_instance=1, prior_weight=0.7
+            pipeline.denoise_ids, params, batch, pipeline.process, num_instance=1, prior_weight=0.7
         ).loss
 
     value, grads = jax.jit(jax.value_and_grad(loss))(trainable)

@@ -20,7 +20,7 @@ from dreambooth_jax.models.spec import UnsupportedConfig
 
 def paint(pipeline, params, noise, prompts, negatives, guidance):
     """Ten DDIM steps and the decoder: pixels in [0, 1]."""
-    sample = make_sampler(pipeline.denoise, pipeline.schedule, sampler="ddim", steps=10)
+    sample = make_sampler(pipeline.denoise, pipeline.process, sampler="ddim", steps=10)
 
     @jax.jit
     def run(params, noise, *ids):

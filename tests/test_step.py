@@ -20,7 +20,7 @@ from dreambooth_jax.devices.sharding import (
     state_shardings,
 )
 from dreambooth_jax.diffusion.optimizer import make_optimizer
-from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.diffusion.step import (
     EncodedExamples,
     TrainingData,
@@ -32,7 +32,7 @@ from dreambooth_jax.diffusion.step import (
     run_steps,
 )
 
-SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+PROCESS = process_from_scheduler({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 KEY = jax.random.key(3)
 
 
@@ -67,7 +67,7 @@ OPTIMIZER = make_optimizer("adamw", optax.constant_schedule(1e-2))
 
 def trained(params, data, *, steps, optimizer=OPTIMIZER, frozen=None, **kw):
     """(state, metrics of each step) after `steps` steps, one call."""
-    step = make_step(predict, optimizer, SCHEDULE, **({"batch_size": 2} | kw))
+    step = make_step(predict, optimizer, PROCESS, **({"batch_size": 2} | kw))
     state = init_state(jax.tree.map(jnp.array, params), optimizer, ema=kw.get("ema_decay") is not None)
     return jax.jit(run_steps(step, steps))(state, frozen or {}, data, KEY, steps)
 
@@ -110,7 +110,7 @@ def real(sd15):
     def run(mesh):
         spread = batch_sharding(mesh, 2 * BATCH)
         step = make_step(
-            pipeline.denoise_ids, optimizer, pipeline.schedule, batch_size=BATCH, prior_weight=0.7, snr_gamma=5.0,
+            pipeline.denoise_ids, optimizer, pipeline.process, batch_size=BATCH, prior_weight=0.7, snr_gamma=5.0,
             constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
             combine=lambda frozen, trainable: gather(mesh, frozen | trainable),
         )  # fmt: skip
@@ -149,7 +149,7 @@ def test_five_steps_of_adamw(sd15, real, on_one_device):
     everything = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
     for number in range(STEPS):
-        batch = draw(data, sd15.pipeline.schedule, BATCH, KEY, jnp.int32(number))
+        batch = draw(data, sd15.pipeline.process, BATCH, KEY, jnp.int32(number))
         optimizer.zero_grad()
         loss = torch_loss(pipe, batch, BATCH, 0.7, gamma=5.0)
         loss.backward()
@@ -230,7 +230,7 @@ def test_frozen_parameters_are_neither_differentiated_nor_clipped_nor_in_the_sta
     def infinite(params, x, t, cond):
         return predict(params, x, t, cond) + jnp.sqrt(params["root"])
 
-    step = make_step(infinite, OPTIMIZER, SCHEDULE, batch_size=2)
+    step = make_step(infinite, OPTIMIZER, PROCESS, batch_size=2)
     state = init_state(jax.tree.map(jnp.array, trainable), OPTIMIZER)
     after, metrics = jax.jit(step)(state, frozen, data, KEY)
     assert np.isfinite(metrics.grad_norm)
@@ -244,7 +244,7 @@ def test_frozen_parameters_are_neither_differentiated_nor_clipped_nor_in_the_sta
 
 def test_ema_is_that_of_diffusers(params, data):
     """From the second step on (at the first, theirs forgets the initial weights altogether) and beyond the limit."""
-    step = jax.jit(make_step(predict, OPTIMIZER, SCHEDULE, batch_size=2, ema_decay=0.22))
+    step = jax.jit(make_step(predict, OPTIMIZER, PROCESS, batch_size=2, ema_decay=0.22))
     state, _ = step(init_state(jax.tree.map(jnp.array, params), OPTIMIZER, ema=True), {}, data, KEY)
     for name, before in params.items():
         moved = np.linalg.norm(state.ema[name] - before)
@@ -271,7 +271,7 @@ def test_training_lowers_the_loss(params, data):
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(params, data):
     """Ten steps in calls of 4, 4 and 2, and stopped after 3: one program serves them all."""
-    run = jax.jit(run_steps(make_step(predict, OPTIMIZER, SCHEDULE, batch_size=2, ema_decay=0.9), 4), donate_argnums=0)
+    run = jax.jit(run_steps(make_step(predict, OPTIMIZER, PROCESS, batch_size=2, ema_decay=0.9), 4), donate_argnums=0)
 
     def train(state: TrainState, counts):
         logs = []
@@ -305,7 +305,7 @@ def test_every_example_is_used_once_per_epoch(n, count):
 
 
 def drawn(data, steps=400, batch_size=2):
-    return jax.jit(jax.vmap(lambda step: draw(data, SCHEDULE, batch_size, KEY, step)))(np.arange(steps))
+    return jax.jit(jax.vmap(lambda step: draw(data, PROCESS, batch_size, KEY, step)))(np.arange(steps))
 
 
 def test_what_is_drawn(data):
@@ -342,10 +342,10 @@ def test_draws_do_not_depend_on_devices(data):
     spread = batch_sharding(mesh, 8)
 
     def sharded(step):
-        return jax.lax.with_sharding_constraint(draw(data, SCHEDULE, 4, KEY, step), spread)
+        return jax.lax.with_sharding_constraint(draw(data, PROCESS, 4, KEY, step), spread)
 
     for step in (0, 7):
-        one, many = jax.jit(lambda s: draw(data, SCHEDULE, 4, KEY, s))(step), jax.jit(sharded)(step)
+        one, many = jax.jit(lambda s: draw(data, PROCESS, 4, KEY, s))(step), jax.jit(sharded)(step)
         assert len(many.x0.sharding.device_set) == 8
         assert_same(many._replace(x0=0), one._replace(x0=0))
         np.testing.assert_allclose(many.x0, one.x0, rtol=1e-6)
@@ -356,4 +356,4 @@ def test_flat_data_are_the_same_examples():
     data = TrainingData(resident(4, ids, 0, (8, 8, 4)), resident(6, ids, 1, (8, 8, 4)))
     flat = jax.tree.map(lambda x: x.reshape(len(x), -1) if x.ndim == 4 else x, data)
     for step in (0, 3):
-        assert_same(draw(data, SCHEDULE, 2, KEY, step), draw(flat, SCHEDULE, 2, KEY, step, (8, 8, 4)))
+        assert_same(draw(data, PROCESS, 2, KEY, step), draw(flat, PROCESS, 2, KEY, step, (8, 8, 4)))

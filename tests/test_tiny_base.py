@@ -42,7 +42,7 @@ def test_pytorch_paints_the_same_picture(base):
     noise = noise_for_seeds([0], pipeline.latent_shape(pipeline.resolution))
     prompt = "a dog on the beach"
     states = pipeline.encode_text(params, pipeline.tokenize([prompt, ""]))
-    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.schedule, sampler="ddim", steps=10))
+    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.process, sampler="ddim", steps=10))
     ours = pipeline.decode_latents(params, sample(params, noise, states[:1], states[1:], 4.0))
     theirs = reference(
         prompt, latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2)), num_inference_steps=10,
@@ -65,7 +65,7 @@ def test_prompts_are_understood(base):
     colours = ["red", "blue", "green", "yellow"]
     states = pipeline.encode_text(params, pipeline.tokenize([f"a dog on a {c} background" for c in colours] + [""]))
     noise = noise_for_seeds(range(4), pipeline.latent_shape(pipeline.resolution))
-    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.schedule, sampler="dpm++", steps=10))
+    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.process, sampler="dpm++", steps=10))
     latents = sample(params, noise, states[:4], jnp.repeat(states[4:], 4, 0), 4.0)
     images = 255 * np.asarray(pipeline.decode_latents(params, latents))
     corners = images[:, :8, :8].mean((1, 2))
@@ -80,7 +80,7 @@ def test_the_clip_names_what_the_base_paints(base):
     names = ["banana", "car", "clock", "candle", "robot", "duck", "backpack", "tomato"]
     states = pipeline.encode_text(params, pipeline.tokenize([f"a photo of a {name}" for name in names] + [""]))
     noise = noise_for_seeds(range(8), pipeline.latent_shape(pipeline.resolution))
-    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.schedule, sampler="dpm++", steps=15))
+    sample = jax.jit(make_sampler(pipeline.denoise, pipeline.process, sampler="dpm++", steps=15))
     latents = sample(params, noise, states[:8], jnp.repeat(states[8:], 8, 0), 4.0)
     images = np.asarray(pipeline.decode_latents(params, latents))
     clip = transformers.CLIPModel.from_pretrained(EMBEDDED_FOLDER / "clip").eval()

@@ -9,14 +9,14 @@ from jax.sharding import SingleDeviceSharding
 
 from dreambooth_jax.devices import tpu
 from dreambooth_jax.diffusion.optimizer import make_optimizer
-from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, init_state, make_step, run_steps
 from dreambooth_jax.models.layers import convolve
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import REMAT, UNet2DConditionModel, UNetSpec
 from dreambooth_jax.ops.recompute import recompute_gradients
 
-SCHEDULE = Schedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+PROCESS = process_from_scheduler({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 UNET = UNetSpec.from_config(
     {
         "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -63,7 +63,7 @@ def test_the_step_is_the_same(remat):
     states = []
     for twice in (False, True):
         state = init_state(unet.init(jax.random.key(0)), optimizer)
-        step = make_step(unet.apply, optimizer, SCHEDULE, batch_size=2, twice=twice)
+        step = make_step(unet.apply, optimizer, PROCESS, batch_size=2, twice=twice)
         states.append(jax.jit(run_steps(step, 2))(state, {}, data, jax.random.key(1), 2))
     (once, its_metrics), (twice, metrics) = states
     np.testing.assert_allclose(metrics.grad_norm, its_metrics.grad_norm, rtol=1e-5)
@@ -93,7 +93,7 @@ def test_on_a_tpu_gradients_do_not_wait():
     key = jax.eval_shape(lambda: jax.random.key(0))
     temporaries = []
     for twice in (False, True):
-        step = make_step(predict, optimizer, SCHEDULE, batch_size=2, grad_dtype=jnp.bfloat16, twice=twice)
+        step = make_step(predict, optimizer, PROCESS, batch_size=2, grad_dtype=jnp.bfloat16, twice=twice)
         lowered = jax.jit(run_steps(step, 1), donate_argnums=0).lower(
             state, {}, data, shape(dtype=key.dtype), shape(dtype=jnp.int32)
         )

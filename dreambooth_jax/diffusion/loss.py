@@ -1,4 +1,4 @@
-"""The DreamBooth loss (arXiv 2208.12242, equation 2, in the notation of schedule.py).
+"""The DreamBooth loss (arXiv 2208.12242, equation 2, in the notation of process.py).
 
     L = mean_instance ||target - f(x_t, t, c)||^2 + lambda mean_prior ||target - f(x_t', t', c_class)||^2
 
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
-from dreambooth_jax.diffusion.process import Schedule, corrupt, snr_weight, target
+from dreambooth_jax.diffusion.process import Process, corrupt, snr_weight, target
 
 Predict = Callable[[Any, Array, Array, Any], Array]
 
@@ -22,13 +22,13 @@ class Batch(NamedTuple):
     Attributes:
         x0: clean latents or pixels [b, ...].
         eps: standard normal noise, like x0.
-        t: timesteps in [0, T), [b].
+        t: times, [b]: integers for a table of noise levels, real for a flow.
         cond: what `predict` takes as condition: any pytree with leading axis b.
     """
 
     x0: Float[Array, "b ..."]
     eps: Float[Array, "b ..."]
-    t: Int[Array, "b"]
+    t: Real[Array, "b"]
     cond: Any
 
 
@@ -44,7 +44,7 @@ def dreambooth_loss(
     predict: Predict,
     params: Any,
     batch: Batch,
-    schedule: Schedule,
+    process: Process,
     *,
     num_instance: int,
     prior_weight: float = 1.0,
@@ -56,16 +56,16 @@ def dreambooth_loss(
         predict: (params, x_t, t, cond) -> prediction like x_t.
         params: whatever `predict` takes; gradients flow to it.
         batch: the first `num_instance` examples show the subject, the rest the class.
-        schedule: noise levels and what is predicted.
+        process: noise levels and prediction.
         num_instance: static; the batch's size turns prior preservation off.
         prior_weight: lambda.
         snr_gamma: min-SNR-gamma weighting of every example, in both halves; None for none.
     """
-    xt = corrupt(schedule, batch.x0, batch.eps, batch.t)
+    xt = corrupt(process, batch.x0, batch.eps, batch.t)
     prediction = predict(params, xt, batch.t, batch.cond).astype(jnp.float32)
-    error = jnp.square(prediction - target(schedule, batch.x0, batch.eps, batch.t)).mean(range(1, xt.ndim))
+    error = jnp.square(prediction - target(process, batch.x0, batch.eps, batch.t)).mean(range(1, xt.ndim))
     if snr_gamma is not None:
-        error = error * snr_weight(schedule, batch.t, snr_gamma)
+        error = error * snr_weight(process, batch.t, snr_gamma)
     instance = error[:num_instance].mean()
     prior = error[num_instance:].mean() if len(error) > num_instance else jnp.zeros(())
     return Losses(instance + prior_weight * prior, instance, prior)

@@ -1,151 +1,170 @@
-"""The forward process and what the model predicts.
+"""The forward process, and one algebra for everything that a model may predict.
 
-    x_t = alpha_t x0 + sigma_t eps,   alpha_t^2 + sigma_t^2 = 1,   alpha_t^2 = prod_{s <= t} (1 - beta_s)
+A process adds noise to a clean example x0 (arXiv 2006.11239, equation 4):
 
-(arXiv 2006.11239, equation 4). The model predicts eps, or v = alpha_t eps - sigma_t x0 (arXiv 2202.00512, appendix D).
+    x_t = alpha_t x0 + sigma_t eps,   eps ~ N(0, 1)                                                             (1)
+
+and every model predicts a linear combination of the two:
+
+    y = a_t eps - b_t x0                                                                                        (2)
+
+    | prediction                                       | a     | b     |
+    |--------------------------------------------------|-------|-------|
+    | epsilon, the noise                               | 1     | 0     |
+    | v_prediction (arXiv 2202.00512, appendix D)      | alpha | sigma |
+    | sample, the clean example                        | 0     | -1    |
+    | velocity of a flow: alpha = 1 - s, sigma = s     | 1     | 1     |
+
+Equation (2) is the target of the loss. Multiplying (1) by a and (2) by sigma and subtracting gives the clean example:
+
+    a x_t - sigma y = (a alpha + b sigma) x0,   so   x0 = (a x_t - sigma y) / (a alpha + b sigma)                (3)
+
+An error dy of the prediction is therefore an error dx0 = sigma dy / (a alpha + b sigma) of the clean example.
+Min-SNR-gamma (arXiv 2303.09556, section 3.4) weights the squared error of x0 by min(snr, gamma), with snr = alpha^2 /
+sigma^2; on the squared error of y this is
+
+    w = min(snr, gamma) (sigma / (a alpha + b sigma))^2 = min(alpha^2, gamma sigma^2) / (a alpha + b sigma)^2     (4)
+
+The last form is finite also where sigma is 0. For epsilon w = min(snr, gamma) / snr, for v min(snr, gamma) / (snr + 1).
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Key, Real
 
-from dreambooth_jax.models.spec import UnsupportedConfig
+# Integers for a table of noise levels, real numbers for a flow.
+Times = Real[Array, "b"] | Real[np.ndarray, "b"]
+Values = Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
 
-PREDICTIONS = ("epsilon", "v_prediction")
+
+class Nodes(NamedTuple):
+    """Times at which a sampler calls the model, in descending order, and the noise levels there; float64 on the host,
+    because samplers subtract nearly equal numbers.
+
+    Attributes:
+        t: time given to the model.
+        alpha, sigma: levels at t.
+        a, b: coefficients of the prediction at t, equation (2).
+        next_alpha, next_sigma: levels after the step; (1, 0) after the last one, unless the scheduler says otherwise.
+        init_scale: standard deviation of the noise from which sampling starts.
+    """
+
+    t: Real[np.ndarray, "n"]
+    alpha: Float[np.ndarray, "n"]
+    sigma: Float[np.ndarray, "n"]
+    a: Float[np.ndarray, "n"]
+    b: Float[np.ndarray, "n"]
+    next_alpha: Float[np.ndarray, "n"]
+    next_sigma: Float[np.ndarray, "n"]
+    init_scale: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Schedule:
-    """alpha_t and sigma_t for every training timestep, and how samplers space their steps.
+class Process:
+    """A forward process and the prediction that goes with it.
 
     Attributes:
-        alpha, sigma: [T], float64 on the host: samplers subtract nearly equal numbers of them.
-        prediction: "epsilon" or "v_prediction".
-        spacing: "leading", "linspace" or "trailing" (arXiv 2305.08891, table 2); None leaves it to the sampler.
-        steps_offset: added to "leading" timesteps.
-        final_alpha_one: whether the last DDIM step goes to the clean image or to timestep 0.
+        alpha, sigma, a, b: functions of times [b] -> [b], float32; equations (1) and (2).
+        draw_t: key -> time of one training example, scalar.
+        nodes: (grid, steps) -> `Nodes`; a grid is the rule by which a sampler spaces its steps ("ddim", "ddpm", "dpm++"
+            or "euler").
     """
 
-    alpha: np.ndarray
-    sigma: np.ndarray
-    prediction: str
-    spacing: str | None = None
-    steps_offset: int = 0
-    final_alpha_one: bool = True
-
-    @property
-    def T(self) -> int:
-        return len(self.alpha)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """Reads scheduler_config.json of any of diffusers' schedulers. What is absent has the default that all of
-        them share, or of the DDIM scheduler: `from_config` would give the same.
-
-        Raises:
-            UnsupportedConfig: naming every field that asks for something not implemented.
-        """
-        prediction, zero_snr = config.get("prediction_type", "epsilon"), config.get("rescale_betas_zero_snr", False)
-        problems = [
-            f"{name} = {config[name]!r} (implemented: {' or '.join(map(repr, values))})"
-            for name, values in _IMPLEMENTED.items()
-            if name in config and config[name] not in values
-        ]
-        if config.get("clip_sample", config.get("_class_name") in _CLIP_BY_DEFAULT):
-            problems.append("clip_sample (set it to false: latents are not images)")
-        if zero_snr and prediction == "epsilon":
-            problems.append("rescale_betas_zero_snr without v_prediction (noise alone tells nothing of x0)")
-        if problems:
-            raise UnsupportedConfig("scheduler_config.json: not supported: " + "; ".join(problems))
-        alpha_bar = np.cumprod(1.0 - _betas(config))
-        if zero_snr:
-            alpha_bar = _rescale_zero_snr(alpha_bar)
-        return cls(
-            alpha=np.sqrt(alpha_bar),
-            sigma=np.sqrt(1.0 - alpha_bar),
-            prediction=prediction,
-            spacing=config.get("timestep_spacing"),
-            steps_offset=config.get("steps_offset", 0),
-            final_alpha_one=config.get("set_alpha_to_one", True),
-        )
+    alpha: Callable[[Times], Float[Array, "b"]]
+    sigma: Callable[[Times], Float[Array, "b"]]
+    a: Callable[[Times], Float[Array, "b"]]
+    b: Callable[[Times], Float[Array, "b"]]
+    draw_t: Callable[[Key[Array, ""]], Real[Array, ""]]
+    nodes: Callable[[str, int], Nodes]
 
 
-_CLIP_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
-_IMPLEMENTED = {
-    "prediction_type": PREDICTIONS,
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "timestep_spacing": ("leading", "linspace", "trailing"),
-    "trained_betas": (None,),
-    "thresholding": (False,),
-    "timestep_type": ("discrete",),
-    "interpolation_type": ("linear",),
-    "final_sigmas_type": ("zero",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_dynamic_shifting": (False,),
+# name -> (alpha, sigma) -> (a, b)
+PREDICTIONS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "epsilon": lambda alpha, sigma: (np.ones_like(alpha), np.zeros_like(alpha)),
+    "v_prediction": lambda alpha, sigma: (alpha, sigma),
+    "sample": lambda alpha, sigma: (np.zeros_like(alpha), -np.ones_like(alpha)),
 }
 
 
-def _betas(config: Mapping[str, Any]) -> np.ndarray:
-    """beta_t in float64 for the three schedules of the format."""
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    count = config.get("num_train_timesteps", 1000)
-    kind = config.get("beta_schedule", "linear")
-    if kind == "linear":
-        return np.linspace(start, end, count)
-    if kind == "scaled_linear":
-        return np.linspace(math.sqrt(start), math.sqrt(end), count) ** 2
-    # arXiv 2102.09672, equation 17
-    alpha_bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+def table_process(
+    alpha: Float[np.ndarray, "T"],
+    sigma: Float[np.ndarray, "T"],
+    prediction: str,
+    nodes: Callable[[str, int], Nodes],
+) -> Process:
+    """The process whose times are the integers 0 ... T - 1, drawn uniformly.
+
+    Args:
+        alpha, sigma: noise level of every time.
+        prediction: one of `PREDICTIONS`.
+        nodes: see `Process`.
+    """
+
+    def lookup(values: np.ndarray) -> Callable[[Times], Array]:
+        return lambda t: jnp.asarray(values, jnp.float32)[t]
+
+    a, b = PREDICTIONS[prediction](alpha, sigma)
+    return Process(
+        *map(lookup, (alpha, sigma, a, b)),
+        draw_t=lambda key: jax.random.randint(key, (), 0, len(alpha)),
+        nodes=nodes,
+    )
 
 
-def _rescale_zero_snr(alpha_bar: np.ndarray) -> np.ndarray:
-    """sqrt(alpha_bar) shifted and scaled: it begins where it did and ends at 0 (arXiv 2305.08891, algorithm 1)."""
-    root = np.sqrt(alpha_bar)
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+def flow_process(
+    nodes: Callable[[str, int], Nodes], *, scale: float = 1000.0, shift: float = 1.0, logit_normal: bool = True
+) -> Process:
+    """The flow x_s = (1 - s) x0 + s eps with velocity eps - x0 (arXiv 2210.02747), at times t = scale s.
+
+    Args:
+        nodes: see `Process`.
+        scale: time of pure noise.
+        shift: k in s = k u / (1 + (k - 1) u): more noise where k > 1 (arXiv 2403.03206, equation 23).
+        logit_normal: draw u = sigmoid(N(0, 1)) (arXiv 2403.03206, equation 19), or uniformly where False.
+    """
+
+    def draw_t(key: Key[Array, ""]) -> Float[Array, ""]:
+        u = jax.nn.sigmoid(jax.random.normal(key)) if logit_normal else jax.random.uniform(key)
+        return scale * shifted(u, shift)
+
+    def one(t: Times) -> Array:
+        return jnp.ones(t.shape, jnp.float32)
+
+    return Process(lambda t: 1 - t / scale, lambda t: t / scale, one, one, draw_t, nodes)
 
 
-def at(values: np.ndarray, t: Int[Array, "b"], ndim: int) -> Array:
-    """values[t], float32, shaped to multiply a batch of `ndim` axes."""
-    return jnp.asarray(values, jnp.float32)[t].reshape(-1, *(1,) * (ndim - 1))
+def shifted(u, shift: float):
+    """k u / (1 + (k - 1) u), which maps [0, 1] to itself (arXiv 2403.03206, equation 23)."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
-def corrupt(
-    schedule: Schedule, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[Array, "b"]
-) -> Float[Array, "b ..."]:
-    """x_t = alpha_t x0 + sigma_t eps (arXiv 2006.11239, equation 4)."""
-    return at(schedule.alpha, t, x0.ndim) * x0 + at(schedule.sigma, t, x0.ndim) * eps
+def _like(values: Float[Array, "b"], x: Values) -> Array:
+    """[b] shaped to multiply [b, ...]."""
+    return values.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def target(
-    schedule: Schedule, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[Array, "b"]
-) -> Float[Array, "b ..."]:
-    """What the model should predict: eps, or v = alpha_t eps - sigma_t x0."""
-    if schedule.prediction == "epsilon":
-        return eps
-    return at(schedule.alpha, t, x0.ndim) * eps - at(schedule.sigma, t, x0.ndim) * x0
+def corrupt(process: Process, x0: Values, eps: Values, t: Times) -> Float[Array, "b ..."]:
+    """x_t of equation (1)."""
+    return _like(process.alpha(t), x0) * x0 + _like(process.sigma(t), x0) * eps
 
 
-def predicted_x0(prediction: str, output: Array, xt: Array, alpha: Array, sigma: Array) -> Array:
-    """x0 from the model's output: (x_t - sigma eps) / alpha, or alpha x_t - sigma v."""
-    return (xt - sigma * output) / alpha if prediction == "epsilon" else alpha * xt - sigma * output
+def target(process: Process, x0: Values, eps: Values, t: Times) -> Float[Array, "b ..."]:
+    """y of equation (2), which the model should predict."""
+    return _like(process.a(t), x0) * eps - _like(process.b(t), x0) * x0
 
 
-def snr_weight(schedule: Schedule, t: Int[Array, "b"], gamma: float) -> Float[Array, "b"]:
-    """Min-SNR-gamma weight of the squared error (arXiv 2303.09556, section 3.4): min(snr, gamma) / snr for eps,
-    min(snr, gamma) / (snr + 1) for v, with snr = alpha^2 / sigma^2. Finite also where snr is 0."""
-    alpha2, sigma2 = np.square(schedule.alpha), np.square(schedule.sigma)
-    capped = np.minimum(alpha2, gamma * sigma2)  # min(snr, gamma) sigma^2
-    weight = capped / alpha2 if schedule.prediction == "epsilon" else capped
-    return jnp.asarray(weight, jnp.float32)[t]
+def predicted_x0(process: Process, y: Values, xt: Values, t: Times) -> Float[Array, "b ..."]:
+    """x0 of equation (3) from the model's prediction y."""
+    alpha, sigma, a, b = (_like(f(t), xt) for f in (process.alpha, process.sigma, process.a, process.b))
+    return (a * xt - sigma * y) / (a * alpha + b * sigma)
+
+
+def snr_weight(process: Process, t: Times, gamma: float) -> Float[Array, "b"]:
+    """w of equation (4): min-SNR-gamma weight of the squared error of the prediction."""
+    alpha, sigma, a, b = (f(t) for f in (process.alpha, process.sigma, process.a, process.b))
+    return jnp.minimum(alpha**2, gamma * sigma**2) / (a * alpha + b * sigma) ** 2

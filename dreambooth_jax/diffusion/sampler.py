@@ -1,16 +1,24 @@
-"""Deterministic samplers of the probability-flow ODE with classifier-free guidance.
+"""Samplers with classifier-free guidance.
 
-With x0 the model's estimate of the clean image, DDIM, Euler and DPM-Solver++(2M) are all linear in what they know:
+With x0 the model's estimate of the clean image, every sampler here is linear in what it knows:
 
-    x_{i+1} = a_i x_i + b_i x0_i + c_i x0_{i-1}
+    x_{i+1} = a_i x_i + b_i x0_i + c_i x0_{i-1} + d_i z_i,   z_i ~ N(0, 1)
 
 so a sampler is a table of coefficients, computed once in float64, and one scan over it:
 
-* DDIM (arXiv 2010.02502, equation 12, eta = 0): a = sigma'/sigma, b = alpha' - alpha sigma'/sigma, c = 0.
+    for each row:                                       # t, alpha, sigma, coefficients
+        x0 = estimate(x, model(x, t))                   # equation (3) of process.py
+        x, before = a x + b x0 + c before + d z, x0
+
+Primes denote the levels after the step.
+
+* DDIM (arXiv 2010.02502, equation 12, eta = 0): a = sigma'/sigma, b = alpha' - alpha sigma'/sigma, c = d = 0.
 * Euler on dx/ds = (x - x0)/s of the variance-exploding form s = sigma/alpha (arXiv 2206.00364, algorithm 1): the same
-  coefficients, at other timesteps and ending at s = 0.
+  coefficients at other times. On a flow they are x + (s' - s) velocity.
 * DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): x' = sigma'/sigma x - alpha' (e^{-h} - 1) D, with h the step in
   lambda = log(alpha/sigma) and D = x0_i + (x0_i - x0_{i-1}) / (2 r).
+* DDPM (arXiv 2006.11239, algorithm 2, with the smaller variance) and Euler ancestral: d = sigma' sqrt(1 - r^2) and
+  a = r sigma'/sigma with r = alpha sigma' / (alpha' sigma), b = alpha' - alpha a, c = 0. They differ in their times.
 """
 
 from collections.abc import Callable
@@ -19,117 +27,121 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from dreambooth_jax.diffusion.loss import Predict
-from dreambooth_jax.diffusion.process import Schedule, predicted_x0
-
-SAMPLERS = ("ddim", "dpm++", "euler")
-_DEFAULT_SPACING = {"ddim": "leading", "dpm++": "linspace", "euler": "linspace"}
+from dreambooth_jax.diffusion.process import Nodes, Process
 
 
 class Table(NamedTuple):
-    """What a sampler does, one row per step, and the scale of the noise that it starts from."""
+    """Coefficients of a sampler, one row per step, float64, and the scale of the noise from which it starts.
+
+    Attributes:
+        t: time given to the model.
+        xt, y, norm: x0 = (xt x - y prediction) / norm, equation (3) of process.py.
+        a, b, c, d: of x, x0, the previous x0 and new noise.
+    """
 
     t: np.ndarray
-    alpha: np.ndarray
-    sigma: np.ndarray
+    xt: np.ndarray
+    y: np.ndarray
+    norm: np.ndarray
     a: np.ndarray
     b: np.ndarray
     c: np.ndarray
+    d: np.ndarray
     init_scale: float
 
 
-def sampler_table(schedule: Schedule, sampler: str, steps: int) -> Table:
-    """The coefficients of `sampler` in `steps` model calls, float64, equal to those of diffusers' schedulers.
+def _first_order(nodes: Nodes) -> tuple[np.ndarray, ...]:
+    a = nodes.next_sigma / nodes.sigma
+    return a, nodes.next_alpha - nodes.alpha * a, np.zeros_like(a), np.zeros_like(a)
+
+
+def _ancestral(nodes: Nodes) -> tuple[np.ndarray, ...]:
+    kept = nodes.alpha * nodes.next_sigma / (nodes.next_alpha * nodes.sigma)
+    a = kept * nodes.next_sigma / nodes.sigma
+    return a, nodes.next_alpha - nodes.alpha * a, np.zeros_like(a), nodes.next_sigma * np.sqrt(1 - kept**2)
+
+
+def _second_order(nodes: Nodes) -> tuple[np.ndarray, ...]:
+    a, b, c, d = _first_order(nodes)
+    # Second order from the second step on; the last step goes to lambda = infinity, where only the first is defined.
+    with np.errstate(divide="ignore"):  # a flow starts at lambda = -infinity, which leaves its second step first order
+        h = np.diff(np.log(nodes.alpha) - np.log(nodes.sigma))
+    gain = np.zeros_like(a)
+    gain[1:-1] = -nodes.alpha[2:] * np.expm1(-h[1:]) / (2 * h[:-1] / h[1:])
+    return a, b + gain, c - gain, d
+
+
+# name -> rule by which steps are spaced, coefficients
+_SAMPLERS: dict[str, tuple[str, Callable[[Nodes], tuple[np.ndarray, ...]]]] = {
+    "ddim": ("ddim", _first_order),
+    "dpm++": ("dpm++", _second_order),
+    "euler": ("euler", _first_order),
+    "ddpm": ("ddpm", _ancestral),
+    "euler_a": ("euler", _ancestral),
+}
+SAMPLERS = tuple(_SAMPLERS)
+ANCESTRAL = tuple(name for name, (_, rows) in _SAMPLERS.items() if rows is _ancestral)
+
+
+def sampler_table(process: Process, sampler: str, steps: int) -> Table:
+    """The coefficients of `sampler` in `steps` model calls, equal to those of diffusers' schedulers.
 
     Raises:
         ValueError: unknown sampler, or a number of steps that the training timesteps do not hold.
     """
-    if sampler not in SAMPLERS:
+    if sampler not in _SAMPLERS:
         raise ValueError(f"sampler = {sampler!r}; implemented: {', '.join(SAMPLERS)}")
-    spacing = schedule.spacing or _DEFAULT_SPACING[sampler]
-    t = _timesteps(schedule, sampler, spacing, steps) if 1 <= steps <= schedule.T else np.zeros(0)
-    if not (t.size and t[0] < schedule.T and np.all(np.diff(t) < 0)):
-        most = f"fewer than the {schedule.T} training timesteps, for {sampler} at {spacing} spacing"
-        raise ValueError(f"{steps} sampling steps: expected at least 1 and {most}")
-    return {"ddim": _ddim, "dpm++": _dpm, "euler": _euler}[sampler](schedule, t)
-
-
-def _timesteps(schedule: Schedule, sampler: str, spacing: str, steps: int) -> np.ndarray:
-    """Descending timesteps (arXiv 2305.08891, table 2)."""
-    # DPM-Solver++ counts the clean image, to which its last step goes, as one of those it spaces out.
-    count = steps + 1 if sampler == "dpm++" else steps
-    if spacing == "linspace":
-        t = np.linspace(0, schedule.T - 1, count)[::-1][:steps]
-        return t if sampler == "euler" else np.round(t).astype(int)
-    if spacing == "leading":
-        return (np.arange(count) * (schedule.T // count))[::-1][:steps] + schedule.steps_offset
-    # The reference's own expression: halves, and what rounding makes of them, decide between neighbours.
-    return np.round(np.arange(schedule.T, 0, -schedule.T / steps)[:steps]).astype(int) - 1
-
-
-def _first_order(t, alpha, sigma, next_alpha, next_sigma, init_scale: float = 1.0) -> Table:
-    a = next_sigma / sigma
-    return Table(t, alpha, sigma, a, next_alpha - alpha * a, np.zeros_like(a), init_scale)
-
-
-def _ddim(schedule: Schedule, t: np.ndarray) -> Table:
-    end = (1.0, 0.0) if schedule.final_alpha_one else (schedule.alpha[0], schedule.sigma[0])
-    # diffusers steps by T // steps rather than to the next timestep of the list; the two differ for linspace only.
-    earlier = t - schedule.T // len(t)
-    next_alpha = np.where(earlier >= 0, schedule.alpha[earlier], end[0])
-    next_sigma = np.where(earlier >= 0, schedule.sigma[earlier], end[1])
-    return _first_order(t, schedule.alpha[t], schedule.sigma[t], next_alpha, next_sigma)
-
-
-def _never_zero(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
-    """alpha and sigma, with alpha^2 = 2^-24 in place of a 0 at the end of a zero-SNR schedule: quotients and logarithms
-    of them stay finite. The reference has the same number."""
-    zero = schedule.alpha == 0
-    return np.where(zero, 2.0**-12, schedule.alpha), np.where(zero, np.sqrt(1 - 2.0**-24), schedule.sigma)
-
-
-def _euler(schedule: Schedule, t: np.ndarray) -> Table:
-    alpha, sigma = _never_zero(schedule)
-    s = np.interp(t, np.arange(schedule.T), sigma / alpha)
-    alpha, sigma = 1 / np.hypot(1, s), s / np.hypot(1, s)
-    init_scale = 1.0 if schedule.spacing == "leading" else sigma[0]
-    return _first_order(t, alpha, sigma, np.append(alpha[1:], 1), np.append(sigma[1:], 0), init_scale)
-
-
-def _dpm(schedule: Schedule, t: np.ndarray) -> Table:
-    alpha, sigma = (values[t] for values in _never_zero(schedule))
-    table = _first_order(t, alpha, sigma, np.append(alpha[1:], 1), np.append(sigma[1:], 0))
-    # Second order from the second step on; the last step goes to lambda = infinity, where only the first is defined.
-    h = np.diff(np.log(alpha) - np.log(sigma))
-    gain = np.zeros(len(t))
-    gain[1:-1] = -alpha[2:] * np.expm1(-h[1:]) / (2 * h[:-1] / h[1:])
-    return table._replace(b=table.b + gain, c=-gain)
+    grid, rows = _SAMPLERS[sampler]
+    nodes = process.nodes(grid, steps)
+    norm = nodes.a * nodes.alpha + nodes.b * nodes.sigma
+    return Table(nodes.t, nodes.a, nodes.sigma, norm, *rows(nodes), nodes.init_scale)
 
 
 def make_sampler(
-    predict: Predict, schedule: Schedule, *, sampler: str = "ddim", steps: int = 50
+    predict: Predict,
+    process: Process,
+    *,
+    sampler: str = "ddim",
+    steps: int = 50,
+    clip: Callable[[Array], Array] | None = None,
 ) -> Callable[..., Float[Array, "b ..."]]:
-    """Builds `sample(params, noise, cond, uncond, guidance) -> x0`, to be jitted by the caller.
+    """Builds `sample(params, noise, cond, uncond, guidance, keys=None) -> x0`, to be jitted by the caller.
 
     Args:
         predict: (params, x_t, t, cond) -> prediction like x_t.
-        schedule: the model's noise levels.
+        process: noise levels and prediction of the model.
         sampler: one of `SAMPLERS`.
         steps: model calls.
+        clip: function applied to every estimate of x0, for models of pixels; None for none.
 
-    The returned function takes
-        params: of `predict`;
-        noise: standard normal, [b, ...];
-        cond, uncond: pytrees with leading axis b; `uncond` holds the negative prompts, or is None for no guidance;
+    Arguments of the returned function:
+        params: of `predict`.
+        noise: standard normal, [b, ...].
+        cond, uncond: pytrees with leading axis b; `uncond` holds the negative prompts, or is None for no guidance.
         guidance: scale w of uncond + w (cond - uncond) (arXiv 2207.12598, equation 6 with w = 1 + w'); scalar.
+        keys: one per image, [b], for samplers in `ANCESTRAL`: image j draws the noise of step i from
+            fold_in(keys[j], i), so that it does not depend on its batch.
     Both conditions go through the model in one batch of 2b.
+
+    Raises:
+        ValueError: see `sampler_table`; or, when called, keys are missing.
     """
-    table = sampler_table(schedule, sampler, steps)
+    table = sampler_table(process, sampler, steps)
     rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), table._replace(init_scale=None))
 
-    def sample(params: Any, noise: Float[Array, "b ..."], cond: Any, uncond: Any, guidance: Float[Array, ""] | float):
+    def sample(
+        params: Any,
+        noise: Float[Array, "b ..."],
+        cond: Any,
+        uncond: Any,
+        guidance: Float[Array, ""] | float,
+        keys: Key[Array, "b"] | None = None,
+    ) -> Float[Array, "b ..."]:
+        if sampler in ANCESTRAL and keys is None:
+            raise ValueError(f"sampler = {sampler!r} draws noise at every step: expected keys, one per image")
         both = cond if uncond is None else jax.tree.map(lambda *pair: jnp.concatenate(pair), uncond, cond)
 
         def guided(x, t):
@@ -139,17 +151,23 @@ def make_sampler(
             without, with_ = jnp.split(output, 2)
             return without + guidance * (with_ - without)
 
-        def body(carry, row):
-            x, before = carry
-            x0 = predicted_x0(schedule.prediction, guided(x, row.t), x, row.alpha, row.sigma)
-            return (row.a * x + row.b * x0 + row.c * before, x0), None
+        def fresh(i):
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), noise.shape[1:]))(keys)
+
+        def body(carry, numbered_row):
+            (x, before), (i, row) = carry, numbered_row
+            x0 = (row.xt * x - row.y * guided(x, row.t)) / row.norm
+            if clip is not None:
+                x0 = clip(x0)
+            x = row.a * x + row.b * x0 + row.c * before
+            return (x + row.d * fresh(i) if sampler in ANCESTRAL else x, x0), None
 
         start = noise * jnp.float32(table.init_scale)
-        return jax.lax.scan(body, (start, jnp.zeros_like(noise)), rows)[0][0]
+        return jax.lax.scan(body, (start, jnp.zeros_like(noise)), (jnp.arange(steps), rows))[0][0]
 
     return sample
 
 
-def noise_for_seeds(seeds: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+def noise_for_seeds(seeds, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Standard normal noise [b, *shape], image i from `seeds[i]` alone: the same in any batch, on any device."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds, jnp.uint32))

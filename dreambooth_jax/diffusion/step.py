@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from dreambooth_jax.diffusion.loss import Batch, Predict, dreambooth_loss
-from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.ops.recompute import recompute_gradients
 
@@ -79,7 +79,7 @@ def pick(n: int, count: int, key: Key[Array, ""], step: Int[Array, ""]) -> Int[A
 
 def draw(
     data: TrainingData,
-    schedule: Schedule,
+    process: Process,
     batch_size: int,
     key: Key[Array, ""],
     step: Int[Array, ""],
@@ -102,7 +102,7 @@ def draw(
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(step_key, i), 3))(jnp.arange(len(mean)))
     posterior_key, eps_key, t_key = keys[:, 0], keys[:, 1], keys[:, 2]
     normal = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))
-    t = jax.vmap(lambda k: jax.random.randint(k, (), 0, schedule.T))(t_key)
+    t = jax.vmap(process.draw_t)(t_key)
     return Batch(mean + std * normal(posterior_key), normal(eps_key), t, cond)
 
 
@@ -114,7 +114,7 @@ def _gather(resident: EncodedExamples, index: Int[Array, "b"]):
 def make_step(
     predict: Predict,
     optimizer: optax.GradientTransformation,
-    schedule: Schedule,
+    process: Process,
     *,
     batch_size: int,
     combine: Callable[[Params, Params], Params] = operator.or_,
@@ -133,7 +133,7 @@ def make_step(
         predict: (params, x_t, t, cond) -> prediction like x_t.
         optimizer: over `state.trainable`; nothing else is differentiated or clipped. The gradient's norm is given to it
             as `grad_norm`.
-        schedule: noise levels and what is predicted.
+        process: noise levels and prediction.
         batch_size: instance examples per step; with prior preservation as many class examples join them.
         combine: (frozen, trainable) -> the params that `predict` takes: what distinguishes the methods.
         prior_weight, snr_gamma: see `dreambooth_loss`.
@@ -156,7 +156,7 @@ def make_step(
 
     def loss_of_part(trainable, frozen, batch: Batch):
         losses = dreambooth_loss(
-            predict, combine(frozen, trainable), constrain(batch), schedule,
+            predict, combine(frozen, trainable), constrain(batch), process,
             num_instance=part, prior_weight=prior_weight, snr_gamma=snr_gamma,
         )  # fmt: skip
         return losses.loss, losses
@@ -178,7 +178,7 @@ def make_step(
         return jax.lax.scan(add_part, zeros, parts)[0]
 
     def step(state: TrainState, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
-        batch = draw(data, schedule, batch_size, key, state.step, example_shape)
+        batch = draw(data, process, batch_size, key, state.step, example_shape)
         if twice:
             (grads, losses), again = recompute_gradients(mean_gradient)(state.trainable, frozen, batch)
         else:

@@ -14,7 +14,8 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from jaxtyping import Array, Float, Int, UInt8
 
-from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.process import Process
+from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.files import bases
 from dreambooth_jax.files.safetensors import WEIGHT_FILES, read_model, save_model
 from dreambooth_jax.files.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ class Pipeline:
         configs: part, or "scheduler" -> its config file as it stands.
         unet, vae, text_encoder: the models as functions of flat params.
         vae_spec, unet_spec, text_spec: sizes that callers need.
-        schedule: noise levels and prediction type.
+        process: noise levels, prediction and times.
         tokenizer: of transformers.
     """
 
@@ -51,7 +52,7 @@ class Pipeline:
     unet_spec: UNetSpec
     vae_spec: VAESpec
     text_spec: CLIPTextSpec
-    schedule: Schedule
+    process: Process
     tokenizer: object
 
     @property
@@ -200,7 +201,7 @@ def build_pipeline(
         unet_spec=unet_spec,
         vae_spec=vae_spec,
         text_spec=text_spec,
-        schedule=Schedule.from_config(configs["scheduler"]),
+        process=process_from_scheduler(configs["scheduler"]),
         tokenizer=tokenizer,
     )
 

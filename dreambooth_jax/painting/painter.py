@@ -37,17 +37,18 @@ def make_paint_batch(
     Raises:
         ValueError: unknown sampler or a number of steps it does not take.
     """
-    sample = make_sampler(pipeline.denoise, pipeline.schedule, sampler=sampler, steps=steps)
+    sample = make_sampler(pipeline.denoise, pipeline.process, sampler=sampler, steps=steps)
     shape = pipeline.latent_shape(resolution)
     spread = batch_sharding(mesh, batch_size)
 
     def paint_batch(params: Params, ids: Array, negative_ids: Array, keys: Array) -> Array:
         keys, ids, negative_ids = jax.lax.with_sharding_constraint((keys, ids, negative_ids), spread)
         params = gather(mesh, params)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(jax.random.wrap_key_data(keys))
+        own = jax.random.wrap_key_data(keys)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(own)
         states = pipeline.encode_text(params, jnp.concatenate([negative_ids, ids]))
         uncond, cond = jnp.split(states, 2)
-        latents = sample(params, noise, cond, uncond if guidance != 1.0 else None, guidance)
+        latents = sample(params, noise, cond, uncond if guidance != 1.0 else None, guidance, own)
         return jnp.round(pipeline.decode_latents(params, latents) * 255).astype(jnp.uint8)
 
     return jax.jit(paint_batch, out_shardings=spread)

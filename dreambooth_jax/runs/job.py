@@ -127,7 +127,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
     step = make_step(
         pipeline.denoise_ids if config.train_text_encoder else pipeline.denoise,
         job.optimizer,
-        pipeline.schedule,
+        pipeline.process,
         batch_size=config.batch_size,
         combine=lambda frozen, trainable: gather(mesh, job.method.combine(frozen, trainable), dtype),
         prior_weight=config.prior_weight,
