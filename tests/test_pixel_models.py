@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from support.cascade_models import FULL_SIZE, IF_STAGE_I, IF_STAGE_II, T5
-from support.torch_folders import randomise
+from support.cascade_models import FULL_SIZE, IF_STAGE_I, IF_STAGE_II, T5, X4
+from support.torch_folders import UNET_15, randomise
 from transformers import T5Config, T5EncoderModel
 
 from dreambooth_jax.files.safetensors import file_name, read_model
-from dreambooth_jax.models import pixel_unet, t5
+from dreambooth_jax.models import pixel_unet, t5, unet
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.spec import UnsupportedConfig
 
@@ -116,17 +116,58 @@ def test_unet_refuses_what_it_cannot_compute(tmp_path):
         pixel_unet.PixelUNetSpec.from_config({"encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj"})
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+IF = (pixel_unet.PixelUNetSpec, pixel_unet.PixelUNet)
+SIZES = {
+    "IF-I-M": (371.6, *IF),
+    "IF-I-L": (935.4, *IF),
+    "IF-I-XL": (4304.7, *IF),
+    "IF-II-L": (1243.3, *IF),
+    "x4": (473.4, unet.UNetSpec, unet.UNet2DConditionModel),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_full_size_shapes_are_those_of_the_reference(name):
-    """IF-I-M, L and XL and IF-II-L: 371.6, 935.4, 4304.7 and 1243.3 million parameters."""
+    """Names and shapes of every parameter; millions of them as published."""
+    millions, spec_class, module = SIZES[name]
     with torch.device("meta"):
-        reference = UNet2DConditionModel(**FULL_SIZE[name])
-    spec = pixel_unet.PixelUNetSpec.from_config(dict(reference.config))
-    shapes = functional(lambda rngs: pixel_unet.PixelUNet(spec, rngs=rngs)).shapes
+        reference = UNet2DConditionModel(**(FULL_SIZE | {"x4": X4})[name])
+    spec = spec_class.from_config(dict(reference.config))
+    shapes = functional(lambda rngs: module(spec, rngs=rngs)).shapes
     theirs = as_ours(reference, shapes, lambda parameter: parameter)
     assert {n: tuple(s.shape) for n, s in shapes.items()} == {n: tuple(p.shape) for n, p in theirs.items()}
-    millions = {"IF-I-M": 371.6, "IF-I-L": 935.4, "IF-I-XL": 4304.7, "IF-II-L": 1243.3}
-    assert round(sum(s.size for s in shapes.values()) / 1e6, 1) == millions[name]
+    assert round(sum(s.size for s in shapes.values()) / 1e6, 1) == millions
+
+
+def test_x4_unet_has_the_values_and_gradients_of_the_reference(tmp_path):
+    """The Stable Diffusion x4 upscaler: a table of noise levels, and blocks that attend to the text alone."""
+    config = UNET_15 | {
+        "in_channels": 7,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "only_cross_attention": [False, True],
+        "num_class_embeds": 1000,
+        "use_linear_projection": True,
+    }
+    reference = randomise(UNet2DConditionModel(**config), 1)
+    reference.save_pretrained(tmp_path)
+    spec = unet.UNetSpec.from_config(dict(reference.config))
+    split = functional(lambda rngs: unet.UNet2DConditionModel(spec, rngs=rngs))
+    params = read_model(tmp_path, split.shapes)
+    inputs = normal(2, 8, 16, 7), np.float32([3, 741]), normal(2, 7, 32, seed=1), np.int32([20, 999])
+    weights = normal(2, 8, 16, 4, seed=2)
+
+    def total(params):
+        out = split.apply(params, *inputs)
+        return (out * weights).mean(), out
+
+    grads, out = jax.jit(jax.grad(total, has_aux=True))(params)
+    expected = run_torch(reference, *inputs)
+    (expected * torch.from_numpy(weights)).mean().backward()
+    assert relative(out, expected) <= 1e-4
+    assert_same_gradients(grads, as_ours(reference, params, lambda parameter: parameter.grad))
+    with pytest.raises(ValueError, match="noise level None"):
+        split.apply(params, *inputs[:3])
 
 
 def make_t5(folder, dtype=jnp.float32, **changes):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import primitives
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, Linear, ResnetBlock2D, Upsample2D
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
@@ -38,6 +38,8 @@ class UNetSpec:
     cross_attention_dim: int | tuple[int, ...] = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
+    only_cross_attention: bool | tuple[bool, ...] = False  # then self-attention, too, attends to the text
+    num_class_embeds: int | None = None
     use_linear_projection: bool = False
     upcast_attention: bool = False  # always so here: see attention.attention
 
@@ -56,7 +58,13 @@ class UNetSpec:
 
 _DOWN_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 _UP_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
-_PER_BLOCK = ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
+_PER_BLOCK = (
+    "layers_per_block",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "attention_head_dim",
+    "only_cross_attention",
+)
 
 
 def _problems(spec: UNetSpec) -> list[str]:
@@ -86,8 +94,6 @@ _NEUTRAL = {
     "mid_block_scale_factor": (1, 1.0),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_attention_heads": (None,),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
     "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1, 1.0),
     "resnet_skip_time_act": (False,),
@@ -161,11 +167,13 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, cross-attention to the text states, feed-forward; each pre-normed and residual."""
+    """Self-attention (to the text states if `only_cross`), cross-attention to the text states, feed-forward; each
+    pre-normed and residual."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, **kw):
+    def __init__(self, channels: int, context_dim: int, heads: int, *, only_cross: bool, **kw):
+        self.only_cross = only_cross
         self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
-        self.attn1 = Attention(channels, channels, heads, **kw)
+        self.attn1 = Attention(channels, context_dim if only_cross else channels, heads, **kw)
         self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
         self.attn2 = Attention(channels, context_dim, heads, **kw)
         self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
@@ -173,7 +181,7 @@ class BasicTransformerBlock(nnx.Module):
 
     def __call__(self, x: Tokens, context: Tokens) -> Tokens:
         normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
+        x = x + self.attn1(normed, context if self.only_cross else normed)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -181,12 +189,23 @@ class BasicTransformerBlock(nnx.Module):
 class Transformer2DModel(nnx.Module):
     """Transformer blocks over the pixels of a feature map, between two projections."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, *, groups: int, linear: bool, **kw):
+    def __init__(
+        self,
+        channels: int,
+        context_dim: int,
+        heads: int,
+        depth: int,
+        *,
+        groups: int,
+        linear: bool,
+        only_cross: bool,
+        **kw,
+    ):
         project = Linear if linear else lambda cin, cout, **kw: Conv(cin, cout, 1, **kw)
         self.norm = GroupNorm(channels, groups, 1e-6, **kw)
         self.proj_in = project(channels, channels, **kw)
         self.transformer_blocks = nnx.List(
-            [BasicTransformerBlock(channels, context_dim, heads, **kw) for _ in range(depth)]
+            [BasicTransformerBlock(channels, context_dim, heads, only_cross=only_cross, **kw) for _ in range(depth)]
         )
         self.proj_out = project(channels, channels, **kw)
 
@@ -265,12 +284,14 @@ class UNet2DConditionModel(nnx.Module):
                 "heads": spec.attention_head_dim[level],
                 "depth": spec.transformer_layers_per_block[level],
                 "linear": spec.use_linear_projection,
+                "only_cross": spec.only_cross_attention[level],
                 "groups": groups,
             }
 
         self.spec, self.dtype, self.remat = spec, dtype, remat
         self.conv_in = Conv(spec.in_channels, widths[0], 3, **kw)
         self.time_embedding = TimestepEmbedding(widths[0], temb_dim, **kw)
+        self.class_embedding = nnx.Embed(spec.num_class_embeds, temb_dim, **kw) if spec.num_class_embeds else None
 
         last = len(widths) - 1
         skips = [widths[0]]
@@ -289,7 +310,8 @@ class UNet2DConditionModel(nnx.Module):
             skips += [width] * (layers + (level < last))
             self.down_blocks.append(block)
 
-        self.mid_block = MidBlock(widths[-1], transformer=transformer(last), resnet=resnet, **kw)
+        middle = transformer(last) | {"only_cross": False}  # as in the reference, whatever the config says
+        self.mid_block = MidBlock(widths[-1], transformer=middle, resnet=resnet, **kw)
 
         below = widths[-1]
         self.up_blocks = nnx.List([])
@@ -307,13 +329,20 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_out = Conv(widths[0], spec.out_channels, 3, **kw)
 
     def __call__(
-        self, x: Float[Array, "b h w in"], t: Float[Array, "b"], context: Float[Array, "b l e"]
+        self,
+        x: Float[Array, "b h w in"],
+        t: Float[Array, "b"],
+        context: Float[Array, "b l e"],
+        level: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b h w out"]:
-        """x: noisy latents; t: timesteps in [0, T), whole or fractional; context: text states.
+        """x: noisy latents; t: timesteps in [0, T), whole or fractional; context: text states; level: timestep of the
+        noise on the low-resolution picture, where `spec.num_class_embeds` says that there is one.
 
         Raises:
-            ValueError: height or width is no multiple of `spec.downscale`.
+            ValueError: height or width is no multiple of `spec.downscale`, or `level` is absent.
         """
+        if (level is None) != (self.class_embedding is None):
+            raise ValueError(f"num_class_embeds = {self.spec.num_class_embeds}: noise level {level}")
         if x.shape[1] % self.spec.downscale or x.shape[2] % self.spec.downscale:
             raise ValueError(f"latents of {x.shape[1]}x{x.shape[2]}: both must be multiples of {self.spec.downscale}")
         spec, recompute = self.spec, REMAT[self.remat]
@@ -323,6 +352,8 @@ class UNet2DConditionModel(nnx.Module):
             t, spec.block_out_channels[0], flip_sin_to_cos=spec.flip_sin_to_cos, freq_shift=spec.freq_shift
         )
         temb = self.time_embedding(embedded.astype(self.dtype))
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(level)
         x, context = x.astype(self.dtype), context.astype(self.dtype)
 
         x = self.conv_in(x)

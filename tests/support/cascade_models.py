@@ -66,3 +66,16 @@ FULL_SIZE = {
         "time_embedding_dim": 1280,
     },
 }  # fmt: skip
+X4 = {
+    "sample_size": 128,
+    "in_channels": 7,
+    "out_channels": 4,
+    "block_out_channels": (256, 512, 512, 1024),
+    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+    "up_block_types": (*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1024,
+    "only_cross_attention": [True, True, True, False],
+    "num_class_embeds": 1000,
+    "use_linear_projection": True,
+}
