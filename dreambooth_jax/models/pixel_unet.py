@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dreambooth_jax.models.layers import Conv, GroupNorm, Image
+from dreambooth_jax.models.layers import Conv, GroupNorm, Image, Linear
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
 from dreambooth_jax.models.unet import REMAT, timestep_embedding
 from dreambooth_jax.ops.attention import attention
@@ -139,8 +139,8 @@ _CROSS_NORM_GROUPS = 32  # the reference's constant, whatever `norm_num_groups` 
 class TimestepEmbedding(nnx.Module):
     def __init__(self, dim: int, out: int, act: str, **kw):
         self.act = act
-        self.linear_1 = nnx.Linear(dim, out, **kw)
-        self.linear_2 = nnx.Linear(out, out, **kw)
+        self.linear_1 = Linear(dim, out, **kw)
+        self.linear_2 = Linear(out, out, **kw)
 
     def __call__(self, x: Float[Array, "b e"]) -> Float[Array, "b t"]:
         return self.linear_2(ACTIVATIONS[self.act](self.linear_1(x)))
@@ -154,9 +154,9 @@ class AttentionPooling(nnx.Module):
         self.positional_embedding = nnx.Param(
             nnx.initializers.normal(channels**-0.5)(kw["rngs"].params(), (1, channels))
         )
-        self.q_proj = nnx.Linear(channels, channels, **kw)
-        self.k_proj = nnx.Linear(channels, channels, **kw)
-        self.v_proj = nnx.Linear(channels, channels, **kw)
+        self.q_proj = Linear(channels, channels, **kw)
+        self.k_proj = Linear(channels, channels, **kw)
+        self.v_proj = Linear(channels, channels, **kw)
 
     def __call__(self, x: Tokens) -> Float[Array, "b c"]:
         mean = x.mean(1, keepdims=True) + self.positional_embedding.astype(x.dtype)
@@ -171,7 +171,7 @@ class TextTimeEmbedding(nnx.Module):
     def __init__(self, text_dim: int, out: int, heads: int, **kw):
         self.norm1 = nnx.LayerNorm(text_dim, epsilon=1e-5, use_fast_variance=False, **kw)
         self.pool = AttentionPooling(text_dim, heads, **kw)
-        self.proj = nnx.Linear(text_dim, out, **kw)
+        self.proj = Linear(text_dim, out, **kw)
         self.norm2 = nnx.LayerNorm(out, epsilon=1e-5, use_fast_variance=False, **kw)
 
     def __call__(self, text: Tokens) -> Float[Array, "b t"]:
@@ -214,7 +214,7 @@ class ResnetBlock2D(nnx.Module):
         self.act, self.resize, self.skip_time_act, self.divisor = act, resize, skip_time_act, divisor
         self.norm1 = GroupNorm(cin, groups, eps, **kw)
         self.conv1 = Conv(cin, cout, 3, **kw)
-        self.time_emb_proj = nnx.Linear(temb_dim, 2 * cout, **kw)
+        self.time_emb_proj = Linear(temb_dim, 2 * cout, **kw)
         self.norm2 = GroupNorm(cout, groups, eps, **kw)
         self.conv2 = Conv(cout, cout, 3, **kw)
         self.conv_shortcut = Conv(cin, cout, 1, **kw) if cin != cout else None
@@ -239,12 +239,12 @@ class AddedKVAttention(nnx.Module):
         self.heads = channels // head_dim
         self.group_norm = GroupNorm(channels, groups, 1e-5, **kw)
         self.norm_cross = GroupNorm(text_dim, _CROSS_NORM_GROUPS, 1e-5, **kw)
-        self.to_q = nnx.Linear(channels, channels, **kw)
-        self.to_k = None if only_cross else nnx.Linear(channels, channels, **kw)
-        self.to_v = None if only_cross else nnx.Linear(channels, channels, **kw)
-        self.add_k_proj = nnx.Linear(text_dim, channels, **kw)
-        self.add_v_proj = nnx.Linear(text_dim, channels, **kw)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, **kw)])
+        self.to_q = Linear(channels, channels, **kw)
+        self.to_k = None if only_cross else Linear(channels, channels, **kw)
+        self.to_v = None if only_cross else Linear(channels, channels, **kw)
+        self.add_k_proj = Linear(text_dim, channels, **kw)
+        self.add_v_proj = Linear(text_dim, channels, **kw)
+        self.to_out = nnx.List([Linear(channels, channels, **kw)])
 
     def __call__(self, x: Image, text: Tokens) -> Image:
         text = self.norm_cross(text[:, None])[:, 0]
@@ -311,7 +311,7 @@ class PixelUNet(nnx.Module):
             TimestepEmbedding(widths[0], temb_dim, spec.act_fn, **kw) if spec.class_embed_type else None
         )
         self.add_embedding = TextTimeEmbedding(spec.encoder_hid_dim, temb_dim, spec.addition_embed_type_num_heads, **kw)
-        self.encoder_hid_proj = nnx.Linear(spec.encoder_hid_dim, spec.cross_attention_dim, **kw)
+        self.encoder_hid_proj = Linear(spec.encoder_hid_dim, spec.cross_attention_dim, **kw)
 
         skips = [widths[0]]
         self.down_blocks = nnx.List([])

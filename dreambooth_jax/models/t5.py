@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dreambooth_jax.models.layers import Linear
 from dreambooth_jax.models.spec import not_among, read_spec
 
 Tokens = Float[Array, "b l c"]
@@ -113,10 +114,10 @@ class SelfAttention(nnx.Module):
     def __init__(self, spec: T5Spec, *, first: bool, **kw):
         width = spec.num_heads * spec.d_kv
         self.heads = spec.num_heads
-        self.q = nnx.Linear(spec.d_model, width, use_bias=False, **kw)
-        self.k = nnx.Linear(spec.d_model, width, use_bias=False, **kw)
-        self.v = nnx.Linear(spec.d_model, width, use_bias=False, **kw)
-        self.o = nnx.Linear(width, spec.d_model, use_bias=False, **kw)
+        self.q = Linear(spec.d_model, width, use_bias=False, **kw)
+        self.k = Linear(spec.d_model, width, use_bias=False, **kw)
+        self.v = Linear(spec.d_model, width, use_bias=False, **kw)
+        self.o = Linear(width, spec.d_model, use_bias=False, **kw)
         self.relative_attention_bias = (
             nnx.Embed(spec.relative_attention_num_buckets, spec.num_heads, **kw) if first else None
         )
@@ -132,9 +133,9 @@ class DenseReluDense(nnx.Module):
     """wo(gelu(wi_0 x) * wi_1 x) (arXiv 2002.05202), gelu by its tanh approximation."""
 
     def __init__(self, spec: T5Spec, **kw):
-        self.wi_0 = nnx.Linear(spec.d_model, spec.d_ff, use_bias=False, **kw)
-        self.wi_1 = nnx.Linear(spec.d_model, spec.d_ff, use_bias=False, **kw)
-        self.wo = nnx.Linear(spec.d_ff, spec.d_model, use_bias=False, **kw)
+        self.wi_0 = Linear(spec.d_model, spec.d_ff, use_bias=False, **kw)
+        self.wi_1 = Linear(spec.d_model, spec.d_ff, use_bias=False, **kw)
+        self.wo = Linear(spec.d_ff, spec.d_model, use_bias=False, **kw)
 
     def __call__(self, x: Tokens) -> Tokens:
         return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
