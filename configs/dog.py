@@ -41,10 +41,13 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.class_batch_size = 20  # pictures painted at once, over all devices
 
     # Training
-    config.method = "full"  # fine-tuning of all weights, or "lora": low-rank differences (arXiv 2106.09685)
+    config.method = "full"  # fine-tuning of all weights, or low-rank differences: "lora", "dora", "loha", "lokr"
     config.lora_rank = 8
     config.lora_alpha = 8.0  # the difference is scaled by alpha / rank
-    config.lora_targets = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"  # regex for the ends of the modules' names
+    config.lora_targets = "attention"  # or "cross", "transformer", "all"; or a regex for the ends of modules' names
+    config.lora_ranks = ()  # exceptions, the first match holds: (("^text_encoder", 4, 4.0), ...): regex, rank, alpha
+    config.lora_scaling = "standard"  # or "stabilized": alpha / sqrt(rank) (arXiv 2312.03732)
+    config.lora_plus_ratio = 1.0  # learning rate of the second factor over that of the first (arXiv 2402.12354)
     config.steps = 300
     config.batch_size = 4  # instance images per step over all devices; as many class images join them
     config.accumulate = 1  # parts in which a batch is computed, one after the other

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_jax.adapters.lora import merge
+from dreambooth_jax.adapters.factors import merge
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import save_pipeline
@@ -37,7 +37,7 @@ def export_lora(options: argparse.Namespace, dtype: np.dtype) -> str:
     config, _, method, trainable = open_trained(options.workdir, make_mesh(), options.step)
     if config.method != "lora":
         raise ValueError(f"{options.workdir} was trained with method = {config.method!r}: leave out --lora")
-    factors = lora_for_files(method.combine({}, trainable))
+    factors = lora_for_files(method.adapter(trainable))
     save_tensors(Path(options.output) / LORA_FILE, factors, dtype=dtype)
     return f'StableDiffusionPipeline.from_pretrained("{config.base}").load_lora_weights("{options.output}")'
 

@@ -10,7 +10,8 @@ from support.runs import checkpoints, config_of, finish, read_state
 from test_export import painted_by_diffusers, painted_by_sample
 
 from dreambooth_jax import export
-from dreambooth_jax.adapters.lora import lora, merge
+from dreambooth_jax.adapters.factors import merge
+from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.runs.job import data_shapes, initial, lower_steps, make_job, make_method, split_shapes, state_shapes

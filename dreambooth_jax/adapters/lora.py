@@ -1,90 +1,141 @@
-"""LoRA (arXiv 2106.09685, equation 3): the base stays frozen, chosen kernels get a trainable low-rank difference,
-W = W0 + (alpha / r) A B, with A [..., in, r] random, B [r, out] zero at the start, and r its rank.
+"""LoRA and its relatives as training methods: the base stays frozen, chosen kernels get a trainable low-rank difference
+(adapters.factors).
 
-The factors stay factors: beside `MODULE.kernel` the layer finds `MODULE.lora_A.kernel` and `MODULE.lora_B.kernel` and
-computes x W0 + (x A) B (models.layers.adapt). `merge` folds them into the kernels where a plain model is wanted.
+LoRA's and DoRA's factors stay factors: beside `MODULE.kernel` the layer finds `MODULE.lora_A.kernel` and
+`MODULE.lora_B.kernel` and computes x W + (x A) B (models.layers.adapt). LoHa and LoKr have no such form: `combine` adds
+their differences to the kernels.
 """
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from dreambooth_jax.adapters.factors import FORMS, LORA_B, MAGNITUDE, by_module, merge, parse, shapes
 from dreambooth_jax.adapters.method import Method, Value
 from dreambooth_jax.models.layers import column_norms
 from dreambooth_jax.models.params import Params, Shapes
 
-A, B, M = ".lora_A.kernel", ".lora_B.kernel", ".lora_magnitude_vector.scale"
+# Modules that get a difference: regexes for the end of the module's name.
+TARGETS = {
+    "cross": r"\.attn2\.(to_[qkv]|to_out\.0)",
+    "attention": r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj",
+    "transformer": r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj|ff\.net\.(0\.proj|2)|proj_in|proj_out|mlp\.fc[12]",
+    "all": r".*",
+}
+Ranks = Sequence[tuple[str, int, float]]
 
 
-def lora(parts: str, targets: str, rank: int, alpha: float, names: str = "") -> Method:
+def lora(
+    parts: str, targets: str, rank: int, alpha: float, names: str = "", *, form: str = "lora", ranks: Ranks = (),
+    stabilized: bool = False, ratio: float = 1.0,
+) -> Method:  # fmt: skip
     """Low-rank differences of the kernels of the modules that match both regexes.
 
     Args:
         parts: regex found in the names of the parameters that may train.
-        targets: regex for the end of a module's name, such as r"\\.to_[qkv]".
+        targets: key of `TARGETS`, or regex for the end of a module's name, such as r"\\.to_[qkv]".
         rank: r; no larger than the kernel's own is used.
         alpha: numerator of the scale alpha / rank, so that the learning rate need not follow the rank.
+        form: key of factors.FORMS.
+        ranks: (regex found in the module's name, rank, alpha), the first match before `rank` and `alpha`; rank 0 leaves
+            the module out.
+        stabilized: whether the scale is alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732, equation 3).
+        ratio: learning rate of B over that of A (LoRA+, arXiv 2402.12354).
 
     Raises:
-        ValueError: from `shapes` and `start`, if no module matches.
+        ValueError: from `shapes` and `start`, if no module matches, a regex of `ranks` matches none of the modules, or
+            its rank is above a module's own.
     """
 
-    def shapes(params: Shapes) -> tuple[Shapes, Shapes]:
+    def shapes_of(params: Shapes) -> tuple[Shapes, Shapes]:
         trainable = {}
-        for module, kernel in chosen(params, parts, targets).items():
-            *window, rows, columns = kernel.shape
-            r = min(rank, rows, columns)
-            trainable[module + A] = jax.ShapeDtypeStruct((*window, rows, r), jnp.float32)
-            trainable[module + B] = jax.ShapeDtypeStruct((r, columns), jnp.float32)
+        for module, kernel in chosen(params, parts, targets, ranks).items():
+            r = min(rank_of(module)[0], *kernel.shape[-2:])
+            for name, shape in shapes(form, kernel.shape, r).items():
+                trainable[f"{module}.{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
         return trainable, dict(params)
 
+    def rank_of(module: str) -> tuple[int, float]:
+        return next(((r, a) for pattern, r, a in ranks if re.search(pattern, module)), (rank, alpha))
+
+    def scale(module: str) -> float:
+        r, a = rank_of(module)
+        return a / r**0.5 if stabilized else a / r
+
     def start(params: Params, key: Key[Array, ""]) -> tuple[Params, Params]:
-        wanted = shapes({name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()})[0]
-        first = jax.jit(lambda key: {n: _first(n, x.shape, key) for n, x in wanted.items()}, out_shardings=key.sharding)
-        return first(key), params
+        wanted = shapes_of({name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()})[0]
+        kernels = {f"{module}.kernel": params[f"{module}.kernel"] for module in by_module(wanted)}
+
+        def first(key, kernels) -> Params:
+            magnitudes = {n: parse(n)[0] for n in wanted if parse(n)[1] == MAGNITUDE}
+            return {n: _first(form, n, x.shape, key) for n, x in wanted.items() if n not in magnitudes} | {
+                n: _norms(kernels[f"{module}.kernel"]) for n, module in magnitudes.items()
+            }
+
+        return jax.jit(first, out_shardings=key.sharding)(key, kernels if form == "dora" else {}), params
+
+    def scaled(trainable: Params) -> Params:
+        carries = FORMS[form].scaled
+        return {
+            n: scale(module) * x if f == carries else x for n, x in trainable.items() for module, f, _ in [parse(n)]
+        }
 
     def combine(frozen: Params, trainable: Params) -> Params:
-        return frozen | {n: alpha / rank * x if n.endswith(B) else x for n, x in trainable.items()}
+        joined = frozen | scaled(trainable)
+        return joined if form in ("lora", "dora") else merge(joined)
 
-    return Method(shapes, start, combine, f"LoRA of rank {rank} on {names}")
+    return Method(
+        shapes_of, start, combine, f"{_SAYS[form]} of rank {rank} on {names}", adapter=scaled,
+        multiplier=lambda name: ratio if parse(name)[1] == LORA_B else 1.0,
+        decays=(lambda name: parse(name)[1] != MAGNITUDE) if form == "dora" else None,
+    )  # fmt: skip
 
 
-def chosen(params: Mapping[str, Value], parts: str, targets: str) -> dict[str, Value]:
+_SAYS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
+
+
+def chosen(params: Mapping[str, Value], parts: str, targets: str, ranks: Ranks = ()) -> dict[str, Value]:
     """Module name -> kernel of the modules that match both regexes.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or see `lora`.
     """
     kernels = {n.removesuffix(".kernel"): v for n, v in params.items() if n.endswith(".kernel") and len(v.shape) > 1}
-    found = {n: v for n, v in kernels.items() if re.search(parts, n) and re.search(f"(?:{targets})$", n)}
+    pattern = TARGETS.get(targets, targets)
+    found = {n: v for n, v in kernels.items() if re.search(parts, n) and re.search(f"(?:{pattern})$", n)}
     if not found:
         some = ", ".join(list(kernels)[:3])
         raise ValueError(f"lora_targets = {targets!r}: no module's name ends like that; there are {some}, ...")
+    left = dict(found)
+    for pattern, rank, _ in ranks:
+        matching = {name: left.pop(name) for name in list(left) if re.search(pattern, name)}
+        if not matching:
+            raise ValueError(
+                f"lora_ranks: {pattern!r} is found in none of the {len(found)} modules' names that are left"
+            )
+        for name, kernel in matching.items():
+            if rank > min(kernel.shape[-2:]):
+                raise ValueError(f"lora_ranks: {rank} is above the rank of {name}, {min(kernel.shape[-2:])}")
+            if rank == 0:
+                del found[name]
     return found
 
 
-def modules(params: Mapping[str, Value]) -> list[str]:
-    """The modules that have factors."""
-    return [name.removesuffix(B) for name in params if name.endswith(B)]
-
-
-def merge(params: Params) -> Params:
-    """The plain parameters of a model that `combine` has given factors: W = W0 + A B, with a magnitude m W / |W|."""
-    merged = {name: x for name, x in params.items() if not name.endswith((A, B, M))}
-    for module in modules(params):
-        kernel, a, b = (params[module + end] for end in (".kernel", A, B))
-        merged[f"{module}.kernel"] = kernel + a @ b
-        if module + M in params:
-            merged[f"{module}.kernel"] *= params[module + M] / column_norms(kernel, a, b)
-    return merged
-
-
-def _first(name: str, shape: tuple[int, ...], key: Key[Array, ""]) -> Array:
-    """B = 0, so that training starts at the base; A normal with standard deviation 1 / r, as in diffusers' scripts."""
-    if name.endswith(B):
+def _first(form: str, name: str, shape: tuple[int, ...], key: Key[Array, ""]) -> Array:
+    """The factor `name` before the first step; one of them is zero, so that training starts at the base."""
+    factor = parse(name)[1]
+    if factor.removesuffix("_b") == FORMS[form].zero or factor == FORMS[form].zero:
         return jnp.zeros(shape)
-    return jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape) / shape[-1]
+    rank = shape[0] if factor.endswith("_b") else shape[-1]
+    deviation = FORMS[form].deviation.get(factor, 1 / rank)
+    return deviation * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape)
+
+
+def _norms(kernel: Array) -> Array:
+    """DoRA's magnitudes of the base, by the same sums as in the layer: their quotient is 1."""
+    nothing = jnp.zeros((*kernel.shape[:-1], 1)), jnp.zeros((1, kernel.shape[-1]))
+    return column_norms(kernel, *nothing)

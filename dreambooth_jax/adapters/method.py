@@ -23,12 +23,19 @@ class Method(NamedTuple):
             gives. New arrays have the key's sharding.
         combine: (frozen, trainable) -> the parameters that models take, under their names.
         says: description of the trainable parameters for a person.
+        adapter: (trainable) -> the parameters of an adapter file, any scale multiplied in; None if the method trains
+            the base's own parameters.
+        multiplier: trainable parameter's name -> factor on its learning rate.
+        decays: trainable parameter's name -> whether weight decay applies; None if it applies to all.
     """
 
     shapes: Callable[[Shapes], tuple[Shapes, Shapes]]
     start: Callable[[Params, Key[Array, ""]], tuple[Params, Params]]
     combine: Callable[[Params, Params], Params]
     says: str
+    adapter: Callable[[Params], Params] | None = None
+    multiplier: Callable[[str], float] = lambda name: 1.0
+    decays: Callable[[str], bool] | None = None
 
 
 def full(pattern: str, names: str = "") -> Method:

@@ -69,6 +69,7 @@ def make_optimizer(
     clip_norm: float | None = 1.0,
     moment_dtype: str = "float32",
     multiplier: Callable[[str], float] | None = None,
+    decays: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235) after clipping by the global norm.
 
@@ -80,17 +81,19 @@ def make_optimizer(
         clip_norm: of the gradient over everything trained; None for no clipping.
         moment_dtype: of AdamW's first moment; "bfloat16" saves two bytes per trained parameter.
         multiplier: parameter name -> factor on its learning rate.
+        decays: parameter name -> whether weight decay applies; None for all.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer = {name!r}; implemented: {', '.join(OPTIMIZERS)}")
+    mask = decays and (lambda params: {name: decays(name) for name in params})
     core = (
-        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=moment_dtype)
+        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, mu_dtype=moment_dtype)
         if name == "adamw"
         # Adafactor adds its decay after the learning rate; scaling it here keeps the field's meaning the same.
         else optax.chain(
             optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0),
             optax.scale(-1.0),
-            optax.add_decayed_weights(weight_decay),
+            optax.add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(rate),
         )
     )

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from dreambooth_jax.adapters.lora import B, modules
+from dreambooth_jax.adapters.factors import by_module
 from dreambooth_jax.models.params import Params
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -14,7 +14,9 @@ def lora_for_files(params: Params) -> Params:
     The scale alpha / rank is in B already (`combine`), as these files have no alpha and readers assume alpha = rank.
     """
     factors = {name: value for name, value in params.items() if ".lora_" in name}
-    for module in modules(params):
-        window = (1,) * (factors[f"{module}.lora_A.kernel"].ndim - 2)
-        factors[module + B] = jnp.reshape(factors[module + B], (*window, *factors[module + B].shape))
+    for module, named in by_module(params).items():
+        window = (1,) * (named["lora_A.kernel"].ndim - 2)
+        factors[f"{module}.lora_B.kernel"] = jnp.reshape(
+            named["lora_B.kernel"], (*window, *named["lora_B.kernel"].shape)
+        )
     return factors

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from dreambooth_jax.adapters.factors import FORMS
+from dreambooth_jax.adapters.lora import TARGETS
 from dreambooth_jax.data import captions
 from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
 from dreambooth_jax.diffusion.sampler import SAMPLERS
 from dreambooth_jax.models.unet import REMAT
 
-METHODS = ("full", "lora")
+METHODS = ("full", "lora", "dora", "loha", "lokr")
 
 
 class ConfigError(ValueError):
@@ -41,6 +43,14 @@ def _not_negative(kind: type, **kw) -> Field:
 
 def _one_of(*choices: str, **kw) -> Field:
     return Field(str, lambda v: v in choices, f"one of {', '.join(choices)}", **kw)
+
+
+def _are_ranks(value: tuple) -> bool:
+    return all(
+        isinstance(entry, (tuple, list)) and [type(x) for x in entry] in ([str, int, int], [str, int, float])
+        and _is_regex(entry[0]) and entry[1] >= 0 and entry[2] > 0
+        for entry in value
+    )  # fmt: skip
 
 
 def _text(**kw) -> Field:
@@ -82,7 +92,10 @@ FIELDS: dict[str, Field] = {
     "method": _one_of(*METHODS),
     "lora_rank": _positive(),
     "lora_alpha": Field(float, lambda v: v > 0, "above 0"),
-    "lora_targets": Field(str, _is_regex, "a regex for the ends of module names"),
+    "lora_targets": Field(str, _is_regex, f"{', '.join(TARGETS)}, or a regex for the ends of module names"),
+    "lora_ranks": Field(tuple, _are_ranks, "a tuple of (regex for module names, rank, alpha)"),
+    "lora_scaling": _one_of("standard", "stabilized"),
+    "lora_plus_ratio": Field(float, lambda v: v > 0, "above 0"),
     "train_text_encoder": Field(bool),
     "text_encoder_multiplier": _not_negative(float),
     "optimizer": _one_of(*OPTIMIZERS),
@@ -165,8 +178,8 @@ def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
     fields = {name for name, field in FIELDS.items() if field.meaning}
     if not config.prior_preservation:
         fields -= {*_PAINTING, "prior_weight"}
-    if config.method != "lora":
-        fields -= {"lora_rank", "lora_alpha", "lora_targets"}
+    if config.method not in FORMS:
+        fields -= {name for name in fields if name.startswith("lora_")}
     if config.lr_schedule == "constant":
         fields -= {"steps"}  # a longer run begins alike
     changed = sorted(name for name in fields if now[name] != earlier.get(name))

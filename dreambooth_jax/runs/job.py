@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dreambooth_jax.adapters.factors import FORMS
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
@@ -38,20 +39,26 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
     """
     config = ConfigDict(dict(config) | {"resolution": config.resolution or pipeline.resolution})
     rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
+    method = make_method(config)
     optimizer = make_optimizer(
         config.optimizer, rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None,
         moment_dtype=config.moment_dtype,
-        multiplier=lambda name: config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0,
+        multiplier=lambda name: method.multiplier(name)
+        * (config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0),
+        decays=method.decays,
     )  # fmt: skip
-    return Job(config, pipeline, mesh, optimizer, make_method(config))
+    return Job(config, pipeline, mesh, optimizer, method)
 
 
 def make_method(config: ConfigDict) -> Method:
     """The method that the config names."""
     parts = r"^(unet|text_encoder)\." if config.train_text_encoder else r"^unet\."
     names = "the UNet and text encoder" if config.train_text_encoder else "the UNet"
-    if config.method == "lora":
-        return lora(parts, config.lora_targets, config.lora_rank, config.lora_alpha, names)
+    if config.method in FORMS:
+        return lora(
+            parts, config.lora_targets, config.lora_rank, config.lora_alpha, names, form=config.method,
+            ranks=config.lora_ranks, stabilized=config.lora_scaling == "stabilized", ratio=config.lora_plus_ratio,
+        )  # fmt: skip
     return full(parts, names)
 
 

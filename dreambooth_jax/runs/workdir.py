@@ -69,7 +69,7 @@ def open_run(
     workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
 ) -> tuple[ConfigDict, Pipeline, Params]:
     """The personalised model of a run: parameters as `Method.combine` joins them, a LoRA's factors beside the base's
-    kernels (`adapters.lora.merge` folds them in). Arguments and errors are `open_trained`'s."""
+    kernels (`adapters.factors.merge` folds them in). Arguments and errors are `open_trained`'s."""
     config, pipeline, method, trainable = open_trained(workdir, mesh, step, dtype=dtype)
     params = read_params(pipeline, functools.partial(param_sharding, mesh))
     return config, pipeline, method.combine(params, trainable)
