@@ -1,62 +1,37 @@
-"""Captions: templates, and the captions that a folder holds."""
+"""Captions: templates, and the captions that a folder holds.
 
+0.txt, 0.caption, 0.jpg.txt     one file for each picture; suffixes in any case
+metadata.jsonl, .csv, .json     one file for all: the layouts of Hugging Face's imagefolder and of kohya's scripts
+"""
+
+import csv
+import io
 import json
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 from etils import epath
 
+from dreambooth_jax.data.paths import printable, read_file
+
 CAPTION_FIELDS = ("identifier", "class_noun")
-
-
-def raise_listing(problem: str, reasons: Mapping[str, str], remedy: str) -> None:
-    lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"{problem}:\n{lines}\n{remedy}")
-
-
-def folder_captions(folder: epath.Path, paths: Sequence[epath.Path]) -> dict[str, str]:
-    metadata = folder / "metadata.jsonl"
-    sidecars = {path.name: side for path in paths if (side := path.with_suffix(".txt")).exists()}
-    if metadata.exists() and sidecars:
-        raise ValueError(f"{folder} has captions twice, in metadata.jsonl and in .txt files: remove one of them")
-    if metadata.exists():
-        return _metadata_captions(metadata, {path.name for path in paths})
-    return {name: _read_text(side) for name, side in sidecars.items()}
-
-
-def _read_text(path: epath.Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # some editors put a byte-order mark first
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-
-
-def _metadata_captions(path: epath.Path, names: set[str]) -> dict[str, str]:
-    """Reads {"file_name": ..., "text": ...} lines, the layout of Hugging Face's imagefolder."""
-    texts, bad = {}, {}
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            bad[f"line {number}"] = f"{type(error).__name__}: {error}"
-            continue
-        if name not in names:
-            bad[f"line {number}"] = f"there is no image {name!r} in this folder"
-        elif not isinstance(text, str):
-            bad[f"line {number}"] = f"text is {text!r}, not a string"
-        texts[name] = text
-    if bad:
-        raise_listing(
-            f"{path} has unusable lines", bad, 'Each line must be {"file_name": "dog.jpg", "text": "a caption"}.'
-        )
-    return texts
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
+TEXT_COLUMNS = ("text", "caption", "prompt", "tags")  # the first of them that a file has
+NAME_COLUMNS = ("file_name", "filename", "file", "image")
 
 
 def fill(caption: str, identifier: str, class_noun: str, where: str) -> str:
-    """Replaces {identifier} and {class_noun}; anything else in braces is an error."""
+    """Replaces {identifier} and {class_noun} in a caption.
+
+    Args:
+        where: name of the caption in errors.
+
+    Raises:
+        ValueError: other braces than these fields, or a field whose value is empty.
+    """
     values = dict(zip(CAPTION_FIELDS, (identifier, class_noun), strict=True))
     try:
         fields = {field for _, field, _, _ in string.Formatter().parse(caption) if field is not None}
@@ -71,3 +46,162 @@ def fill(caption: str, identifier: str, class_noun: str, where: str) -> str:
     if empty := sorted(field for field in fields if not values[field]):
         raise ValueError(f"{where}: {caption!r} uses {{{empty[0]}}}, which is empty: set {empty[0]} or leave it out")
     return caption.format(**values)
+
+
+def raise_listing(problem: str, reasons: Mapping[str, str], remedy: str) -> None:
+    """Raises ValueError with one line per name and reason."""
+    lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    raise ValueError(f"{problem}:\n{lines}\n{remedy}")
+
+
+# --- one file per picture
+
+
+def match_sidecars(
+    pictures: Iterable[str], files: Sequence[epath.Path]
+) -> tuple[list[tuple[str, epath.Path]], dict[str, str]]:
+    """Caption files and their pictures, by the stem or the whole name, in NFC.
+
+    Args:
+        pictures: printable file names.
+        files: caption files.
+
+    Returns:
+        (picture, caption file) pairs, and file name -> reason of those without a picture.
+
+    Raises:
+        ValueError: a picture with several caption files; all are named.
+    """
+    by_stem: dict[str, list[str]] = {}
+    for name in pictures:
+        by_stem.setdefault(name, []).append(name)
+        by_stem.setdefault(name.rpartition(".")[0], []).append(name)
+    found: dict[str, list[epath.Path]] = {}
+    strays = {}
+    for path in files:
+        names = by_stem.get(printable(path.stem), [])
+        for name in names:
+            found.setdefault(name, []).append(path)
+        if not names:
+            strays[printable(path.name)] = "no picture of that name"
+    several = {name: ", ".join(p.name for p in paths) for name, paths in found.items() if len(paths) > 1}
+    if several:
+        raise_listing(
+            "pictures have captions twice", several, "Keep one caption file for each, or set captions='template'."
+        )
+    return [(name, path) for name, (path,) in found.items()], strays
+
+
+def read_text(path: epath.Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark.
+
+    Raises:
+        ValueError: other encodings, or a file that cannot be read.
+    """
+    try:
+        return read_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{printable(str(path))} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{printable(str(path))} cannot be read: {error}") from error
+
+
+# --- one file for all pictures
+
+
+class Metadata(NamedTuple):
+    """Contents of a metadata file.
+
+    Attributes:
+        texts: printable name of a picture, maybe in a subfolder -> its caption.
+        remarks: lines for the plan.
+    """
+
+    texts: dict[str, str]
+    remarks: list[str]
+
+
+def read_metadata(path: epath.Path, pictures: Mapping[str, epath.Path]) -> Metadata:
+    """Reads metadata.jsonl, metadata.csv or metadata.json.
+
+    Args:
+        pictures: printable name -> path, of the pictures in the same folder.
+
+    Raises:
+        ValueError: lines that are broken, name absent pictures or contradict each other; all of them are listed.
+    """
+    rows, bad = _rows(path)
+    column = next((c for c in TEXT_COLUMNS if any(c in row for row in rows.values())), None)
+    if rows and column is None and not bad:
+        found = ", ".join(sorted({name for row in rows.values() for name in row}))
+        expected = ", ".join(TEXT_COLUMNS)
+        return Metadata({}, [f"{path.name} is not used: it holds no captions ({expected}), only {found}"])
+    texts: dict[str, str] = {}
+    remarks = [f"captions: {column!r} of {path.name}"]
+    for line, row in rows.items():
+        try:
+            name, text = _entry(row, column or TEXT_COLUMNS[0], path, pictures)
+        except ValueError as error:
+            bad[line] = str(error)
+            continue
+        if name in texts:
+            if texts[name] != text:
+                bad[line] = f"another caption of {name} than before"
+            remarks.append(f"{path.name}, {line}: repeats {name}")
+        texts[name] = text
+    if bad:
+        example = '{"file_name": "dog.jpg", "text": "a caption"}'
+        raise_listing(f"{path} has unusable lines", bad, f"Each line must be {example}, or its like in CSV or JSON.")
+    return Metadata(texts, remarks)
+
+
+def _rows(path: epath.Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """Rows by their place in the file, and place -> problem of those that cannot be parsed."""
+    text, rows, bad = read_text(path), {}, {}
+    if path.suffix.lower() == ".csv":
+        table = csv.DictReader(io.StringIO(text))
+        rows = {f"line {number}": dict(row) for number, row in enumerate(table, 2)}
+    elif path.suffix.lower() == ".json":
+        try:
+            whole = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        rows = _json_rows(whole)
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows[f"line {number}"] = json.loads(line)
+                except ValueError as error:
+                    bad[f"line {number}"] = str(error)
+    bad |= {line: f"{row!r} is not an object" for line, row in rows.items() if not isinstance(row, Mapping)}
+    return {line: row for line, row in rows.items() if line not in bad}, bad
+
+
+def _json_rows(whole: Any) -> dict[str, Any]:
+    """[{"file_name": ..., "text": ...}], {"0.jpg": {"caption": ...}} or {"0.jpg": "a caption"}."""
+    if isinstance(whole, Mapping):
+        entries = {name: value if isinstance(value, Mapping) else {"text": value} for name, value in whole.items()}
+        return {f"{name!r}": {NAME_COLUMNS[0]: name, **value} for name, value in entries.items()}
+    entries = whole if isinstance(whole, list) else [whole]
+    return {f"entry {number}": entry for number, entry in enumerate(entries, 1)}
+
+
+def _entry(
+    row: Mapping[str, Any], column: str, path: epath.Path, pictures: Mapping[str, epath.Path]
+) -> tuple[str, str]:
+    """(picture, caption) of a row. Raises ValueError if it names no picture or has no text."""
+    given = next((row[c] for c in NAME_COLUMNS if c in row), None)
+    if not isinstance(given, str):
+        raise ValueError(f"no {NAME_COLUMNS[0]!r}")
+    name = printable(given)
+    if name not in pictures and path.suffix.lower() == ".json":  # kohya's keys: whole paths, or without suffix
+        last = PurePosixPath(name).name
+        name = next((known for known in pictures if last in (known, known.rpartition(".")[0])), name)
+    if name not in pictures:
+        inside = "/" in name and not name.startswith("/") and ".." not in PurePosixPath(name).parts
+        if not inside or not (path.parent / name).is_file():
+            raise ValueError(f"there is no image {name!r} in this folder")
+    if not isinstance(row.get(column), str):
+        raise ValueError(f"{column} is {row.get(column)!r}, not a string")
+    return name, row[column]

@@ -19,7 +19,7 @@ from absl import logging
 from PIL import Image, ImageCms, ImageOps
 
 from dreambooth_jax.data.captions import fill, raise_listing
-from dreambooth_jax.data.sources import Item, folder_items, tfds_items
+from dreambooth_jax.data.sources import Item, list_source, report
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -30,6 +30,7 @@ class Examples(NamedTuple):
     images: np.ndarray  # uint8[n h w 3], sRGB
     captions: tuple[str, ...]
     names: tuple[str, ...]  # the file name, or NAME:SPLIT#index
+    notes: tuple[str, ...] = ()  # lines for the plan: what the source holds besides
 
 
 def read_examples(
@@ -52,8 +53,8 @@ def read_examples(
     consecutive views exactly one is flipped.
 
     Args:
-      source: a folder, or `tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR]`; SPLIT may slice (`train[:5]`), and DIR
-        defaults to the environment variable TFDS_DATA_DIR. The split must be stored as ArrayRecord.
+      source: a folder, `hub:OWNER/NAME[@REVISION][/FOLDER]`, or `tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR]`;
+        SPLIT may slice (`train[:5]`), and DIR defaults to the environment variable TFDS_DATA_DIR.
       resolution: side of the square, in pixels.
       template: caption of images without their own, e.g. "a photo of {identifier} {class_noun}".
       identifier: fills {identifier} in the template and in captions.
@@ -72,13 +73,15 @@ def read_examples(
     """
     _check_arguments(resolution, captions, crop, flip, views)
     fill(template, identifier, class_noun, "the caption template")
-    items = tfds_items(os.fspath(source)) if os.fspath(source).startswith("tfds:") else folder_items(source)
+    listing = list_source(source, captions)
+    items = listing.items
     texts = _captions(items, captions, template, identifier, class_noun, source)
     squares = _read_squares(items, resolution, crop, flip, views, seed, source)
     return Examples(
         images=np.stack(squares),
         captions=tuple(text for text in texts for _ in range(views)),
         names=tuple(item.name for item in items for _ in range(views)),
+        notes=tuple(report(listing)),
     )
 
 

@@ -1,59 +1,310 @@
-"""Where photos come from: a folder, or a TFDS split."""
+"""Where photos come from, and what becomes of every file there.
 
+    folder               JPEG, PNG and WebP files directly in it, or those that a metadata file names in subfolders
+    folder of N_NAME/    the layout of kohya's scripts: N repeats of the images of every such subfolder
+    hub:OWNER/NAME       a data set of the model hub, fetched and read like a folder
+    tfds:NAME:SPLIT      a TFDS split stored as ArrayRecord
+
+`list_source` names every file that is not used, with the reason.
+"""
+
+import math
 import os
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
+from huggingface_hub import snapshot_download
 
-from dreambooth_jax.data.captions import folder_captions
+from dreambooth_jax.data.captions import CAPTION_SUFFIXES, METADATA, match_sidecars, read_metadata, read_text
+from dreambooth_jax.data.paths import printable, read_file
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".png", ".webp")
 # Pictures that are not read. Skipping them like a README would drop a person's photos in silence.
-FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl", ".jp2", ".dng", ".cr2", ".nef")
+RAW_SUFFIXES = (
+    *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".pef"),
+    *(".srw", ".x3f", ".3fr", ".iiq", ".rwl", ".raw"),
+)
+FOREIGN_SUFFIXES = (
+    *(".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jxl", ".jp2", ".psd", ".psb", ".xcf", ".kra"),
+    *(".svg", ".eps", ".exr", ".hdr", ".tga", ".ico", ".ppm", ".pgm", ".dds", ".qoi", ".apng"),
+    *RAW_SUFFIXES,
+)
+VIDEO_SUFFIXES = (".mov", ".mp4", ".m4v", ".avi", ".mkv", ".webm", ".3gp")
+MASK_ENDING = "-masklabel"  # OneTrainer's name of the mask of NAME.jpg: NAME-masklabel.png
+_SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+_MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
+_KOHYA = re.compile(r"(\d+)_(.+)")
+_LONGEST_LIST = 20  # names per reason
 
 
 class Item(NamedTuple):
+    """A picture of a source.
+
+    Attributes:
+        name: printable name, relative to the source.
+        read: the encoded image.
+        caption: its own caption, or None.
+        mask: the encoded mask, or None.
+    """
+
     name: str
-    read: Callable[[], bytes]  # the encoded image
-    caption: str | None
+    read: Callable[[], bytes]
+    caption: str | None = None
+    mask: Callable[[], bytes] | None = None
+
+
+class Listing(NamedTuple):
+    """The contents of a source.
+
+    Attributes:
+        items: pictures that are used.
+        unused: printable name of a file -> why it is not used.
+        remarks: further lines for the plan.
+    """
+
+    items: tuple[Item, ...]
+    unused: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
+
+
+def list_source(source: str | os.PathLike, captions: str = "auto") -> Listing:
+    """Lists a folder, `hub:` data set or `tfds:` split.
+
+    Args:
+        source: see the module; a folder may begin with `~`.
+        captions: "auto", or "template" to leave captions unread.
+
+    Raises:
+        FileNotFoundError: the folder or the data set is not there.
+        ValueError: no images, images in formats that are not read, or captions that contradict each other.
+    """
+    text = os.fspath(source)
+    if text.startswith("tfds:"):
+        return Listing(tuple(tfds_items(text)), {})
+    return list_folder(hub_folder(text) if text.startswith("hub:") else text, captions)
+
+
+def report(listing: Listing) -> list[str]:
+    """Lines for the plan: remarks, then the unused files, grouped by reason."""
+    groups = defaultdict(list)
+    for name, reason in listing.unused.items():
+        groups[reason].append(name)
+    return [*listing.remarks, *(f"not used: {_few(names)}: {reason}" for reason, names in groups.items())]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - _LONGEST_LIST
+    return ", ".join(names[:_LONGEST_LIST]) + (f" and {more} more" if more > 0 else "")
+
+
+# --- folders
+
+
+class _Files(NamedTuple):
+    """The visible entries of one folder, sorted by name."""
+
+    pictures: tuple[epath.Path, ...]
+    masks: Mapping[str, epath.Path]  # stem of the picture -> its mask
+    captions: tuple[epath.Path, ...]
+    metadata: tuple[epath.Path, ...]
+    folders: tuple[epath.Path, ...]
+    unused: Mapping[str, str]
 
 
 def list_images(folder: str | os.PathLike) -> list[epath.Path]:
     """The JPEG, PNG and WebP files directly in `folder`, sorted by name; none where the folder does not exist.
 
-    Hidden files and files that are no images are skipped.
+    Hidden files, masks and files that are no images are skipped.
 
     Raises:
-      ValueError: the folder holds pictures of a kind that is not read (HEIC, TIFF, ...); all of them are listed.
+        ValueError: the folder holds pictures of a kind that is not read (HEIC, TIFF, ...); all of them are listed.
     """
-    folder = epath.Path(folder)
-    if not folder.is_dir():
-        return []
-    visible = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
-    foreign = [p.name for p in visible if p.suffix.lower() in FOREIGN_SUFFIXES]
-    if foreign:
-        raise ValueError(
-            f"{folder}: these pictures are not JPEG, PNG or WebP; convert or remove them: {', '.join(foreign)}"
-        )
-    return [p for p in visible if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+    folder = epath.Path(folder).expanduser()
+    return list(_sort_files(folder).pictures) if folder.is_dir() else []
 
 
-def folder_items(source: str | os.PathLike) -> list[Item]:
-    folder = epath.Path(source)
+def list_folder(source: str | os.PathLike, captions: str = "auto") -> Listing:
+    """Lists a folder; arguments and errors are `list_source`'s."""
+    folder = epath.Path(source).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"No image folder {folder}. Give an existing folder with 3-5 JPEG, PNG or WebP photos, or tfds:NAME:SPLIT."
+            f"No image folder {printable(str(folder))}. Give an existing folder with 3-5 JPEG, PNG or WebP photos, "
+            "hub:OWNER/NAME or tfds:NAME:SPLIT."
         )
-    paths = list_images(folder)
-    if not paths:
+    files = _sort_files(folder)
+    listing = _list_flat(folder, files, captions)
+    repeated = [sub for sub in files.folders if _KOHYA.fullmatch(sub.name) and _count_images(sub)]
+    if not listing.items and repeated:
+        listing = _list_repeated(repeated, listing, captions)
+    used = {item.name.split("/")[0] for item in listing.items if "/" in item.name}
+    others = {f"{printable(sub.name)}/": n for sub in files.folders if (n := _count_images(sub))}
+    others = {name: n for name, n in others.items() if name.rstrip("/") not in used}
+    if not listing.items:
+        where = f" The subfolders {_few(list(others))} hold some: give one of them." if others else ""
         raise ValueError(
-            f"{folder} holds no images. Put JPEG, PNG or WebP files directly in it (subfolders are not searched)."
+            f"{printable(str(folder))} holds no images. Put JPEG, PNG or WebP files directly in it (subfolders are not "
+            f"searched).{where}{_hints(listing)}"
         )
-    texts = folder_captions(folder, paths)
-    return [Item(path.name, path.read_bytes, texts.get(path.name)) for path in paths]
+    nested = {name: f"a subfolder with {n} images; subfolders are not searched" for name, n in others.items()}
+    return listing._replace(unused={**nested, **listing.unused})
+
+
+def _hints(listing: Listing) -> str:
+    return "".join(f"\n  {line}" for line in report(listing))
+
+
+def _sort_files(folder: epath.Path) -> _Files:
+    kinds = defaultdict(list)
+    unused, foreign = {}, []
+    for path in sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name):
+        name, suffix = path.name, path.suffix.lower()
+        if path.is_dir():
+            kinds["folders"].append(path)
+        elif suffix in SUFFIXES:
+            kinds["pictures"].append(path)
+        elif name.lower() in METADATA:
+            kinds["metadata"].append(path)
+        elif suffix in CAPTION_SUFFIXES:
+            kinds["captions"].append(path)
+        elif suffix in FOREIGN_SUFFIXES:
+            foreign.append(path)
+        elif suffix in VIDEO_SUFFIXES:
+            unused[printable(name)] = "a video"
+        elif name.lower() not in _SYSTEM_FILES:
+            unused[printable(name)] = _why_unused(path)
+    stems = {path.stem for path in kinds["pictures"]}
+    masks = {p.stem.removesuffix(MASK_ENDING): p for p in kinds["pictures"] if _is_mask(p, stems)}
+    pictures = [path for path in kinds["pictures"] if not _is_mask(path, stems)]
+    lost = [printable(path.name) for path in foreign if path.stem not in stems]
+    if lost:
+        raise ValueError(
+            f"{printable(str(folder))}: these pictures are not JPEG, PNG or WebP; convert or remove them: "
+            f"{', '.join(lost)}"
+        )
+    unused |= {
+        printable(p.name): f"a {p.suffix.lower()[1:].upper()} file; the picture of that name is read" for p in foreign
+    }
+    return _Files(
+        tuple(pictures), masks, tuple(kinds["captions"]), tuple(kinds["metadata"]), tuple(kinds["folders"]), unused
+    )
+
+
+def _is_mask(path: epath.Path, stems: set[str]) -> bool:
+    return path.stem.endswith(MASK_ENDING) and path.stem.removesuffix(MASK_ENDING) in stems
+
+
+def _why_unused(path: epath.Path) -> str:
+    if path.suffix:
+        return f"{path.suffix} files are not read"
+    try:
+        start = read_file(path)[:4]
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+    known = next((suffix for magic, suffix in _MAGIC.items() if start.startswith(magic)), None)
+    return f"an image without a suffix; add {known} to its name" if known else "a file without a suffix"
+
+
+def _count_images(folder: epath.Path, depth: int = 3) -> int:
+    try:
+        paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return 0
+    direct = sum(path.suffix.lower() in SUFFIXES and not path.is_dir() for path in paths)
+    return direct + sum(_count_images(path, depth - 1) for path in paths if depth > 1 and path.is_dir())
+
+
+def _list_flat(
+    folder: epath.Path, files: _Files, captions: str, *, prefix: str = "", default: str | None = None
+) -> Listing:
+    """The pictures directly in `folder`, and those in subfolders that a metadata file names.
+
+    Args:
+        prefix: put before every printable name.
+        default: caption of pictures without their own.
+    """
+    paths = {printable(path.name): path for path in files.pictures}
+    unused = {prefix + name: reason for name, reason in files.unused.items()}
+    texts, remarks = {}, []
+    if captions == "template":
+        unused |= {prefix + printable(p.name): "captions = 'template'" for p in (*files.metadata, *files.captions)}
+    else:
+        sidecars, strays = match_sidecars(paths, files.captions)
+        if len(files.metadata) + bool(sidecars) > 1:
+            kinds = [
+                *(path.name for path in files.metadata),
+                *(["caption files such as " + sidecars[0][1].name] if sidecars else []),
+            ]
+            raise ValueError(
+                f"{printable(str(folder))} has captions twice, in {' and in '.join(kinds)}: remove one of them, or set "
+                "captions='template'"
+            )
+        for path in files.metadata:
+            found = read_metadata(path, paths)
+            texts |= found.texts
+            paths |= {name: folder / name for name in found.texts if name not in paths}
+            remarks += found.remarks
+        for name, path in sidecars:
+            texts[name] = read_text(path)
+        unused |= {prefix + name: reason for name, reason in strays.items()}
+    items = [
+        Item(
+            prefix + name,
+            lambda path=path: read_file(path),
+            texts.get(name, default),
+            (lambda path=mask: read_file(path)) if (mask := files.masks.get(path.stem)) else None,
+        )
+        for name, path in sorted(paths.items())
+    ]
+    return Listing(tuple(items), unused, tuple(remarks))
+
+
+def _list_repeated(folders: Sequence[epath.Path], outer: Listing, captions: str) -> Listing:
+    """kohya's layout. The repeats of several folders count by their proportion: steps are counted, not epochs."""
+    items, unused, remarks = [], dict(outer.unused), list(outer.remarks)
+    repeats = {folder: int(_KOHYA.fullmatch(folder.name)[1]) for folder in folders}
+    unused |= {f"{printable(folder.name)}/": "0 repeats" for folder, number in repeats.items() if not number}
+    common = math.gcd(*repeats.values()) or 1
+    for folder, number in repeats.items():
+        name = printable(folder.name)
+        listing = _list_flat(
+            folder, _sort_files(folder), captions, prefix=f"{name}/", default=_KOHYA.fullmatch(name)[2]
+        )
+        items += [item for item in listing.items for _ in range(number // common)]
+        unused |= listing.unused
+        remarks += [
+            f"{name}/: {len(listing.items)} images, {number // common} times each; caption of those without their own: "
+            f"{_KOHYA.fullmatch(name)[2]!r}",
+            *listing.remarks,
+        ]
+    return Listing(tuple(items), unused, tuple(remarks))
+
+
+# --- data sets
+
+
+def hub_folder(source: str) -> epath.Path:
+    """Fetches `hub:OWNER/NAME[@REVISION][/FOLDER]`, a data set of image files on the model hub; returns its local copy.
+
+    Raises:
+        FileNotFoundError: the hub does not give it.
+        ValueError: `source` is not of that form.
+    """
+    match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(/.*)?", source)
+    if not match or ".." in source:
+        raise ValueError(f"{source!r} is not of the form hub:OWNER/NAME[@REVISION][/FOLDER]")
+    name, revision, inner = match.groups()
+    try:
+        folder = snapshot_download(name, repo_type="dataset", revision=revision)
+    except Exception as error:  # offline, unknown or gated: the hub client has a type for each
+        raise FileNotFoundError(
+            f"{source}: the model hub did not give the data set ({error}). Check the name and the network, or give a "
+            "folder."
+        ) from error
+    return epath.Path(folder) / (inner or "").strip("/")
 
 
 def tfds_items(source: str) -> list[Item]:
