@@ -29,6 +29,7 @@ from dreambooth_jax.data.class_images import (
     paint_class_images,
     read_class_images,
 )
+from dreambooth_jax.data.contradictions import contradictions, too_long
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.data.images import Examples, decode_image, read_examples
@@ -128,7 +129,12 @@ def print_plan(run: Run, done: int) -> None:
         "workdir": config.workdir,
     }
     print("\n".join(f"{name:>8}: {text}" for name, text in lines.items()), flush=True)
-    for warning in check_identifier(run.pipeline.tokenizer, config.identifier):
+    for note in run.examples.notes:
+        print(f"  photos: {note}", flush=True)
+    warnings = check_identifier(run.pipeline.tokenizer, config.identifier)
+    warnings += contradictions(config, run.examples.captions)
+    warnings += too_long(run.examples.captions, config.identifier, run.pipeline.tokenizer)
+    for warning in warnings:
         print(f"warning: {warning}", flush=True)
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
     used = batch // batch_sharding(run.mesh, batch).shard_shape((batch,))[0]
