@@ -1,7 +1,6 @@
 """Prompts and seeds to pictures: the text encoder, the sampler and the decoder in one jitted function."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ from dreambooth_jax.devices.sharding import batch_sharding, gather, replicated
 from dreambooth_jax.diffusion.sampler import make_sampler
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
-from dreambooth_jax.painting.sheets import contact_sheet, save_png
 
 
 class Request(NamedTuple):
@@ -89,19 +87,3 @@ def _local_rows(images: Array) -> Iterator[tuple[int, np.ndarray]]:
         if shard.replica_id == 0:
             first = shard.index[0].indices(images.shape[0])[0]
             yield from enumerate(np.asarray(shard.data), first)
-
-
-def paint_sheet(
-    paint: Painter, params: Params, prompts: Sequence[str], seeds: Sequence[int], *, negative: str = ""
-) -> list[list[np.ndarray]]:
-    """One row of pictures per prompt, one column per seed; each seed has the same noise in every row."""
-    requests = [Request(prompt, negative, jax.random.key(seed)) for prompt in prompts for seed in seeds]
-    painted = dict(paint(params, requests))
-    numbers = range(len(requests))
-    rows = (numbers[i : i + len(seeds)] for i in range(0, len(requests), len(seeds)))
-    return [[painted[number] for number in row] for row in rows]
-
-
-def save_sheet(path: str | os.PathLike, rows, labels: Sequence[str], metadata: Mapping[str, str], columns=()) -> None:
-    """Writes rows of pictures as one labelled PNG."""
-    save_png(path, contact_sheet(rows, labels, columns), metadata)

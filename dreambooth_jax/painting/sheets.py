@@ -1,22 +1,55 @@
-"""Pictures out: PNG files that say how they were made, and labelled sheets of them."""
+"""Pictures out: rows of them painted, PNG files with their making in text chunks, labelled sheets."""
 
 import io
+import itertools
 import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.models.params import Params
+from dreambooth_jax.painting.painter import Painter, Request
+
+
+def paint_rows(
+    paint: Painter,
+    params: Params,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    negative: str = "",
+    each: Callable[[str, int, np.ndarray], None] = lambda prompt, seed, image: None,
+) -> list[list[np.ndarray]]:
+    """Paints one row of pictures per prompt, one column per seed; a seed has the same noise in every row.
+
+    Args:
+        each: called with (prompt, seed, image) as soon as a picture is done.
+
+    Returns:
+        uint8[h w 3] per picture.
+    """
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    requests = [Request(prompt, negative, jax.random.key(seed)) for prompt, seed in wanted]
+    painted = {}
+    for number, image in paint(params, requests):
+        each(*wanted[number], image)
+        painted[number] = image
+    return [[painted[row * len(seeds) + column] for column in range(len(seeds))] for row in range(len(prompts))]
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping[str, str]) -> None:
     """Writes uint8[h w 3] as a PNG with text chunks, whole or not at all: a killed run leaves no half picture.
 
     Raises:
-      ValueError: the image is not uint8[h w 3].
-      OSError: the folder cannot be written.
+        ValueError: the image is not uint8[h w 3].
+        OSError: the folder cannot be written.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"{path}: an image must be uint8[h w 3], got {image.dtype}{list(image.shape)}")
@@ -25,21 +58,25 @@ def save_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping[str, 
         info.add_text(key, text)
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, "PNG", pnginfo=info)
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, so that `list_images` never sees what a kill may leave.
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    try:
-        partial.write_bytes(encoded.getvalue())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, encoded.getvalue())
 
 
-def slug(prompt: str) -> str:
-    """A file name in which a person recognises the prompt."""
-    return re.sub(r"[^\w]+", "_", prompt.lower()).strip("_")[:80] or "prompt"
+def save_sheet(
+    path: str | os.PathLike,
+    rows: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[str],
+    metadata: Mapping[str, str],
+    columns: Sequence[str] = (),
+) -> None:
+    """Writes rows of pictures as one labelled PNG."""
+    save_png(path, contact_sheet(rows, labels, columns), metadata)
+
+
+def slug(prompt: str, most_bytes: int = 100) -> str:
+    """A file name in which a person recognises the prompt, cut to `most_bytes` of UTF-8: file systems allow 255."""
+    name = re.sub(r"[^\w]+", "_", prompt.lower()).strip("_").encode()[:most_bytes].decode(errors="ignore")
+    return name.strip("_") or "prompt"
 
 
 def contact_sheet(
@@ -48,15 +85,15 @@ def contact_sheet(
     """Lays images out in rows, each under its label, wrapped to the sheet's width; `columns` are written on top.
 
     Args:
-      rows: images uint8[h w 3], all of one size; rows may differ in length.
-      labels: one per row, for example the prompt.
-      columns: one per column, for example the seed; or none.
+        rows: images uint8[h w 3], all of one size; rows may differ in length.
+        labels: one per row, for example the prompt.
+        columns: one per column, for example the seed; or none.
 
     Returns:
-      uint8[H W 3].
+        uint8[H W 3].
 
     Raises:
-      ValueError: no images, images of different sizes, or a wrong number of labels.
+        ValueError: no images, images of different sizes, or a wrong number of labels.
     """
     sizes = {image.shape for row in rows for image in row}
     width = max((len(row) for row in rows), default=0)
@@ -101,9 +138,19 @@ def _text_strip(text: str, width: int, font: ImageFont.FreeTypeFont) -> np.ndarr
 
 
 def file_names(prompts: Sequence[str]) -> dict[str, str]:
-    """Prompt -> a file name that a person recognises it in, numbered where several prompts would share one."""
+    """Prompt -> its file name, with a number where several prompts would share one.
+
+    Names differ in more than upper and lower case and Unicode form: some file systems know no difference.
+    """
     slugs = {prompt: slug(prompt) for prompt in prompts}
-    shared = {name for name, times in Counter(slugs.values()).items() if times > 1}
-    return {
-        prompt: f"{name}_{number}" if name in shared else name for number, (prompt, name) in enumerate(slugs.items(), 1)
-    }
+    folded = {prompt: unicodedata.normalize("NFC", name).casefold() for prompt, name in slugs.items()}
+    shared = {name for name, times in Counter(folded.values()).items() if times > 1}
+    taken = {name for name in folded.values() if name not in shared}
+    names = {}
+    for prompt, name in slugs.items():
+        if folded[prompt] in shared:
+            number = next(n for n in itertools.count(1) if f"{folded[prompt]}_{n}" not in taken)
+            taken.add(f"{folded[prompt]}_{number}")
+            name = f"{name}_{number}"
+        names[prompt] = name
+    return names

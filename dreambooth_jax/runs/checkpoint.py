@@ -45,7 +45,7 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.ema is None else items | {"ema": state.ema}
 
 
-def size(state: TrainState) -> int:
+def nbytes(state: TrainState) -> int:
     """Bytes of a checkpoint of `state`, arrays or ShapeDtypeStructs, before compression."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(_items(state)))
 

@@ -1,9 +1,12 @@
 """What a config may say: everything that is checked before anything runs.
 
-The fields and their meaning stand in configs/dog.py.
+The fields and their meaning stand in configs/dog.py. Nothing here imports JAX, so that a wrong config is refused at
+once: choices are written out, and tests/test_config.py compares them with the tables of the modules that implement
+them.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,9 +16,6 @@ from ml_collections import ConfigDict
 from dreambooth_jax.adapters.factors import FORMS
 from dreambooth_jax.adapters.lora import TARGETS
 from dreambooth_jax.data import captions
-from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
-from dreambooth_jax.diffusion.sampler import SAMPLERS
-from dreambooth_jax.models.unet import REMAT
 
 METHODS = ("full", "lora", "dora", "loha", "lokr")
 
@@ -25,12 +25,19 @@ class ConfigError(ValueError):
 
 
 class Field(NamedTuple):
-    """A config field: its type, what holds of its value, and whether another value makes it another training run."""
+    """A config field.
+
+    Attributes:
+        kind: type of the value.
+        check: whether a value of that type is allowed.
+        expected: the allowed values, in words.
+        identity: whether another value makes it another training run.
+    """
 
     kind: type
-    holds: Callable[[Any], bool] = lambda value: True
-    says: str = ""
-    meaning: bool = True
+    check: Callable[[Any], bool] = lambda value: True
+    expected: str = ""
+    identity: bool = True
 
 
 def _positive(**kw) -> Field:
@@ -64,12 +71,12 @@ def _is_regex(text: str) -> bool:
         return False
 
 
-_SIZE = Field(int, lambda v: v == -1 or v > 0, "above 0, or -1 for what is left", meaning=False)
+_SIZE = Field(int, lambda v: v == -1 or v > 0, "above 0, or -1 for what is left", identity=False)
 _SHARE = Field(float, lambda v: 0 <= v < 1, "at least 0 and below 1")
 
 FIELDS: dict[str, Field] = {
     "base": _text(),
-    "workdir": _text(meaning=False),
+    "workdir": _text(identity=False),
     "instance_images": _text(),
     "identifier": _text(),
     "class_noun": _text(),
@@ -85,11 +92,11 @@ FIELDS: dict[str, Field] = {
     "class_prompt": _text(),
     "class_images": Field(str),
     "num_class_images": _positive(),
-    "class_batch_size": _positive(meaning=False),
+    "class_batch_size": _positive(identity=False),
     "steps": _positive(),
     "batch_size": _positive(),
     "accumulate": _positive(),
-    "method": _one_of(*METHODS),
+    "method": _one_of("full", "lora"),
     "lora_rank": _positive(),
     "lora_alpha": Field(float, lambda v: v > 0, "above 0"),
     "lora_targets": Field(str, _is_regex, f"{', '.join(TARGETS)}, or a regex for the ends of module names"),
@@ -98,32 +105,32 @@ FIELDS: dict[str, Field] = {
     "lora_plus_ratio": Field(float, lambda v: v > 0, "above 0"),
     "train_text_encoder": Field(bool),
     "text_encoder_multiplier": _not_negative(float),
-    "optimizer": _one_of(*OPTIMIZERS),
+    "optimizer": _one_of("adamw", "adafactor"),
     "moment_dtype": _one_of("float32", "bfloat16"),
     "learning_rate": Field(float, lambda v: v > 0, "above 0"),
-    "lr_schedule": _one_of(*LR_SCHEDULES),
+    "lr_schedule": _one_of("constant", "linear", "cosine"),
     "lr_warmup_steps": _not_negative(int),
     "weight_decay": _not_negative(float),
     "clip_norm": _not_negative(float),
     "snr_gamma": _not_negative(float),
     "ema_decay": _SHARE,
     "dtype": _one_of("float32", "bfloat16"),
-    "remat": _one_of(*REMAT, meaning=False),
+    "remat": _one_of("nothing", "elementwise", "layers", identity=False),
     "mesh_data": _SIZE,
     "mesh_fsdp": _SIZE,
-    "steps_per_call": _positive(meaning=False),
-    "save_every": _positive(meaning=False),
-    "keep_last": _positive(meaning=False),
-    "keep_every": _not_negative(int, meaning=False),
-    "sample_every": _positive(meaning=False),
-    "sample_prompts": Field(tuple, lambda v: all(isinstance(p, str) for p in v), "a tuple of prompts", meaning=False),
-    "sample_count": _positive(meaning=False),
-    "sampler": _one_of(*SAMPLERS),
+    "steps_per_call": _positive(identity=False),
+    "save_every": _positive(identity=False),
+    "keep_last": _positive(identity=False),
+    "keep_every": _not_negative(int, identity=False),
+    "sample_every": _positive(identity=False),
+    "sample_prompts": Field(tuple, lambda v: all(isinstance(p, str) for p in v), "a tuple of prompts", identity=False),
+    "sample_count": _positive(identity=False),
+    "sampler": _one_of("ddim", "dpm++", "euler"),
     "sampling_steps": _positive(),
     "guidance_scale": _not_negative(float),
-    "negative_prompt": Field(str, meaning=False),
+    "negative_prompt": Field(str, identity=False),
 }
-# These paint the class images, so that they belong to the run only with prior preservation.
+# Fields that determine the class images: changing one changes the run only if prior preservation is on.
 _PAINTING = ("class_prompt", "class_images", "num_class_images", "sampler", "sampling_steps", "guidance_scale")
 
 
@@ -148,7 +155,9 @@ def _problem(field: Field, value: Any) -> str | None:
     number = field.kind is float and isinstance(value, int) and not isinstance(value, bool)
     if not number and type(value) is not field.kind:
         return f"expected {field.kind.__name__}"
-    return None if field.holds(value) else f"expected {field.says}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "expected a finite number"
+    return None if field.check(value) else f"expected {field.expected}"
 
 
 def _contradictions(config: ConfigDict) -> list[str]:
@@ -173,9 +182,9 @@ def fill(template: str, config: ConfigDict, where: str = "prompt") -> str:
 
 
 def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
-    """Raises ConfigError, naming the fields, if `config` means another run than `earlier`, its config.json."""
+    """Raises ConfigError, naming the fields, if `config` describes another run than `earlier`, its config.json."""
     now = json.loads(config.to_json())
-    fields = {name for name, field in FIELDS.items() if field.meaning}
+    fields = {name for name, field in FIELDS.items() if field.identity}
     if not config.prior_preservation:
         fields -= {*_PAINTING, "prior_weight"}
     if config.method not in FORMS:
@@ -186,6 +195,6 @@ def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
     if changed:
         lines = (f"{name}: {earlier.get(name)!r} in the checkpoint, {now[name]!r} now" for name in changed)
         raise ConfigError(
-            f"{config.workdir} holds a run with another meaning; go on with its values, or give another "
+            f"{config.workdir} holds a run trained with another config; go on with its values, or give another "
             "--config.workdir:\n  " + "\n  ".join(lines)
         )

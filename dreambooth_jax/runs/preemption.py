@@ -1,11 +1,11 @@
-"""SIGTERM: save and leave at once, whatever the main thread is doing.
+"""SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal): save and leave at once, whatever the main thread is doing.
 
-A Python signal handler runs only between two bytecodes of the main thread, so a flag that the training loop polls is
-not seen during a compile, while class images are painted, or in an evaluation. Here the signal wakes a thread of its
-own through a file descriptor: outside the training loop that thread saves and exits; inside it (where the state's
-buffers belong to the running call) it asks the loop, which looks after every call.
+Python runs signal handlers only between bytecodes of the main thread, so a flag that the training loop polls is not
+seen during a compile, while class images are painted, or in an evaluation. Here the signal wakes a thread through a
+file descriptor. Outside the training loop that thread saves and exits. Inside it, where the state's buffers belong to
+the running call, it sets a flag, and the loop looks at it after every call.
 
-A save of several processes is made by all of them at the same step: they settle by `Agreement` when to leave.
+Several processes save at the same step: `Agreement` settles which.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dreambooth_jax.devices import runtime
 
-EXIT_CODE = 128 + signal.SIGTERM  # 143: what a shell reports for a process ended by SIGTERM
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preemption:
-    """Watches for SIGTERM while used as a context manager in the main thread."""
+    """Answers signals while used as a context manager in the main thread.
+
+    The exit code is 128 + the signal's number, as a shell reports it. A signal that was ignored when the process
+    started stays ignored (nohup ignores SIGHUP).
+    """
 
     def __init__(self) -> None:
         self._finish: Callable[[], None] = lambda: None
-        self._requested = threading.Event()
-        # Held by whoever leaves: the main thread then waits here for the end instead of changing what is being saved.
+        self._signal: signal.Signals | None = None
+        # Held by the thread that leaves: the main thread then stops here instead of changing what is being saved.
         self._lock = threading.Lock()
-        self._polled = 0
+        self._deferred = self._in_loop = False
 
     @property
     def requested(self) -> bool:
-        """Whether SIGTERM came; the training loop polls it."""
-        return self._requested.is_set()
+        """Whether a signal came."""
+        return self._signal is not None
 
     def before_leaving(self, finish: Callable[[], None]) -> None:
-        """Sets what must still reach the disk from now on; outside `polled` it is called from another thread."""
+        """Sets what must still reach the disk from now on; outside `in_loop` another thread calls it."""
         with self._lock:
             self._finish = finish
 
@@ -52,60 +56,81 @@ class Preemption:
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         # The C-level handler writes the descriptor at once; the Python-level one has nothing left to do.
-        self._old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        answered = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in answered}
         self._old_descriptor = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True, name="preemption").start()
+        threading.Thread(target=self._watch, args=(answered,), daemon=True, name="preemption").start()
         return self
 
     def __exit__(self, *_) -> None:
         with self._lock:
             signal.set_wakeup_fd(self._old_descriptor)
-            signal.signal(signal.SIGTERM, self._old_handler)
+            for number, handler in self._old_handlers.items():
+                signal.signal(number, handler)
             self._write.close()
 
-    def _watch(self) -> None:
+    def _watch(self, answered: Sequence[signal.Signals]) -> None:
         while received := self._read.recv(16):
-            if signal.SIGTERM in received:
+            if numbers := [number for number in answered if number in received]:
                 with self._lock:
-                    self._requested.set()
-                    if not self._polled:
+                    self._signal = self._signal or numbers[0]
+                    if not (self._deferred or self._in_loop):
                         self.leave()
 
     @contextlib.contextmanager
-    def polled(self):
-        """Inside, SIGTERM only sets `requested`: the body polls it and calls `leave`, or the end of the body does (the
-        outermost, where one stands in another)."""
+    def in_loop(self) -> Iterator[None]:
+        """Inside, a signal only sets `requested`; the body looks at it after every call, and calls `leave`.
+
+        A signal that comes after the body's last look is answered at its end, unless it is deferred.
+        """
         with self._lock:
-            self._polled += 1
+            self._in_loop = True
         try:
             yield
         finally:
             with self._lock:
-                self._polled -= 1
-                if self.requested and not self._polled and sys.exception() is None:
-                    self.leave()
+                self._in_loop = False
+                self._leave_if_requested()
 
-    def leave(self) -> None:
-        """Saves and ends the process with EXIT_CODE, or 1 if that fails, without unwinding the main thread."""
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, only `leave` ends the process: for several processes, which must leave after the same call."""
+        with self._lock:
+            self._deferred = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._deferred = False
+                self._leave_if_requested()
+
+    def _leave_if_requested(self) -> None:
+        """At the end of a body; an error in it goes before a signal."""
+        if self.requested and not self._deferred and sys.exception() is None:
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """Saves and ends the process with 128 + the signal, or 1 if that fails, without unwinding the main thread."""
+        number = self._signal or signal.SIGTERM  # another process was asked
+        code = 128 + number
         try:
             self._finish()
-            code, text = EXIT_CODE, f"leaving with exit code {EXIT_CODE}; the same command goes on from here"
-        except BaseException:
-            code, text = 1, f"{traceback.format_exc()}not saved; the same command goes on from the checkpoint before"
+            text = f"leaving with exit code {code}; the same command goes on from here"
+        except BaseException as error:
+            code, text = 1, f"not saved: {error}. The same command goes on from the checkpoint before"
         if not runtime.is_alone() and runtime.is_first_process():
             time.sleep(1)  # the others end with an error of their own when the coordinator is gone before them
         with contextlib.suppress(OSError, ValueError):  # nobody reads our output any more
-            print(f"\nSIGTERM: {text}", file=sys.stderr)
+            print(f"\n{number.name}: {text}", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
 
 
 class Agreement:
-    """Settles, without waiting for anybody, after which call all processes leave.
+    """Lets all processes stop after the same call without a blocking collective.
 
-    Each process tells after every call whether it was asked to leave; what all of them told is computed behind the call
-    and read after the next one, when it is there, by all processes alike.
+    Each call starts an any() over the requests of all processes; its result is read after the next call.
     """
 
     def __init__(self, mesh: Mesh) -> None:

@@ -3,6 +3,9 @@
 import csv
 import io
 import math
+import os
+import socket
+import time
 from collections.abc import Sequence
 
 import jax
@@ -10,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.step import Metrics
+from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.models.params import Params
+from dreambooth_jax.runs.events import Events
 
 COLUMNS = ("step", "loss", "instance_loss", "prior_loss", "grad_norm")
 
@@ -41,30 +45,27 @@ def check_finite(params: Params, step: int) -> None:
         raise NonFiniteLoss(f"step {step}: its update made the weights infinite or NaN")
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Replaces the text of a file at once: a killed run leaves the old one or the new one."""
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text(text)
-    partial.replace(path)
-
-
 class Reporter:
-    """Writes the metrics of training steps; of a resumed run it first forgets what came after the checkpoint."""
+    """Writes the metrics of training steps. On resume, rows after the checkpoint are dropped.
+
+    Args:
+        first_step: number of steps that the checkpoint has.
+        steps: number of steps of the whole run.
+    """
 
     def __init__(self, workdir: epath.Path, *, first_step: int, steps: int) -> None:
         self._path = workdir / "metrics.csv"
-        rows = [row for row in _read_rows(self._path) if int(row[0]) <= first_step]
-        # Rewritten whole after every call: gs:// files cannot be appended to.
-        self._rows: list[Sequence] = rows
+        # Rewritten whole at every save: gs:// files cannot be appended to.
+        self._rows = _read_rows(self._path, first_step)
         first = runtime.is_first_process()
-        folder, suffix = str(workdir / "tensorboard"), f".{first_step}"  # a quick restart must not share a file
-        self._events = SummaryWriter(folder, purge_step=first_step + 1, filename_suffix=suffix, write_to_disk=first)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{first_step}"
+        self._events = Events(workdir / "tensorboard" / name, first_step=first_step + 1) if first else None
         self._bar = tqdm(
             total=steps, initial=first_step, desc="training", unit="step", mininterval=1.0, disable=not first
         )
 
     def record(self, first_step: int, metrics: Metrics, count: int) -> None:
-        """Writes the first `count` steps of a call; waits until they are computed.
+        """Records the first `count` steps of a call; waits until they are computed.
 
         Args:
             first_step: number of steps before the call.
@@ -73,37 +74,46 @@ class Reporter:
         Raises:
             NonFiniteLoss: naming the first step whose loss or gradient is not finite, and what to try.
         """
-        columns = [np.asarray(column)[:count] for column in metrics]
-        for offset, row in enumerate(zip(*columns, strict=True)):
-            step = first_step + offset + 1
+        columns = Metrics(*(np.asarray(column)[:count] for column in metrics))
+        for offset, values in enumerate(zip(*columns, strict=True)):
+            step, row = first_step + offset + 1, Metrics(*map(float, values))
             if not all(map(math.isfinite, row)):
                 self.close()
-                raise NonFiniteLoss(f"step {step}: loss {row[0]}, gradient norm {row[3]}")
-            self._rows.append((step, *(f"{value:.6g}" for value in row)))
-            for name, value in zip(COLUMNS[1:], row, strict=True):
-                self._events.add_scalar(f"train/{name}", float(value), step)
-        means = [column.mean() for column in columns]
+                raise NonFiniteLoss(f"step {step}: loss {row.loss}, gradient norm {row.grad_norm}")
+            self._rows.append((str(step), *(f"{value:.6g}" for value in row)))
+            if self._events:
+                names = (f"train/{name}" for name in COLUMNS[1:])
+                self._events.add(step, dict(zip(names, row, strict=True)))
         self._bar.set_postfix(
-            loss=f"{means[0]:.4f}", instance=f"{means[1]:.4f}", prior=f"{means[2]:.4f}", refresh=False
-        )
+            loss=f"{columns.loss.mean():.4f}", instance=f"{columns.instance.mean():.4f}",
+            prior=f"{columns.prior.mean():.4f}", refresh=False,
+        )  # fmt: skip
         self._bar.update(count)
 
     def flush(self) -> None:
         """Brings everything recorded so far to the disk."""
-        if runtime.is_first_process():
+        if self._events:
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows([COLUMNS, *self._rows])
-            write_whole(self._path, text.getvalue())
-        self._events.flush()
+            write_atomic(self._path, text.getvalue().encode())
+            self._events.flush()
 
     def close(self) -> None:
+        """Writes everything and ends the progress bar."""
         self.flush()
-        self._events.close()
         self._bar.close()
 
 
-def _read_rows(path: epath.Path) -> list[list[str]]:
+def _read_rows(path: epath.Path, last_step: int) -> list[tuple[str, ...]]:
+    """The rows of steps up to `last_step`; lines that are no such rows (a spreadsheet's blank ones) are left out."""
     if not path.exists():
         return []
-    with path.open() as file:
-        return list(csv.reader(file))[1:]
+    lines = csv.reader(io.StringIO(path.read_bytes().decode(errors="replace")))
+    return [tuple(row) for row in lines if _is_row(row) and int(row[0]) <= last_step]
+
+
+def _is_row(row: Sequence[str]) -> bool:
+    try:
+        return len(row) == len(COLUMNS) and int(row[0]) > 0 and all(math.isfinite(float(text)) for text in row[1:])
+    except ValueError:
+        return False

@@ -1,0 +1,25 @@
+"""What all commands share: errors as one line, and no noise of libraries."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with `error: ...` and exit code 1 for anything that a person can cause; Ctrl-C ends with 130."""
+    # transformers says that PyTorch was not found, or that it is too old: neither is used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("USE_TORCH", "0")
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {_text(error)}")
+
+
+def _text(error: BaseException) -> str:
+    """The message, with what surrogates of a file name stand for escaped."""
+    return str(error).encode(errors="backslashreplace").decode()

@@ -1,0 +1,160 @@
+"""Config files and the command line: a Python file with `get_config()`, and --config.FIELD=VALUE.
+
+A config file is code: it runs with the rights of whoever names it. Nothing heavy is imported here, so that a wrong
+config is refused at once.
+"""
+
+import argparse
+import ast
+import difflib
+import runpy
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dreambooth_jax.runs.config import ConfigError
+
+_PACKAGE = Path(__file__).parent.parent
+_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, example: str, default: str | None = None
+) -> tuple[argparse.Namespace, ConfigDict, ConfigDict]:
+    """Parses a command line with --config FILE and --config.FIELD=VALUE beside the parser's own options.
+
+    Args:
+        example: of the file, for the help text.
+        default: file without --config; None: --config must be given.
+
+    Returns:
+        The options, the config with the overrides, and the preset: the config without them.
+
+    Raises:
+        ConfigError: the file or an override cannot be used; says which, and what was expected.
+    """
+    parser.add_argument("--config", metavar="FILE[:PRESET]", default=default, help=f"config file, such as {example}")
+    parser.add_argument(
+        "--config.FIELD", metavar="VALUE", help="value of a field of the config; every field is in configs/dog.py"
+    )
+    parser.allow_abbrev = False
+    options, rest = parser.parse_known_args(arguments)
+    if options.config is None:
+        raise ConfigError(f"--config is missing; give a config file: --config {example}")
+    overrides = _pairs(parser, rest)
+    return options, override(load(options.config), overrides), load(options.config)
+
+
+def _pairs(parser: argparse.ArgumentParser, rest: Sequence[str]) -> list[tuple[str, str]]:
+    """(field, text) of every --config.FIELD=TEXT or --config.FIELD TEXT; anything else is argparse's error."""
+    pairs, rest = [], list(rest)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if not name.startswith("--config."):
+            parser.error(f"unrecognized argument: {name}{equals}{text}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                parser.error(f"{name}: expected a value, {name}=VALUE")
+            text = rest.pop(0)
+        pairs.append((name.removeprefix("--config."), text))
+    return pairs
+
+
+def find(name: str) -> Path:
+    """The file of that path, or the config of that name that ships with the package.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(name).expanduser()
+    for candidate in (path, *(folder / name for folder in _SHIPPED)):
+        if candidate.is_file():
+            return candidate
+    if path.exists():
+        raise ConfigError(f"--config {name}: not a regular file; give a Python file with get_config()")
+    shipped = sorted({file.name for folder in _SHIPPED for file in folder.glob("*.py")})
+    raise ConfigError(f"--config {name}: no such file. The configs that ship with the package: {', '.join(shipped)}")
+
+
+def load(spec: str) -> ConfigDict:
+    """The config of FILE or FILE:PRESET.
+
+    Raises:
+        ConfigError: no such file, an error in it (with its line), or no config in it.
+    """
+    name, colon, preset = spec.partition(":")
+    path = find(name)
+    get_config = _in_file(path, lambda: runpy.run_path(str(path))).get("get_config")
+    if not callable(get_config):
+        raise ConfigError(f"--config {path}: defines no function get_config()")
+    config = _in_file(path, lambda: get_config(preset) if colon else get_config())
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
+    return config
+
+
+def _in_file(path: Path, run) -> Any:
+    """The result of code of the file; its errors name the file and the line."""
+    try:
+        return run()
+    except SyntaxError as error:
+        raise ConfigError(f"--config {path}, line {error.lineno}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"--config {path}{where}: {type(error).__name__}: {error}") from error
+
+
+def override(config: ConfigDict, pairs: Sequence[tuple[str, str]]) -> ConfigDict:
+    """The config with the texts of (field, text) in their places; `a.b` is field b of the section a.
+
+    Raises:
+        ConfigError: naming every field that does not exist and every text that is no value of its type.
+    """
+    problems = []
+    for name, text in pairs:
+        *sections, last = name.split(".")
+        inner = config
+        for section in sections:
+            inner = inner[section] if isinstance(inner, ConfigDict) and section in inner else None
+        if not isinstance(inner, ConfigDict) or last not in inner:
+            known = list(inner) if isinstance(inner, ConfigDict) else list(config)
+            close = difflib.get_close_matches(last, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else "; configs/dog.py has every field"
+            problems.append(f"{name}: unknown field{hint}")
+            continue
+        try:
+            inner[last] = _value(text, inner[last])
+        except (ValueError, SyntaxError, TypeError):
+            problems.append(f"{name} = {text!r}: expected {_KINDS.get(type(inner[last]), 'another value')}")
+    if problems:
+        raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
+    return config
+
+
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    tuple: "a tuple, such as '(\"a dog\", \"a cat\")'",
+}
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _value(text: str, old: Any) -> Any:
+    """The text as a value of the type of `old`."""
+    if isinstance(old, bool):
+        if text.lower() not in _TRUTH:
+            raise ValueError(text)
+        return _TRUTH[text.lower()]
+    if isinstance(old, tuple):
+        value = ast.literal_eval(text)
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(text)
+        return tuple(value)
+    if isinstance(old, (int, float, str)):
+        return type(old)(text)
+    raise ValueError(text)

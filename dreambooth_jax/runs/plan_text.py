@@ -1,0 +1,92 @@
+"""What a run says before and after: its plan, the disk space it takes, what to do with the result."""
+
+import shlex
+import shutil
+
+import jax
+
+from dreambooth_jax.data.class_images import class_folder
+from dreambooth_jax.data.identifiers import check_identifier
+from dreambooth_jax.data.sources import list_images
+from dreambooth_jax.devices.sharding import batch_sharding
+from dreambooth_jax.models.params import count
+from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.config import ConfigError, fill
+from dreambooth_jax.runs.job import initial
+from dreambooth_jax.runs.setup import Run
+
+
+def plan_text(run: Run, done: int) -> str:
+    """The plan of a run that goes on from step `done`, and warnings."""
+    config, shapes = run.config, run.pipeline.shapes
+    trained, _ = run.job.method.shapes(shapes)
+    images = len(set(run.examples.names))
+    prior = "off"
+    if config.prior_preservation:
+        wanted = max(config.num_class_images, len(list_images(class_folder(config))))
+        prompt = fill(config.class_prompt, config)
+        prior = f"{wanted} class images in {class_folder(config)}: {prompt!r}, weight {config.prior_weight:g}"
+    axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    lines = {
+        "base": f"{config.base} ({config.resolution}x{config.resolution}, {count(shapes) / 1e6:.1f} M parameters)",
+        "subject": f"{images} images in {config.instance_images}: {run.examples.captions[0]!r}",
+        "prior": prior,
+        "method": f"{run.job.method.says}, {count(trained) / 1e6:.3g} M parameters, {config.optimizer}",
+        "steps": f"{config.steps} of {config.batch_size} images" + (f"; going on from step {done}" if done else ""),
+        "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), {axes}",
+        "workdir": config.workdir,
+    }
+    return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *_warnings(run)])
+
+
+def _warnings(run: Run) -> list[str]:
+    config = run.config
+    warnings = list(check_identifier(run.pipeline.tokenizer, config.identifier))
+    batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
+    used = batch // batch_sharding(run.mesh, batch).shard_shape((batch,))[0]
+    if used < run.mesh.size:
+        warnings.append(
+            f"{batch} images at a time keep {used} of {run.mesh.size} devices busy; "
+            f"a multiple of {run.mesh.size} keeps all"
+        )
+    return [f"warning: {warning}" for warning in warnings]
+
+
+def check_space(run: Run, *, stored: int, free: int | None = None) -> None:
+    """Checks that the disk holds the checkpoints that are still to come (local workdirs only).
+
+    Args:
+        stored: number of checkpoints that are there already.
+        free: bytes left; default: of the workdir's disk.
+
+    Raises:
+        ConfigError: it does not; says what is left and what is needed.
+    """
+    config = run.config
+    if "://" in config.workdir:
+        return
+    trained, _ = run.job.method.shapes(run.pipeline.shapes)
+    size = checkpoint.nbytes(jax.eval_shape(initial(run.job), trained))
+    kept = config.keep_last + (config.steps // config.keep_every if config.keep_every else 0)
+    # A new checkpoint is complete before an old one goes.
+    need = size * max(1, kept + 1 - stored)
+    free = shutil.disk_usage(run.workdir).free if free is None else free
+    if need > free:
+        raise ConfigError(
+            f"workdir = {config.workdir!r}: the disk has {free / 1e9:.3g} GB left and the checkpoints may take "
+            f"{need / 1e9:.3g} GB, {size / 1e9:.3g} GB each; make room, keep fewer (keep_last, keep_every), or give "
+            "another --config.workdir"
+        )
+
+
+def farewell(run: Run, step: int) -> str:
+    """Where the result of `step` steps is, and the commands that use it."""
+    config, workdir = run.config, shlex.quote(str(run.workdir))
+    prompt = f"a {config.identifier} {config.class_noun} on a red background"
+    return (
+        f"Done. Checkpoint: {run.workdir}/checkpoints/{step}, pictures: {run.workdir}/samples, "
+        f"metrics: {run.workdir}/metrics.csv (and tensorboard --logdir {workdir})\n"
+        f"Paint more:  python -m dreambooth_jax.sample --workdir {workdir} --prompt {shlex.quote(prompt)}\n"
+        f"Take it elsewhere:  python -m dreambooth_jax.export --workdir {workdir} "
+        f"--output {shlex.quote(f'{run.workdir}/model')}"
+    )
