@@ -22,7 +22,7 @@ from kept import kept
 from tqdm import tqdm
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import param_sharding, replicated
+from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.evaluation import metrics
 from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER, read_params
 from dreambooth_jax.files.safetensors import read_model
@@ -31,7 +31,7 @@ from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.painting.painter import Request
 from dreambooth_jax.painting.sheets import contact_sheet, save_png
 from dreambooth_jax.runs.job import fresh_state, lower_steps
-from dreambooth_jax.train import prepare_data, set_up
+from dreambooth_jax.runs.setup import begin, prepare_data, set_up
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = {"dog": "dog", "cat": "cat", "car": "car", "backpack": "backpack", "teapot": "teapot", "robot": "robot"}
@@ -83,9 +83,8 @@ def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, e
         )  # fmt: skip
         run = set_up(config)
         params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
-        data = prepare_data(run, params)
-        key = jax.device_put(jax.random.key(seed), replicated(run.mesh))
-        trainable, frozen = run.job.method.start(params, key)
+        trainable, frozen, key = begin(run.job, params)
+        data = prepare_data(run, run.job.method.combine(frozen, trainable))
         state = fresh_state(run.job, trainable)
         advance = lower_steps(run.job, state, frozen, data, key).compile()
         for start in range(0, steps, config.steps_per_call):

@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import param_sharding, replicated
+from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.runs.checkpoint import open_checkpoints
 from dreambooth_jax.runs.job import lower_steps
+from dreambooth_jax.runs.loop import Progress, Sheets, Store, loop
 from dreambooth_jax.runs.preemption import Preemption
-from dreambooth_jax.train import loop, prepare_data, set_up, start_state
+from dreambooth_jax.runs.report import Reporter
+from dreambooth_jax.runs.setup import begin, prepare_data, set_up, start_state
 
 ROOT = Path(__file__).parent.parent
 ROUNDS, STEPS = 5, 60
@@ -42,12 +44,11 @@ def main() -> None:
         config.steps = config.save_every = config.sample_every = 10**6
         run = set_up(config)
         params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
+        trainable, frozen, key = begin(run.job, params)
         with contextlib.redirect_stderr(io.StringIO()):
-            data = prepare_data(run, params)
-        key = jax.device_put(jax.random.key(0), replicated(run.mesh))
-        trainable, frozen = run.job.method.start(params, key)
+            data = prepare_data(run, run.job.method.combine(frozen, trainable))
         manager = open_checkpoints(Path(folder) / "checkpoints")
-        state = start_state(run, trainable, manager)
+        state = start_state(run.job, trainable, manager)
         steps = lower_steps(run.job, state, frozen, data, key).compile()
 
         bare, looped = [], []
@@ -70,7 +71,12 @@ def main() -> None:
                 return latest[0], metrics
 
             with Preemption() as guard, contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Enough):
-                loop(run, guard, manager, state, frozen, advance)
+                loop(
+                    config, Progress(int(state.step), state), advance, store=Store(lambda *_: None, lambda: None),
+                    sheets=Sheets(lambda _: None, lambda *_: None, lambda _: False),
+                    reporter=Reporter(run.workdir, first_step=int(state.step), steps=config.steps),
+                    guard=guard, agree=lambda requested: requested,
+                )  # fmt: skip
             looped.append((time.perf_counter() - started) / STEPS)
             state = latest[0]
     ratios = [b / a for a, b in zip(bare, looped, strict=True)]

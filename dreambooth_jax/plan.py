@@ -8,22 +8,24 @@ any machine: no TPU and no weights are needed. Memory figures are the compiler's
 says how far both can be trusted.
 """
 
+import argparse
 import dataclasses
 import json
-import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
 from dreambooth_jax.families.pipeline import describe_base
+from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import check_config
 from dreambooth_jax.runs.job import Job, argument_shapes, lower_painting, lower_steps, make_job
 
@@ -215,25 +217,35 @@ def sweep(config: ConfigDict):
                 yield f"fsdp {fsdp}, batch {changed.batch_size}", found.result()
 
 
-def main(_) -> None:
-    runtime.start()
-    config = flags.FLAGS.config
-    try:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dreambooth_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", default="v5e:2x4", help="TPU slice: v4, v5e, v5p or v6e, and its shape")
+    parser.add_argument("--sweep", action="store_true", help="compare slices and settings in one table")
+    parser.add_argument(
+        "--full", action="store_true", help="compile as the TPU will, with cycle estimates: ten times as long"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--advise", action=argparse.BooleanOptionalAction, default=True, help="when it does not fit, compile what would"
+    )
+    with one_line_errors():
+        options, config, _ = config_file.parse(parser, arguments, "configs/dog.py:sd15")
         check_config(config)
-        if flags.FLAGS.sweep:
+        runtime.start()
+        if options.sweep:
             print_sweep(config)
         else:
-            print_plan(config, flags.FLAGS.topology)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+            print_plan(config, options)
 
 
-def print_plan(config: ConfigDict, topology: str) -> None:
-    found = plan(config, topology, quick=not flags.FLAGS.full)
-    print(json.dumps(as_json(found, config), indent=2) if flags.FLAGS.json else describe(found, config), flush=True)
-    if not found.fits and flags.FLAGS.advise and not flags.FLAGS.json:
+def print_plan(config: ConfigDict, options: argparse.Namespace) -> None:
+    found = plan(config, options.topology, quick=not options.full)
+    print(json.dumps(as_json(found, config), indent=2) if options.json else describe(found, config), flush=True)
+    if not found.fits and options.advise and not options.json:
         print("what to change, each compiled:", flush=True)
-        for changes, tried in advise(config, topology):
+        for changes, tried in advise(config, options.topology):
             answer = "still too much"
             if tried.fits:
                 answer = f"fits, peak {tried.cost.peak / GIB:.2f} GiB, {tried.cost.seconds * 1e3:.0f} ms a step"
@@ -253,11 +265,5 @@ def print_sweep(config: ConfigDict) -> None:
         print("| " + " | ".join(row) + " |", flush=True)
 
 
-if __name__ == "__main__":  # where the module is only imported, its flags would stand in the way of train's
-    config_flags.DEFINE_config_file("config", None, "such as configs/dog.py:sd15")
-    flags.DEFINE_string("topology", "v5e:2x4", "TPU slice: v4, v5e, v5p or v6e, and its shape")
-    flags.DEFINE_bool("sweep", False, "compare slices and settings in one table")
-    flags.DEFINE_bool("full", False, "compile as the TPU will, with cycle estimates: ten times as long")
-    flags.DEFINE_bool("json", False, "print JSON instead of text")
-    flags.DEFINE_bool("advise", True, "when it does not fit, compile what would")
-    app.run(main)
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Paints prompts with a trained run or a base model.
 
-    python -m dreambooth_jax.sample --workdir runs/dog --prompt "a sks dog on a red background"
-    python -m dreambooth_jax.sample --base tiny --prompt "a dog in the snow" --prompt "a cat in the snow"
+python -m dreambooth_jax.sample --workdir runs/dog --prompt "a sks dog on a red background"
+python -m dreambooth_jax.sample --base tiny --prompt "a dog in the snow" --prompt "a cat in the snow"
 """
 
 import argparse

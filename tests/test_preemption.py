@@ -15,9 +15,9 @@ from dreambooth_jax.runs.preemption import Preemption
 def say(text):
     print(text, flush=True)
 
-def terminate(times=1):
+def terminate(times=1, number=signal.SIGTERM):
     for _ in range(times):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         time.sleep(0.05)
 """
 
@@ -43,11 +43,11 @@ def test_leaves_while_the_main_thread_is_in_c_code():
     assert "exit code 143" in done.stderr and time.monotonic() - began < 5
 
 
-def test_while_polled_it_waits_for_the_body():
+def test_in_the_loop_it_waits_for_the_body():
     done = run("""
         with Preemption() as guard:
             guard.before_leaving(lambda: say("saved"))
-            with guard.polled():
+            with guard.in_loop():
                 terminate(3)
                 say(guard.requested)
                 guard.leave()
@@ -59,7 +59,7 @@ def test_a_signal_after_the_last_poll_is_not_lost():
     done = run("""
         with Preemption() as guard:
             guard.before_leaving(lambda: say("saved"))
-            with guard.polled():
+            with guard.in_loop():
                 say(guard.requested)
                 terminate()
             say("not reached")
@@ -71,15 +71,15 @@ def test_an_error_in_the_body_goes_before_a_signal():
     done = run("""
         with Preemption() as guard:
             guard.before_leaving(lambda: say("saved"))
-            with guard.polled():
+            with guard.in_loop():
                 terminate()
                 raise FloatingPointError("loss nan")
     """)
     assert done.returncode == 1 and done.stdout == "" and "loss nan" in done.stderr
 
 
-@pytest.mark.parametrize("polled", [True, False])
-def test_many_signals_save_once(polled):
+@pytest.mark.parametrize("in_loop", [True, False])
+def test_many_signals_save_once(in_loop):
     done = run(f"""
         def finish():
             say("begin")
@@ -88,8 +88,8 @@ def test_many_signals_save_once(polled):
 
         with Preemption() as guard:
             guard.before_leaving(finish)
-            if {polled}:
-                with guard.polled():
+            if {in_loop}:
+                with guard.in_loop():
                     terminate(2)
             else:
                 terminate(2)
@@ -162,3 +162,40 @@ def test_afterwards_sigterm_is_what_it_was():
         say("not reached")
     """)
     assert (done.returncode, done.stdout) == (-15, "")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGHUP", 129), ("SIGTERM", 143)])
+def test_ctrl_c_and_a_closed_terminal_save_too(name, code):
+    done = run(f"""
+        with Preemption() as guard:
+            guard.before_leaving(lambda: say("saved"))
+            terminate(number=signal.{name})
+            time.sleep(20)
+    """)
+    assert (done.returncode, done.stdout) == (code, "saved\n") and f"{name}: leaving with" in done.stderr
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    """nohup ignores SIGHUP."""
+    done = run("""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Preemption() as guard:
+            terminate(number=signal.SIGHUP)
+            time.sleep(0.5)
+            say("went on")
+    """)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+
+
+def test_what_is_deferred_leaves_at_the_end_or_by_itself():
+    done = run("""
+        with Preemption() as guard:
+            guard.before_leaving(lambda: say("saved"))
+            with guard.deferred():
+                with guard.in_loop():
+                    terminate()
+                time.sleep(0.3)
+                say("still there")
+            say("not reached")
+    """)
+    assert (done.returncode, done.stdout) == (143, "still there\nsaved\n")

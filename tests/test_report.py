@@ -10,7 +10,7 @@ from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dreambooth_jax.diffusion.step import Metrics
-from dreambooth_jax.runs.report import COLUMNS, NonFiniteLoss, Reporter, check_finite, write_whole
+from dreambooth_jax.runs.report import COLUMNS, NonFiniteLoss, Reporter, check_finite
 
 
 def metrics(first: int, count: int, capacity: int = 4, **changed) -> Metrics:
@@ -91,18 +91,14 @@ def test_weights_that_ran_away_are_seen_before_the_next_loss(value):
         check_finite(params | {"b": jnp.array([0, value, 0])}, 7)
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = epath.Path(tmp_path) / "metrics.csv"
-    write_whole(path, "old")
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    write_text = type(path).write_text
-    monkeypatch.setattr(type(path), "write_text", lambda self, text: (write_text(self, text[:1]), full_disk()))
-    with pytest.raises(OSError, match="No space"):
-        write_whole(path, "new and longer")
-    monkeypatch.undo()
-    assert path.read_text() == "old"
-    write_whole(path, "newer")
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"] and path.read_text() == "newer"
+def test_lines_that_a_spreadsheet_leaves_do_not_end_a_resume(tmp_path):
+    folder = epath.Path(tmp_path)
+    first = Reporter(folder, first_step=0, steps=9)
+    first.record(0, metrics(0, 4), 4)
+    first.close()
+    text = (tmp_path / "metrics.csv").read_text().splitlines()
+    (tmp_path / "metrics.csv").write_text(
+        "\r\n".join(["sep=,", *text[:3], "", ",,,,", "my own note", *text[3:], "2\0"])
+    )
+    Reporter(folder, first_step=3, steps=9).close()
+    assert [row[0] for row in rows(folder)] == [1, 2, 3]

@@ -1,10 +1,10 @@
 """The pieces of a training run: what is refused and when, what is saved, what the loop promises."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,46 +15,41 @@ from etils import epath
 from PIL import Image
 from support.runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
 
-from dreambooth_jax import train
 from dreambooth_jax.devices.sharding import make_mesh, state_shardings
 from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs import job as program
 from dreambooth_jax.runs.config import ConfigError, check_config
+from dreambooth_jax.runs.loop import Progress, Sheets, Store, is_painted, loop
+from dreambooth_jax.runs.plan_text import check_space, plan_text
 from dreambooth_jax.runs.preemption import Preemption
 from dreambooth_jax.runs.report import NonFiniteLoss, Reporter
+from dreambooth_jax.runs.setup import set_up, start_state
+from dreambooth_jax.runs.training import train
 from dreambooth_jax.runs.workdir import open_run
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Trains on the first of the eight devices: what eight do is tested elsewhere, and takes longer."""
-    monkeypatch.setattr(train, "make_mesh", lambda data, fsdp: make_mesh(data, fsdp, jax.devices()[:1]))
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
+def read_nothing(*_):
     """Whoever reads weights now is too early."""
-    monkeypatch.setattr(train, "read_params", lambda *_: pytest.fail("weights are read"))
+    pytest.fail("weights are read")
 
 
-def run(config) -> None:
+def run(config, devices=None, **collaborators) -> None:
     with Preemption() as guard:
-        train.train(train.set_up(config), guard)
+        train(set_up(config, devices), guard, **{"read": read_nothing} | collaborators)
 
 
 # --- what is refused
 
 
-def test_every_wrong_field_is_named_at_once(tmp_path, no_weights, monkeypatch):
-    monkeypatch.setattr(train, "load_pipeline", lambda *_, **__: pytest.fail("a model is read"))
+def test_every_wrong_field_is_named_at_once(tmp_path):
     config = config_of(tmp_path / "run", base="/nowhere", steps=0, crop="middle", ema_decay=1.0, learning_rate=-1.0)
     del config.seed
     config.stepz = 3
     with config.ignore_type():
         config.flip, config.batch_size, config.identifier = "yes", 1.5, " "
     with pytest.raises(ConfigError) as error:
-        train.set_up(config)
+        set_up(config)
     lines = str(error.value).splitlines()[1:]
     expected = {
         "stepz": "unknown", "seed": "missing", "steps": "above 0", "crop": "center, random", "ema_decay": "below 1",
@@ -91,13 +86,13 @@ def test_the_shipped_configs_pass(base):
         ({"instance_images": "/no/such/photos"}, r"No image folder /no/such/photos"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_weights_are_read(micro, tmp_path, no_weights, fields, message):
+def test_what_does_not_fit_is_refused_before_weights_are_read(micro, tmp_path, fields, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(config_of(tmp_path / "run", **{"base": micro} | fields))
 
 
 @pytest.mark.parametrize("field", ["instance_images", "class_images"])
-def test_bad_images_are_listed_before_weights_are_read(micro, tmp_path, no_weights, field):
+def test_bad_images_are_listed_before_weights_are_read(micro, tmp_path, field):
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.new("RGB", (32, 32)).save(folder / "good.png")
@@ -107,7 +102,7 @@ def test_bad_images_are_listed_before_weights_are_read(micro, tmp_path, no_weigh
         run(config_of(tmp_path / "run", base=micro, **{field: str(folder)}))
 
 
-def test_class_images_of_another_prompt_are_not_used(micro, finished, tmp_path, no_weights):
+def test_class_images_of_another_prompt_are_not_used(micro, finished, tmp_path):
     shutil.copytree(finished / "class_images", tmp_path / "run" / "class_images")
     with pytest.raises(ValueError, match=r"another prompt than 'a photo of cat': class_00000\.png of 'a photo of dog'"):
         run(config_of(tmp_path / "run", base=micro, class_noun="cat"))
@@ -118,7 +113,7 @@ def test_an_unknown_flag_is_an_error(tmp_path, micro):
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "read-only"])
-def test_a_workdir_that_cannot_be_written(micro, tmp_path, no_weights, place):
+def test_a_workdir_that_cannot_be_written(micro, tmp_path, place):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "read-only").mkdir(mode=0o500)
     if place == "read-only" and os.access(tmp_path / "read-only", os.W_OK):
@@ -146,12 +141,12 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def test_going_on_with_another_meaning_names_every_field(micro, finished, tmp_path, no_weights):
+def test_going_on_with_another_config_names_every_field(micro, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     before = (workdir / "config.json").read_text()
     fields = {"base": micro, "instance_images": "examples/subjects/dog"}
     with pytest.raises(ConfigError) as error:
-        train.set_up(config_of(workdir, **fields, **CHANGES))
+        set_up(config_of(workdir, **fields, **CHANGES))
     lines = str(error.value).splitlines()[1:]
     assert sorted(line.strip().split(":")[0] for line in lines) == sorted(CHANGES)
     assert "learning_rate: 0.0002 in the checkpoint, 0.001 now" in str(error.value)
@@ -162,25 +157,25 @@ def test_going_on_with_another_meaning_names_every_field(micro, finished, tmp_pa
 def test_going_on_with_harmless_changes(micro, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     config = config_of(workdir, base=micro, instance_images="examples/subjects/dog", **HARMLESS)
-    assert train.set_up(config).config.steps == 99
+    assert set_up(config).config.steps == 99
     earlier = json.loads((workdir / "config.json").read_text()) | {"lr_schedule": "cosine"}
     (workdir / "config.json").write_text(json.dumps(earlier))
     with pytest.raises(ConfigError, match="steps: 99 in the checkpoint, 100 now"):
         config.update(lr_schedule="cosine", steps=100)
-        train.set_up(config)
+        set_up(config)
 
 
-def test_a_finished_run_reads_no_weights_again(micro, finished, tmp_path, no_weights, capsys):
+def test_a_finished_run_reads_no_weights_again(micro, finished, tmp_path, capsys):
     workdir = shutil.copytree(finished, tmp_path / "run")
     run(config_of(workdir, base=micro, instance_images="examples/subjects/dog"))
     assert f"Done. Checkpoint: {workdir}/checkpoints/60" in capsys.readouterr().out
 
 
-def test_the_plan_says_what_speaks_against_an_identifier(micro, finished, tmp_path, capsys):
+def test_the_plan_says_what_speaks_against_an_identifier(micro, finished, tmp_path):
     assert "the identifier" not in log_of(finished).read_text()
     for identifier, problem in (("unbelievable", "is 12 tokens"), ("a", "is a common word")):
-        train.print_plan(train.set_up(config_of(tmp_path / "run", base=micro, identifier=identifier)), done=0)
-        assert f"warning: the identifier {identifier!r} {problem}" in capsys.readouterr().out
+        text = plan_text(set_up(config_of(tmp_path / "run", base=micro, identifier=identifier)), done=0)
+        assert f"warning: the identifier {identifier!r} {problem}" in text
 
 
 # --- checkpoints
@@ -240,10 +235,10 @@ def test_a_state_goes_from_mesh_to_mesh(tmp_path):
 def test_a_checkpoint_of_one_device_starts_a_run_on_eight(micro, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     fields = {"base": micro, "instance_images": "examples/subjects/dog"}
-    set_up = train.set_up(config_of(workdir, **fields, mesh_data=2, mesh_fsdp=4))
-    trainable = {n: jnp.zeros(s.shape) for n, s in set_up.pipeline.shapes.items() if not n.startswith("vae.")}
+    job = set_up(config_of(workdir, **fields, mesh_data=2, mesh_fsdp=4)).job
+    trainable = {n: jnp.zeros(s.shape) for n, s in job.pipeline.shapes.items() if not n.startswith("vae.")}
     manager = checkpoint.open_checkpoints(workdir / "checkpoints")
-    state = train.start_state(set_up, trainable, manager)
+    state = start_state(job, trainable, manager)
     stored = read_state(finished, 60)
     assert int(state.step) == 60
     for name, value in state.trainable.items():
@@ -255,31 +250,20 @@ def test_a_checkpoint_of_one_device_starts_a_run_on_eight(micro, finished, tmp_p
     manager.close()
 
 
-def test_too_little_space_is_an_error_before_training(micro, finished, tmp_path, no_weights, monkeypatch):
-    workdir = shutil.copytree(finished, tmp_path / "run")
-    fields = {"base": micro, "instance_images": "examples/subjects/dog"}
-    stored = read_state(finished, 60)
-    size = sum(value.nbytes for value in stored.values())
-    usage = shutil.disk_usage(tmp_path)
-    asked = []
-
-    def disk_usage(path):
-        asked.append(Path(path))
-        return usage._replace(free=free)
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+def test_too_little_space_is_an_error_before_training(micro, finished, tmp_path):
+    fields = {"base": micro, "instance_images": "examples/subjects/dog", "steps": 70}
+    size = sum(value.nbytes for value in read_state(finished, 60).values())
+    message = r"the disk has .* GB left .*keep_last, keep_every.*--config\.workdir"
+    one = set_up(config_of(shutil.copytree(finished, tmp_path / "one"), **fields, keep_last=1))
     # One checkpoint of the two that exist for a moment is there already.
-    free = size - 1
-    with pytest.raises(ConfigError, match=r"the disk has .* GB left .*keep_last, keep_every.*--config\.workdir"):
-        run(config_of(workdir, **fields, steps=70))
-    assert asked == [workdir]
-    free = 3 * size - 1
-    with pytest.raises(ConfigError, match="the disk has"):
-        run(config_of(workdir, **fields, steps=70, keep_last=3))
-    free = 3 * size
-    with pytest.raises(pytest.fail.Exception, match="weights are read"):
-        run(config_of(workdir, **fields, steps=70, keep_last=3))
-    assert_same_state(read_state(workdir, 60), stored)
+    check_space(one, stored=1, free=size)
+    with pytest.raises(ConfigError, match=message):
+        check_space(one, stored=1, free=size - 1)
+    three = set_up(config_of(shutil.copytree(finished, tmp_path / "three"), **fields, keep_last=3))
+    check_space(three, stored=1, free=3 * size)
+    with pytest.raises(ConfigError, match=message):
+        check_space(three, stored=1, free=3 * size - 1)
+    check_space(three, stored=1)  # of this disk
 
 
 @pytest.fixture
@@ -317,50 +301,54 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk):
 # --- the loop
 
 
-def fake_run(tmp_path, monkeypatch, **fields):
-    """A run of which only the loop is real; `events` is what happens in it."""
-    config = config_of(tmp_path / "run", **fields)
-    (tmp_path / "run").mkdir()
-    events = []
-    monkeypatch.setattr(train, "paint_before", lambda run, params: None)
-    monkeypatch.setattr(train, "paint_samples", lambda run, params, step: events.append(("paint", step)))
+class FakeRun:
+    """A run of which only the loop, the reports and the checkpoints are real; `events` is what happens in it."""
 
-    def told(event, function):
-        return lambda first, number, *rest: (events.append((event, number)), function(first, number, *rest))
+    def __init__(self, tmp_path, **fields):
+        self.config = config_of(tmp_path / "run", **fields)
+        self.workdir = tmp_path / "run"
+        self.workdir.mkdir()
+        self.events, self.sheets = [], set()
 
-    monkeypatch.setattr(Reporter, "record", told("report", Reporter.record))
-    monkeypatch.setattr(checkpoint, "save", told("save", checkpoint.save))
-    job = program.Job(config, None, make_mesh(), None, program.make_method(config))
-    return train.Run(job, epath.Path(config.workdir), None, None), events
+    def paint(self, state, step):
+        self.events.append(("paint", step))
+        self.sheets.add(step)
+
+    def loop(self, capacity, losses=lambda step: 1.0, weights=lambda step: float(step)) -> Progress:
+        manager = checkpoint.open_checkpoints(self.workdir / "checkpoints", keep_last=9)
+        done = manager.latest_step() or 0
+        progress = Progress(done, TrainState(jnp.asarray(done), {"w": jnp.asarray([float(done)])}, (), None))
+        reporter = Reporter(epath.Path(self.workdir), first_step=done, steps=self.config.steps)
+        record, events = reporter.record, self.events
+        reporter.record = lambda first, *rest: (events.append(("report", first)), record(first, *rest))
+        is_missing = lambda step: step > 0 and step not in self.sheets and is_painted(step, self.config)  # noqa: E731
+
+        def advance(state, count):
+            first, count = int(state.step), int(count)
+            assert count <= capacity
+            events.append(("call", first))
+            values = np.array([losses(first + i + 1) for i in range(capacity)])
+            step = first + count
+            return TrainState(jnp.asarray(step), {"w": jnp.asarray([weights(step)])}, (), None), Metrics(*[values] * 4)
+
+        def save(step, state):
+            events.append(("save", step))
+            checkpoint.save(manager, step, state)
+
+        with contextlib.closing(manager):
+            loop(
+                self.config, progress, advance, store=Store(save, manager.wait_until_finished),
+                sheets=Sheets(lambda state: None, self.paint, is_missing), reporter=reporter,
+                guard=Preemption(), agree=lambda requested: requested,
+            )  # fmt: skip
+        return progress
 
 
-def fake_advance(events, capacity, losses=lambda step: 1.0, weights=lambda step: float(step)):
-    def advance(state, count):
-        first, count = int(state.step), int(count)
-        assert count <= capacity
-        events.append(("call", first))
-        values = np.array([losses(first + i + 1) for i in range(capacity)])
-        step = first + count
-        return TrainState(jnp.asarray(step), {"w": jnp.asarray([weights(step)])}, (), None), Metrics(*[values] * 4)
-
-    return advance
-
-
-def loop(run, events, guard=None, **kw):
-    manager = checkpoint.open_checkpoints(run.workdir / "checkpoints", keep_last=9)
-    done = manager.latest_step() or 0
-    state = TrainState(jnp.asarray(done), {"w": jnp.asarray([float(done)])}, (), None)
-    try:
-        return train.loop(run, guard or Preemption(), manager, state, {}, fake_advance(events, **kw))
-    finally:
-        manager.close()
-
-
-def test_the_loop_reports_one_call_late_and_stops_where_something_is_due(tmp_path, monkeypatch):
+def test_the_loop_reports_one_call_late_and_stops_where_something_is_due(tmp_path):
     fields = {"steps": 11, "steps_per_call": 3, "save_every": 4, "sample_every": 5}
-    run, events = fake_run(tmp_path, monkeypatch, **fields)
-    assert int(loop(run, events, capacity=3).step) == 11
-    assert events == [
+    run = FakeRun(tmp_path, **fields)
+    assert run.loop(capacity=3).step == 11
+    assert run.events == [
         ("call", 0), ("call", 3), ("report", 0), ("report", 3), ("save", 4),
         ("call", 4), ("report", 4), ("paint", 5),
         ("call", 5), ("report", 5), ("save", 8),
@@ -370,34 +358,33 @@ def test_the_loop_reports_one_call_late_and_stops_where_something_is_due(tmp_pat
     assert checkpoints(run.workdir) == [4, 8, 11]
 
 
-def test_what_was_saved_but_not_painted_is_painted_at_the_next_start(tmp_path, monkeypatch):
-    run, events = fake_run(tmp_path, monkeypatch, steps=4, steps_per_call=2, save_every=2, sample_every=2)
-    loop(run, events, capacity=2)
+def test_what_was_saved_but_not_painted_is_painted_at_the_next_start(tmp_path):
+    run = FakeRun(tmp_path, steps=4, steps_per_call=2, save_every=2, sample_every=2)
+    run.loop(capacity=2)
     shutil.rmtree(run.workdir / "checkpoints" / "4")
-    (run.workdir / "samples").mkdir()
-    events.clear()
-    loop(run, events, capacity=2)
-    assert events == [("paint", 2), ("call", 2), ("report", 2), ("save", 4), ("paint", 4)]
-    (run.workdir / "samples" / "step_000004.png").touch()
-    events.clear()
-    loop(run, events, capacity=2)
-    assert events == []
+    run.sheets = set()
+    run.events.clear()
+    run.loop(capacity=2)
+    assert run.events == [("paint", 2), ("call", 2), ("report", 2), ("save", 4), ("paint", 4)]
+    run.events.clear()
+    run.loop(capacity=2)
+    assert run.events == []
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, bad):
-    run, events = fake_run(tmp_path, monkeypatch, steps=12, steps_per_call=2, save_every=3, sample_every=12)
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, bad):
+    run = FakeRun(tmp_path, steps=12, steps_per_call=2, save_every=3, sample_every=12)
     with pytest.raises(NonFiniteLoss, match="step 6"):
-        loop(run, events, capacity=2, losses=lambda step: bad if step >= 6 else 1.0)
+        run.loop(capacity=2, losses=lambda step: bad if step >= 6 else 1.0)
     assert checkpoints(run.workdir) == [3]
     assert (run.workdir / "metrics.csv").read_text().splitlines()[-1].startswith("5,")
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """The loss of a step is of the weights before it, so that it cannot tell."""
-    run, events = fake_run(tmp_path, monkeypatch, steps=12, steps_per_call=3, save_every=3, sample_every=12)
+    run = FakeRun(tmp_path, steps=12, steps_per_call=3, save_every=3, sample_every=12)
     with pytest.raises(NonFiniteLoss, match="step 6"):
-        loop(run, events, capacity=3, weights=lambda step: np.nan if step == 6 else 1.0)
+        run.loop(capacity=3, weights=lambda step: np.nan if step == 6 else 1.0)
     assert checkpoints(run.workdir) == [3]
 
 
@@ -430,7 +417,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_train_without_compiling_twice(micro, finished, tmp_path, one_device, monkeypatch, variant):
+def test_variants_train_without_compiling_twice(micro, finished, tmp_path, variant):
     shutil.copytree(finished / "class_images", tmp_path / "run" / "class_images")
     fields = {"steps": 8, "steps_per_call": 1, "save_every": 2, "sample_every": 2, "sample_prompts": ("a dog",)}
     config = config_of(tmp_path / "run", **{"base": micro} | fields | VARIANTS[variant])
@@ -438,13 +425,18 @@ def test_variants_train_without_compiling_twice(micro, finished, tmp_path, one_d
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiles.append(event) if "backend_compile" in event else None
     )
-    record = Reporter.record
-    monkeypatch.setattr(Reporter, "record", lambda *args: (counts.append(len(compiles)), record(*args)))
-    run(config)
+
+    def counting(*args, **kw):
+        reporter = Reporter(*args, **kw)
+        record = reporter.record
+        reporter.record = lambda *args: (counts.append(len(compiles)), record(*args))
+        return reporter
+
+    run(config, jax.devices()[:1], read=read_params, reporter=counting)
     assert counts[0] > 0 and len(counts) == 8
     assert counts[3] == counts[-1], counts  # by then everything was called once: step, save, picture
     one, other = read_state(tmp_path / "run", 8), open_run(tmp_path / "run", make_mesh(1, 1, jax.devices()[:1]))[2]
-    base = train.read_params(train.load_pipeline(micro))
+    base = read_params(load_pipeline(micro))
     trained = {name.split("'")[3] for name in one if "trainable" in name}
     moved = {name for name in base if not np.array_equal(base[name], other[name])}
     assert {name.split(".")[0] for name in trained} == (
@@ -456,7 +448,7 @@ def test_variants_train_without_compiling_twice(micro, finished, tmp_path, one_d
 
 def test_the_text_encoder_trains_and_is_used(micro, finished):
     _, pipeline, params = open_run(finished, make_mesh())
-    base = train.read_params(pipeline)
+    base = read_params(pipeline)
     average = {name.split("'")[3]: value for name, value in read_state(finished, 60).items() if "['ema']" in name}
     assert {name.split(".")[0] for name in average} == {"unet", "text_encoder"}
     for name, value in average.items():

@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dreambooth_jax.adapters.factors import FORMS
-from dreambooth_jax.adapters.lora import TARGETS
 from dreambooth_jax.data import captions
 
-METHODS = ("full", "lora", "dora", "loha", "lokr")
+ADAPTERS = ("lora", "dora", "loha", "lokr")
 
 
 class ConfigError(ValueError):
@@ -99,7 +97,7 @@ FIELDS: dict[str, Field] = {
     "method": _one_of("full", "lora"),
     "lora_rank": _positive(),
     "lora_alpha": Field(float, lambda v: v > 0, "above 0"),
-    "lora_targets": Field(str, _is_regex, f"{', '.join(TARGETS)}, or a regex for the ends of module names"),
+    "lora_targets": Field(str, _is_regex, "cross, attention, transformer, all, or a regex for the ends of module names"),
     "lora_ranks": Field(tuple, _are_ranks, "a tuple of (regex for module names, rank, alpha)"),
     "lora_scaling": _one_of("standard", "stabilized"),
     "lora_plus_ratio": Field(float, lambda v: v > 0, "above 0"),
@@ -187,7 +185,7 @@ def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
     fields = {name for name, field in FIELDS.items() if field.identity}
     if not config.prior_preservation:
         fields -= {*_PAINTING, "prior_weight"}
-    if config.method not in FORMS:
+    if config.method not in ADAPTERS:
         fields -= {name for name in fields if name.startswith("lora_")}
     if config.lr_schedule == "constant":
         fields -= {"steps"}  # a longer run begins alike

@@ -15,10 +15,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dreambooth_jax.files.shipped import shipped
 from dreambooth_jax.runs.config import ConfigError
-
-_PACKAGE = Path(__file__).parent.parent
-_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def parse(
@@ -69,14 +67,12 @@ def find(name: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path = Path(name).expanduser()
-    for candidate in (path, *(folder / name for folder in _SHIPPED)):
-        if candidate.is_file():
-            return candidate
+    path = Path(shipped(str(Path(name).expanduser()), "configs"))
+    if path.is_file():
+        return path
     if path.exists():
         raise ConfigError(f"--config {name}: not a regular file; give a Python file with get_config()")
-    shipped = sorted({file.name for folder in _SHIPPED for file in folder.glob("*.py")})
-    raise ConfigError(f"--config {name}: no such file. The configs that ship with the package: {', '.join(shipped)}")
+    raise ConfigError(f"--config {name}: no such file. dog.py ships with the package: --config dog.py")
 
 
 def load(spec: str) -> ConfigDict:
@@ -139,7 +135,7 @@ _KINDS = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
-    tuple: "a tuple, such as '(\"a dog\", \"a cat\")'",
+    tuple: 'a tuple, such as \'("a dog", "a cat")\'',
 }
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 

@@ -5,7 +5,6 @@ from etils import epath
 
 from dreambooth_jax.data.images import decode_image
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.sheets import file_names, paint_rows, save_png, save_sheet
 from dreambooth_jax.runs.config import fill

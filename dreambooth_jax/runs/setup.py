@@ -125,12 +125,13 @@ def prepare_data(run: Run, params: Params) -> TrainingData:
     return TrainingData(encode(params, run.examples), encode(params, read_class_images(config)))
 
 
-def start(
-    job: Job, params: Params, manager: ocp.CheckpointManager | None = None
-) -> tuple[TrainState, Params, Key[Array, ""]]:
-    """(state, frozen, key) to begin with, on the mesh: from the newest checkpoint of `manager`, or fresh."""
+def begin(job: Job, params: Params) -> tuple[Params, Params, Key[Array, ""]]:
+    """(trainable, frozen, key) before the first step; `params` are the base's."""
     seed = job.config.seed
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(job.mesh))()
-    trainable, frozen = job.method.start(params, key)
-    state = checkpoint.restore(manager, state_shapes(job, trainable)) if manager else None
-    return state or fresh_state(job, trainable), frozen, key
+    return *job.method.start(params, key), key
+
+
+def start_state(job: Job, trainable: Params, manager: ocp.CheckpointManager) -> TrainState:
+    """The state to begin with, on the mesh: from the newest checkpoint, or fresh."""
+    return checkpoint.restore(manager, state_shapes(job, trainable)) or fresh_state(job, trainable)

@@ -17,7 +17,7 @@ from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
 from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import Reporter
 from dreambooth_jax.runs.samples import sheet_is_missing, sheets_of
-from dreambooth_jax.runs.setup import Run, prepare_data, start
+from dreambooth_jax.runs.setup import Run, begin, prepare_data, start_state
 
 
 def train(
@@ -48,9 +48,12 @@ def train(
         if done < config.steps or sheet_is_missing(run, done):
             check_space(run, stored=len(manager.all_steps()))
             params = read(run.pipeline, functools.partial(param_sharding, run.mesh))
-            data = prepare_data(run, params)
-            state, frozen, key = start(run.job, params, manager)
+            trainable, frozen, key = begin(run.job, params)
             del params
+            # The base still, in the form that the samples' painter takes: painting compiles once.
+            data = prepare_data(run, run.job.method.combine(frozen, trainable))
+            state = start_state(run.job, trainable, manager)
+            del trainable
             steps = compile_steps(lower_steps(run.job, state, frozen, data, key))
             progress = Progress(int(state.step), state)
             del state

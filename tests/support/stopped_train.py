@@ -1,8 +1,9 @@
-"""The train command with a signal that it sends to itself in the middle of what the first argument names.
+"""A training run with a signal that it sends to itself in the middle of what the first argument names.
 
 The main thread goes on with that work for as long as it lives, as it does in a long compile or a large grid.
 """
 
+import argparse
 import os
 import signal
 import sys
@@ -10,47 +11,69 @@ import threading
 import time
 
 import jax
-from absl import app
-from ml_collections import config_flags
 
-from dreambooth_jax import train
-from dreambooth_jax.data import class_images as prior
-from dreambooth_jax.runs import report
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.preemption import Preemption
+from dreambooth_jax.runs.report import Reporter
+from dreambooth_jax.runs.setup import set_up
+from dreambooth_jax.runs.training import train
 
-PLACES = {
-    "class images": (prior, "save_png", 6),
-    "compile": (jax.stages.Lowered, "compile", 1),
-    "training": (report.Reporter, "record", 9),
-    "sampling": (train, "paint_sheet", 1),
-}
+PLACE = sys.argv.pop(1)
 
 
-def signal_at(place: str) -> None:
-    module, name, at = PLACES[place]
-    original, calls = getattr(module, name), []
-
+def send_soon() -> None:
     def send() -> None:
-        time.sleep(0.3)  # the work below is then under way
-        print(f"sending SIGTERM during {place}, after {len(calls)} calls", flush=True)
+        time.sleep(0.3)  # the work of the main thread is then under way
+        print(f"sending SIGTERM during {PLACE}", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def stopped(*args, **kw):
-        calls.append(name)
-        if len(calls) == at:
-            threading.Thread(target=send, daemon=True).start()
-            while place == "sampling":
-                original(*args, **kw)
-        if place in ("class images", "training"):
-            time.sleep(0.1)
-        result = original(*args, **kw)
-        if place == "compile":
-            print("the compile was not interrupted", flush=True)
-        return result
+    threading.Thread(target=send, daemon=True).start()
 
-    setattr(module, name, stopped)
+
+def stopped_painter(paint):
+    """Slow class images with a signal at the sixth; samples without end."""
+
+    def stopped(params, requests, *args, **kw):
+        if PLACE == "sampling" and len(requests) == 4:  # two prompts, two seeds: a sheet
+            send_soon()
+            while True:
+                list(paint(params, requests, *args, **kw))
+        for number, painted in enumerate(paint(params, requests, *args, **kw), 1):
+            if PLACE == "class images":
+                if number == 6:
+                    send_soon()
+                time.sleep(0.1)
+            yield painted
+
+    return stopped
+
+
+def stopped_compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    if PLACE != "compile":
+        return lowered.compile()
+    send_soon()
+    lowered.compile()
+    print("the compile was not interrupted", flush=True)
+    sys.exit(1)
+
+
+class StoppedReporter(Reporter):
+    calls = 0
+
+    def record(self, *args) -> None:
+        self.calls += 1
+        if PLACE == "training":
+            if self.calls == 9:
+                send_soon()
+            time.sleep(0.1)
+        super().record(*args)
 
 
 if __name__ == "__main__":
-    signal_at(sys.argv.pop(1))
-    config_flags.DEFINE_config_file("config", None, "of the run")
-    app.run(train.main)
+    _, config, _ = config_file.parse(argparse.ArgumentParser(), None, "configs/dog.py")
+    runtime.start()
+    with Preemption() as guard:
+        run = set_up(config)
+        run = run._replace(paint=stopped_painter(run.paint))
+        train(run, guard, compile_steps=stopped_compile, reporter=StoppedReporter)

@@ -1,0 +1,115 @@
+"""Configs: files, overrides, and checks of every field before anything heavy is imported."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from support.runs import ROOT, config_of
+
+from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
+from dreambooth_jax.diffusion.sampler import SAMPLERS
+from dreambooth_jax.models.unet import REMAT
+from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.config import FIELDS, ConfigError, check_config
+
+DOG = str(ROOT / "configs" / "dog.py")
+
+
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    [("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES), ("sampler", SAMPLERS), ("remat", tuple(REMAT))],
+)
+def test_choices_are_those_of_the_modules_that_implement_them(field, choices):
+    assert {word for word in choices if FIELDS[field].check(word)} == set(choices)
+    assert FIELDS[field].expected == f"one of {', '.join(choices)}"
+
+
+def test_the_sample_command_offers_every_sampler():
+    from dreambooth_jax import sample
+
+    assert set(sample.SAMPLERS) == set(SAMPLERS)
+
+
+def parse(*arguments):
+    import argparse
+
+    _, config, preset = config_file.parse(argparse.ArgumentParser(), ["--config", *arguments], "configs/dog.py")
+    return config, preset
+
+
+def test_overrides_have_the_type_of_their_field():
+    config, preset = parse(
+        DOG, "--config.steps=7", "--config.flip=true", "--config.learning_rate", "1e-3", "--config.identifier=123",
+        "--config.sample_prompts=('a {class_noun}',)", "--config.instance_prompt=a=b",
+    )  # fmt: skip
+    assert (config.steps, config.flip, config.learning_rate, config.identifier) == (7, True, 1e-3, "123")
+    assert config.sample_prompts == ("a {class_noun}",) and config.instance_prompt == "a=b"
+    assert preset.steps == 300 and preset.keys() == config.keys()
+
+
+def test_every_wrong_override_is_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        parse(DOG, "--config.stepz=3", "--config.steps=many", "--config.flip=maybe", "--config.sample_prompts=a dog")
+    for text in ("stepz: unknown field; did you mean steps?", "steps = 'many': expected a whole number",
+                 "flip = 'maybe': expected True or False", "sample_prompts = 'a dog': expected a tuple"):  # fmt: skip
+        assert text in str(error.value)
+
+
+def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("dog.py:sd15")[0].base.endswith("stable-diffusion-v1-5")
+    with pytest.raises(ConfigError, match=r"no such file.*dog\.py"):
+        parse("cat.py")
+
+
+BROKEN = {
+    "syntax": ("def get_config(:", "line 1"),
+    "raises": ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+    "no function": ("x = 1\n", "defines no function get_config"),
+    "no config": ("def get_config():\n    return 3\n", "returned int, expected a ConfigDict"),
+    "exits": ("raise SystemExit(0)\n", "line 1: SystemExit"),
+    "null bytes": ("\0\0", "null bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_config_file_is_named_with_its_line(tmp_path, kind):
+    text, message = BROKEN[kind]
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.py") as error:
+        parse(str(tmp_path / "bad.py"))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_must_be_finite(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"learning_rate = .*finite"):
+        check_config(config_of(tmp_path, learning_rate=value))
+
+
+WRONG = {
+    "no config": ([], "--config is missing"),
+    "no file": (["--config", "nowhere.py"], "no such file"),
+    "a folder": (["--config", "configs"], "not a regular file"),
+    "unknown field": (["--config", DOG, "--config.stepz=3"], "stepz: unknown field"),
+    "unknown preset": (["--config", DOG + ":sd99"], "sd99"),
+    "infinite rate": (["--config", DOG, "--config.learning_rate=inf"], "finite"),
+    "stray word": (["--config", DOG, "steps=3"], "unrecognized argument: steps=3"),
+    "no value": (["--config", DOG, "--config.steps"], "expected a value"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_cheap_errors_are_one_line_and_come_at_once(kind):
+    arguments, message = WRONG[kind]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "dreambooth_jax.train", *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode not in (0, None) and message in done.stderr and "Traceback" not in done.stderr
+    assert time.monotonic() - began < 10  # under load; 0.3 s alone
+
+
+def test_fields_and_the_shipped_config_agree():
+    assert set(config_file.load(DOG).keys()) == set(FIELDS)
