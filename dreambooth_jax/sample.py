@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dreambooth_jax.runs.command import one_line_errors
+from dreambooth_jax.runs.config import SAMPLERS
 
 if TYPE_CHECKING:
     from etils import epath
-
-SAMPLERS = ("ddim", "dpm++", "euler")  # of diffusion.sampler, which imports JAX
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

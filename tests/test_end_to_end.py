@@ -36,7 +36,7 @@ def test_a_run_says_what_it_does_and_leaves_all_of_it(finished):
     for text in (
         "base: ", "(16x16, ", "5 images in examples/subjects/dog: 'a photo of sks dog'", "'a photo of dog', weight 1",
         "UNet and text encoder", "60 of 1 images", "data 1 x fsdp 1", "loss=", "step/s", f"{finished}/checkpoints/60",
-        f'dreambooth_jax.sample --workdir {finished} --prompt "a sks dog on a red background"',
+        f"dreambooth_jax.sample --workdir {finished} --prompt 'a sks dog on a red background'",
     ):  # fmt: skip
         assert text in log, text
     assert checkpoints(finished) == [60]

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.data import captions
 
 ADAPTERS = ("lora", "dora", "loha", "lokr")
+SAMPLERS = ("ddim", "dpm++", "euler", "ddpm", "euler_a")
 
 
 class ConfigError(ValueError):
@@ -94,10 +95,12 @@ FIELDS: dict[str, Field] = {
     "steps": _positive(),
     "batch_size": _positive(),
     "accumulate": _positive(),
-    "method": _one_of("full", "lora"),
+    "method": _one_of("full", *ADAPTERS),
     "lora_rank": _positive(),
     "lora_alpha": Field(float, lambda v: v > 0, "above 0"),
-    "lora_targets": Field(str, _is_regex, "cross, attention, transformer, all, or a regex for the ends of module names"),
+    "lora_targets": Field(
+        str, _is_regex, "cross, attention, transformer, all, or a regex for the ends of module names"
+    ),
     "lora_ranks": Field(tuple, _are_ranks, "a tuple of (regex for module names, rank, alpha)"),
     "lora_scaling": _one_of("standard", "stabilized"),
     "lora_plus_ratio": Field(float, lambda v: v > 0, "above 0"),
@@ -123,7 +126,7 @@ FIELDS: dict[str, Field] = {
     "sample_every": _positive(identity=False),
     "sample_prompts": Field(tuple, lambda v: all(isinstance(p, str) for p in v), "a tuple of prompts", identity=False),
     "sample_count": _positive(identity=False),
-    "sampler": _one_of("ddim", "dpm++", "euler"),
+    "sampler": _one_of(*SAMPLERS),
     "sampling_steps": _positive(),
     "guidance_scale": _not_negative(float),
     "negative_prompt": Field(str, identity=False),

@@ -6,6 +6,7 @@ import shutil
 import jax
 
 from dreambooth_jax.data.class_images import class_folder
+from dreambooth_jax.data.contradictions import contradictions, too_long
 from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices.sharding import batch_sharding
@@ -36,12 +37,15 @@ def plan_text(run: Run, done: int) -> str:
         "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), {axes}",
         "workdir": config.workdir,
     }
-    return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *_warnings(run)])
+    notes = [f"  photos: {note}" for note in run.examples.notes]
+    return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *notes, *_warnings(run)])
 
 
 def _warnings(run: Run) -> list[str]:
     config = run.config
     warnings = list(check_identifier(run.pipeline.tokenizer, config.identifier))
+    warnings += contradictions(config, run.examples.captions)
+    warnings += too_long(run.examples.captions, config.identifier, run.pipeline.tokenizer)
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
     used = batch // batch_sharding(run.mesh, batch).shard_shape((batch,))[0]
     if used < run.mesh.size:
