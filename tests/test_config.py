@@ -7,6 +7,8 @@ import time
 import pytest
 from support.runs import ROOT, config_of
 
+from dreambooth_jax.adapters.factors import FORMS
+from dreambooth_jax.adapters.lora import TARGETS
 from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
 from dreambooth_jax.diffusion.sampler import SAMPLERS
 from dreambooth_jax.models.unet import REMAT
@@ -23,6 +25,11 @@ DOG = str(ROOT / "configs" / "dog.py")
 def test_choices_are_those_of_the_modules_that_implement_them(field, choices):
     assert {word for word in choices if FIELDS[field].check(word)} == set(choices)
     assert FIELDS[field].expected == f"one of {', '.join(choices)}"
+
+
+def test_methods_are_those_of_the_adapters():
+    assert FIELDS["method"].expected == f"one of full, {', '.join(FORMS)}"
+    assert FIELDS["lora_targets"].expected.startswith(", ".join(TARGETS))
 
 
 def test_the_sample_command_offers_every_sampler():
