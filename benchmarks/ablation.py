@@ -24,7 +24,8 @@ from tqdm import tqdm
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.evaluation import metrics
-from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER, read_params
+from dreambooth_jax.families.pipeline import read_params
+from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.vit import ViTModel, ViTSpec

@@ -32,7 +32,7 @@ STEPS = 25
 def reconstruct(pipeline, params, images: np.ndarray) -> np.ndarray:
     """Through the autoencoder and back, uint8."""
     there = jax.jit(lambda x: pipeline.encode_images(params, x)[0])
-    back = jax.jit(lambda z: pipeline.decode_latents(params, z))
+    back = jax.jit(lambda z: pipeline.decode(params, z))
     parts = [np.asarray(back(there(images[i : i + BATCH]))) for i in range(0, len(images), BATCH)]
     return np.round(np.concatenate(parts) * 255).astype(np.uint8)
 
@@ -51,7 +51,7 @@ def clip_cosines(pipeline, images: np.ndarray, texts: list[str]) -> np.ndarray:
     clip = functional(lambda rngs: CLIPModel(text, vision, config["projection_dim"], rngs=rngs))
     pixels, end = images.astype(np.float32) / 127.5 - 1, pipeline.tokenizer.eos_token_id
     return np.asarray(
-        clip.apply(read_model(folder, clip.shapes), pipeline.tokenize(texts), pixels, end, method="logits")
+        clip.apply(read_model(folder, clip.shapes), pipeline.tokenize(texts)["ids"], pixels, end, method="logits")
     )
 
 

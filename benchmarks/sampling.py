@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, param_sharding
-from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER, load_pipeline, read_params
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.painting.painter import Request, make_painter
 
 PROMPT, BATCH, STEPS, GUIDANCE, ROUNDS = "a dog", 4, 50, 2.5, 7

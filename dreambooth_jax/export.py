@@ -1,4 +1,4 @@
-"""Writes a trained run as a diffusers folder that StableDiffusionPipeline.from_pretrained opens, or its LoRA alone.
+"""Writes a trained run as a folder that diffusers opens, or its LoRA alone.
 
 python -m dreambooth_jax.export --workdir runs/dog --output runs/dog/model
 python -m dreambooth_jax.export --workdir runs/dog --output runs/dog/lora --lora
@@ -22,7 +22,7 @@ def export_model(options: argparse.Namespace, dtype: np.dtype) -> str:
 
     _, pipeline, params = open_run(options.workdir, make_mesh(), options.step)
     save_pipeline(pipeline, merge(params), options.output, dtype=dtype)
-    return f'StableDiffusionPipeline.from_pretrained("{options.output}")'
+    return f'{pipeline.family.name}.from_pretrained("{options.output}")'
 
 
 def export_lora(options: argparse.Namespace, dtype: np.dtype) -> str:
@@ -36,12 +36,12 @@ def export_lora(options: argparse.Namespace, dtype: np.dtype) -> str:
     from dreambooth_jax.files.safetensors import save_tensors
     from dreambooth_jax.runs.workdir import open_trained
 
-    config, _, method, trainable = open_trained(options.workdir, make_mesh(), options.step)
+    config, pipeline, method, trainable = open_trained(options.workdir, make_mesh(), options.step)
     if config.method != "lora":
         raise ValueError(f"{options.workdir} was trained with method = {config.method!r}: leave out --lora")
     factors = lora_for_files(method.adapter(trainable))
     save_tensors(Path(options.output) / FILE, factors, dtype=dtype)
-    return f'StableDiffusionPipeline.from_pretrained("{config.base}").load_lora_weights("{options.output}")'
+    return f'{pipeline.family.name}.from_pretrained("{config.base}").load_lora_weights("{options.output}")'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

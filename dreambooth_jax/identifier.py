@@ -31,7 +31,7 @@ def propose(options: argparse.Namespace) -> str:
         ValueError: the range holds no identifier.
     """
     from dreambooth_jax.data.identifiers import default_ranks, rare_tokens
-    from dreambooth_jax.families.pipeline import resolve_base
+    from dreambooth_jax.files.hub import resolve_base
     from dreambooth_jax.files.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve_base(options.base))

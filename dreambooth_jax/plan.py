@@ -24,6 +24,7 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
 from dreambooth_jax.families.pipeline import describe_base
+from dreambooth_jax.painting.painter import input_shapes
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import check_config
@@ -125,12 +126,16 @@ def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, fl
 
     The compiler counts a loop's body once: seconds are scaled by the FLOPs of all sampling steps over those counted.
     """
-    config, pipeline = job.config, job.pipeline
+    config, pipeline, both = job.config, job.pipeline, 2 * job.config.class_batch_size
     cost = compile_for(chip, lower_painting(job), quick=quick)
-    shape, batch, spec = jax.ShapeDtypeStruct, config.class_batch_size, pipeline.text_spec
-    latents = shape((2 * batch, *pipeline.latent_shape(config.resolution)), jnp.float32)
-    states = shape((2 * batch, spec.max_position_embeddings, spec.hidden_size), jnp.dtype(config.dtype))
-    one_step = jax.jit(pipeline.denoise).lower(pipeline.shapes, latents, shape((2 * batch,), jnp.float32), states)
+    inputs = input_shapes(pipeline, both)
+    cond = jax.eval_shape(
+        lambda params: pipeline.encode_text(params, inputs.tokens) | pipeline.of_example(inputs.pictures),
+        pipeline.shapes,
+    )
+    x = jax.ShapeDtypeStruct((both, *pipeline.example_shape(config.resolution)), jnp.float32)
+    t = jax.ShapeDtypeStruct((both,), jnp.float32)
+    one_step = jax.jit(pipeline.denoise).lower(pipeline.shapes, x, t, cond)
     per_device = one_step.cost_analysis()["flops"] / job.mesh.size
     return cost, cost.seconds * (cost.flops + (config.sampling_steps - 1) * per_device) / cost.flops
 

@@ -271,7 +271,7 @@ def main(_) -> None:
     logging.info("parameters: %s", ", ".join(f"{part} {count(p) / 1e6:.1f} M" for part, p in parts.items()))
     vae_config = config.vae.model.to_dict() | {"scaling_factor": scale}
     vit_config = config.vit.model.to_dict() | {"architectures": ["ViTModel"], "model_type": "vit"}
-    text_config = clip_config["text_config"] | {"architectures": ["CLIPTextModel"]}
+    text_config = clip_config["text_config"] | {"architectures": ["CLIPTextModel"], "dtype": "float32"}
     diffusion, plain = WEIGHT_FILES
     for name, params, model_config, stem in (
         ("unet", unet_params, config.unet.model.to_dict(), diffusion),
@@ -292,6 +292,7 @@ def write_index(folder: Path) -> None:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     index = {
         "_class_name": "StableDiffusionPipeline",
+        "_guidance_scale": 2.5,  # `sample` paints with it by default; diffusers passes over it
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

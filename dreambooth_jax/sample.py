@@ -34,7 +34,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="solver (default: dpm++)")
     parser.add_argument("--steps", type=_positive, default=25, help="steps of the sampler (default: 25)")
     parser.add_argument(
-        "--guidance", type=_finite, help="classifier-free guidance scale; default: the run's, or 2.5 for tiny, else 7.5"
+        "--guidance", type=_finite, help="classifier-free guidance scale; default: the run's, or the base's"
     )
     parser.add_argument("--resolution", type=_positive, help="pixels; default: the run's, or the base's")
     parser.add_argument("--batch_size", type=_positive, default=8, help="pictures at a time, over all devices")
@@ -68,7 +68,7 @@ def _open(options: argparse.Namespace, mesh):
     import jax.numpy as jnp
 
     from dreambooth_jax.devices.sharding import param_sharding
-    from dreambooth_jax.families.pipeline import EMBEDDED, load_pipeline, read_params
+    from dreambooth_jax.families.pipeline import load_pipeline, read_params
     from dreambooth_jax.runs.workdir import open_run
 
     if options.workdir:
@@ -76,8 +76,7 @@ def _open(options: argparse.Namespace, mesh):
         return options.workdir, pipeline, params, config.resolution, config.guidance_scale
     pipeline = load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32"))
     params = read_params(pipeline, functools.partial(param_sharding, mesh))
-    # The guidance of configs/dog.py for either.
-    return options.base, pipeline, params, pipeline.resolution, 2.5 if options.base == EMBEDDED else 7.5
+    return options.base, pipeline, params, pipeline.resolution, pipeline.guidance
 
 
 def paint(options: argparse.Namespace) -> "epath.Path":

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import transformers
 
-from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER
+from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.files.tokenizer import load_tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec

@@ -35,12 +35,12 @@ def base(micro):
     return pipeline, read_params(pipeline)
 
 
-def method_of(tmp_path, **fields):
-    return make_method(config_of(tmp_path, **FIELDS | fields))
+def method_of(base, tmp_path, **fields):
+    return make_method(config_of(tmp_path, **FIELDS | fields), base[0])
 
 
 def test_it_starts_at_the_base_with_the_shapes_it_promised(base, tmp_path):
-    method = method_of(tmp_path)
+    method = method_of(base, tmp_path)
     trainable, frozen = method.start(base[1], jax.random.key(0))
     promised, kept = method.shapes(base[0].shapes)
     assert {n: (x.shape, x.dtype) for n, x in trainable.items()} == {n: (x.shape, x.dtype) for n, x in promised.items()}

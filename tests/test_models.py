@@ -11,7 +11,7 @@ from support.torch_folders import TEXT_15, TEXT_21, UNET_15, UNET_21, VAE, rando
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
-from dreambooth_jax.families.pipeline import PARTS, describe_base, load_pipeline
+from dreambooth_jax.families.pipeline import describe_base, load_pipeline
 from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.models import clip_text, layers, unet, vae
 from dreambooth_jax.models.params import count, functional, under_prefix
@@ -89,7 +89,7 @@ def test_unet(name, tmp_path):
 
 
 def test_unet_takes_one_timestep_for_the_batch_and_refuses_sizes_it_cannot_halve(sd15):
-    split, params = sd15.pipeline.unet, under_prefix("unet.", sd15.params)
+    split, params = sd15.pipeline.models.functions["unet"], under_prefix("unet.", sd15.params)
     x, context = normal(2, 4, 4, 4), normal(2, 7, 32)
     apply = jax.jit(split.apply)
     np.testing.assert_allclose(apply(params, x, 5.0, context), apply(params, x, np.float32([5, 5]), context), atol=1e-5)
@@ -129,7 +129,7 @@ def test_vae(name, tmp_path):
 
 
 def test_vae_clips_the_log_variance_and_refuses_odd_sizes(sd15):
-    split, params = sd15.pipeline.vae, under_prefix("vae.", sd15.params)
+    split, params = sd15.pipeline.models.functions["vae"], under_prefix("vae.", sd15.params)
     params["quant_conv.bias"] = jnp.float32([0] * 4 + [1e3, -1e3, 0, 0])
     reference = randomise(AutoencoderKL(**VAE), 2)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def torch_loss(pipe, batch: Batch, num_instance: int, prior_weight: float, gamma
     """The DreamBooth loss as PyTorch trainers write it, with diffusers' scheduler."""
     x0, eps = nchw(np.asarray(batch.x0)), nchw(np.asarray(batch.eps))
     t = torch.from_numpy(np.array(batch.t, np.int64))
-    states = pipe.text_encoder(torch.from_numpy(np.array(batch.cond))).last_hidden_state
+    states = pipe.text_encoder(torch.from_numpy(np.array(batch.cond["ids"]))).last_hidden_state
     prediction = pipe.unet(pipe.scheduler.add_noise(x0, eps, t), t, states).sample
     wanted = eps if pipe.scheduler.config.prediction_type == "epsilon" else pipe.scheduler.get_velocity(x0, eps, t)
     each = torch.nn.functional.mse_loss(prediction, wanted, reduction="none").mean(dim=(1, 2, 3))
@@ -180,7 +180,7 @@ def test_gradient_of_the_training_loss(name, remat, request):
 
     def loss(params):
         return dreambooth_loss(
-            pipeline.denoise_ids, params, batch, pipeline.process, num_instance=1, prior_weight=0.7
+            pipeline.denoise_tokens, params, batch, pipeline.process, num_instance=1, prior_weight=0.7
         ).loss
 
     value, grads = jax.jit(jax.value_and_grad(loss))(trainable)
@@ -240,7 +240,7 @@ def test_convolution(size, stride, padding, height, width):
 
 
 def test_remat_stores_less(sd15):
-    spec, shapes = sd15.pipeline.unet_spec, sd15.pipeline.unet.shapes
+    spec, shapes = sd15.pipeline.models.specs["unet"], sd15.pipeline.models.functions["unet"].shapes
     x, t, context = normal(2, 16, 16, 4), np.float32([3, 700]), normal(2, 7, 32)
     stored = {}
     for remat in unet.REMAT:
@@ -275,7 +275,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_files_of_stable_diffusion_are_understood(name):
     pipeline = describe_base(name)
-    assert {part: count(getattr(pipeline, part).shapes) for part in PARTS} == PUBLISHED[name]
+    assert {part: count(model.shapes) for part, model in pipeline.models.functions.items()} == PUBLISHED[name]
 
 
 UP, DOWN = ["UpBlock2D", "UpBlock2D"], ["DownBlock2D", "DownBlock2D"]

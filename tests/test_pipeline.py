@@ -14,7 +14,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
-from dreambooth_jax.families.pipeline import load_pipeline, read_params, resolve_base, save_pipeline
+from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
+from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.models.spec import UnsupportedConfig
 
 
@@ -25,7 +26,7 @@ def paint(pipeline, params, noise, prompts, negatives, guidance):
     @jax.jit
     def run(params, noise, *ids):
         states = [pipeline.encode_text(params, i) for i in ids]
-        return pipeline.decode_latents(params, sample(params, noise, *states, guidance))
+        return pipeline.decode(params, sample(params, noise, *states, guidance))
 
     return run(params, noise, pipeline.tokenize(prompts), pipeline.tokenize(negatives))
 
@@ -55,7 +56,7 @@ def test_load_save_load_is_the_identity(sd21, tmp_path):
     params = read_params(again)
     assert params.keys() == sd21.params.keys() == sd21.pipeline.shapes.keys()
     assert all(np.array_equal(params[name], sd21.params[name]) for name in params)
-    assert again.configs == sd21.pipeline.configs
+    assert again.models.configs == sd21.pipeline.models.configs
     assert again.tokenizer.get_vocab() == sd21.pipeline.tokenizer.get_vocab()
 
 
@@ -76,15 +77,15 @@ def test_a_half_precision_folder_exports_in_either_precision(sd15, tmp_path):
 
 def test_sizes(sd15):
     assert sd15.pipeline.resolution == 32
-    assert sd15.pipeline.latent_shape(24) == (12, 12, 4)
+    assert sd15.pipeline.example_shape(24) == (12, 12, 4)
     with pytest.raises(ValueError, match=r"resolution = 26.*multiple of 4; nearest: 24, 28"):
-        sd15.pipeline.latent_shape(26)
+        sd15.pipeline.example_shape(26)
 
 
 def test_token_ids_are_those_of_transformers_and_cuts_are_told(sd15, caplog):
     prompts = ["a sks dog", "a cat of a dog " * 8, ""]
     reference = sd15.torch.tokenizer(prompts, padding="max_length", truncation=True, max_length=16)
-    np.testing.assert_array_equal(sd15.pipeline.tokenize(prompts), reference.input_ids)
+    np.testing.assert_array_equal(sd15.pipeline.tokenize(prompts)["ids"], reference.input_ids)
     messages = [record.message for record in caplog.records if "cut" in record.message]
     assert len(messages) == 1 and "16 tokens" in messages[0] and prompts[1] in messages[0]
 
@@ -111,7 +112,7 @@ def broken(sd15, tmp_path, file: str, change) -> str:
 @pytest.mark.parametrize(
     ("file", "field", "value"),
     [
-        ("model_index.json", "_class_name", "StableDiffusionXLPipeline"),
+        ("model_index.json", "_class_name", "StableDiffusionImg2ImgPipeline"),
         ("unet/config.json", "addition_embed_type", "text_time"),
         ("vae/config.json", "shift_factor", 0.5),
         ("text_encoder/config.json", "hidden_act", "relu"),
@@ -138,7 +139,7 @@ USE = """
 import sys
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 pipeline = load_pipeline(sys.argv[1])
-states = pipeline.encode_text(read_params(pipeline), pipeline.tokenize(["a sks dog"]))
+states = pipeline.encode_text(read_params(pipeline), pipeline.tokenize(["a sks dog"]))["states"]
 print(states.shape, "torch" in sys.modules)
 """
 ABSENT = """

@@ -1,7 +1,6 @@
 """The base that ships inside the package is an ordinary Stable Diffusion folder."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -10,7 +9,8 @@ from diffusers import StableDiffusionPipeline
 
 from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
-from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER, load_pipeline, read_params
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.tiny import world
 
 
@@ -39,11 +39,11 @@ def test_pytorch_paints_the_same_picture(base):
     pipeline, params = base
     reference = StableDiffusionPipeline.from_pretrained(EMBEDDED_FOLDER, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
-    noise = noise_for_seeds([0], pipeline.latent_shape(pipeline.resolution))
+    noise = noise_for_seeds([0], pipeline.example_shape(pipeline.resolution))
     prompt = "a dog on the beach"
-    states = pipeline.encode_text(params, pipeline.tokenize([prompt, ""]))
+    cond, uncond = (pipeline.encode_text(params, pipeline.tokenize([text])) for text in (prompt, ""))
     sample = jax.jit(make_sampler(pipeline.denoise, pipeline.process, sampler="ddim", steps=10))
-    ours = pipeline.decode_latents(params, sample(params, noise, states[:1], states[1:], 4.0))
+    ours = pipeline.decode(params, sample(params, noise, cond, uncond, 4.0))
     theirs = reference(
         prompt, latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2)), num_inference_steps=10,
         guidance_scale=4.0, output_type="np",
@@ -63,11 +63,12 @@ def test_prompts_are_understood(base):
     """A text tower beside another tokenizer than its own, or a wrong scale, paints nonsense without an error."""
     pipeline, params = base
     colours = ["red", "blue", "green", "yellow"]
-    states = pipeline.encode_text(params, pipeline.tokenize([f"a dog on a {c} background" for c in colours] + [""]))
-    noise = noise_for_seeds(range(4), pipeline.latent_shape(pipeline.resolution))
+    prompts = [f"a dog on a {c} background" for c in colours]
+    cond, uncond = (pipeline.encode_text(params, pipeline.tokenize(texts)) for texts in (prompts, [""] * 4))
+    noise = noise_for_seeds(range(4), pipeline.example_shape(pipeline.resolution))
     sample = jax.jit(make_sampler(pipeline.denoise, pipeline.process, sampler="dpm++", steps=10))
-    latents = sample(params, noise, states[:4], jnp.repeat(states[4:], 4, 0), 4.0)
-    images = 255 * np.asarray(pipeline.decode_latents(params, latents))
+    latents = sample(params, noise, cond, uncond, 4.0)
+    images = 255 * np.asarray(pipeline.decode(params, latents))
     corners = images[:, :8, :8].mean((1, 2))
     named = np.array([world.COLOURS[colour] for colour in colours])
     nearest = np.argmin(np.square(corners[:, None] - named).sum(-1), axis=1)
@@ -78,15 +79,16 @@ def test_the_clip_names_what_the_base_paints(base):
     """Both would fail a text tower that tells backgrounds and colours apart but not things."""
     pipeline, params = base
     names = ["banana", "car", "clock", "candle", "robot", "duck", "backpack", "tomato"]
-    states = pipeline.encode_text(params, pipeline.tokenize([f"a photo of a {name}" for name in names] + [""]))
-    noise = noise_for_seeds(range(8), pipeline.latent_shape(pipeline.resolution))
+    prompts = [f"a photo of a {name}" for name in names]
+    cond, uncond = (pipeline.encode_text(params, pipeline.tokenize(texts)) for texts in (prompts, [""] * 8))
+    noise = noise_for_seeds(range(8), pipeline.example_shape(pipeline.resolution))
     sample = jax.jit(make_sampler(pipeline.denoise, pipeline.process, sampler="dpm++", steps=15))
-    latents = sample(params, noise, states[:8], jnp.repeat(states[8:], 8, 0), 4.0)
-    images = np.asarray(pipeline.decode_latents(params, latents))
+    latents = sample(params, noise, cond, uncond, 4.0)
+    images = np.asarray(pipeline.decode(params, latents))
     clip = transformers.CLIPModel.from_pretrained(EMBEDDED_FOLDER / "clip").eval()
     with torch.no_grad():
         cosines = clip(
-            input_ids=torch.tensor(pipeline.tokenize([f"a {name}" for name in names])),
+            input_ids=torch.tensor(pipeline.tokenize([f"a {name}" for name in names])["ids"]),
             pixel_values=torch.tensor(images.transpose(0, 3, 1, 2) * 2 - 1),
         ).logits_per_image
     assert np.mean(np.argmax(cosines.numpy(), axis=1) == np.arange(8)) >= 0.75

@@ -53,7 +53,7 @@ def test_half_precision_files(sd15, tmp_path, dtype):
     model = type(sd15.torch.unet).from_pretrained(sd15.folder / "unet").to(dtype)
     model.save_pretrained(tmp_path / "half")
     model.float().save_pretrained(tmp_path / "rounded")
-    shapes = sd15.pipeline.unet.shapes
+    shapes = sd15.pipeline.models.functions["unet"].shapes
     read = read_model(tmp_path / "half", shapes)
     assert {value.dtype for value in read.values()} == {jnp.dtype("float32")}
     assert_same(read, read_model(tmp_path / "rounded", shapes))
@@ -74,7 +74,7 @@ def test_half_precision_is_written_as_pytorch_rounds(sd15, tmp_path, dtype):
 def test_shards_with_an_index(sd15, tmp_path, variant):
     sd15.torch.unet.save_pretrained(tmp_path, max_shard_size="100KB", variant=variant)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    shapes = sd15.pipeline.unet.shapes
+    shapes = sd15.pipeline.models.functions["unet"].shapes
     assert_same(read_model(tmp_path, shapes), under_prefix("unet.", sd15.params))
     next(tmp_path.glob("*-00002-of-*")).unlink()
     with pytest.raises(WeightsError, match=r"shards that are not there.*00002"):
@@ -82,7 +82,7 @@ def test_shards_with_an_index(sd15, tmp_path, variant):
 
 
 def test_variants(sd15, tmp_path):
-    shapes, plain = sd15.pipeline.vae.shapes, under_prefix("vae.", sd15.params)
+    shapes, plain = sd15.pipeline.models.functions["vae"].shapes, under_prefix("vae.", sd15.params)
     sd15.torch.vae.save_pretrained(tmp_path, variant="fp16")
     assert_same(read_model(tmp_path, shapes), plain)
     sd15.torch.vae.save_pretrained(tmp_path, variant="non_ema")
@@ -129,7 +129,7 @@ def test_old_autoencoder_attention(sd15, tmp_path, convolutions):
 
     folder = rewrite(sd15.folder / "vae", tmp_path, age, UNET_FILE)
     assert any("proj_attn" in name for name in load_file(folder / UNET_FILE))
-    assert_same(read_model(folder, sd15.pipeline.vae.shapes), under_prefix("vae.", sd15.params))
+    assert_same(read_model(folder, sd15.pipeline.models.functions["vae"].shapes), under_prefix("vae.", sd15.params))
 
 
 @pytest.mark.parametrize("prefix", ["", "text_model."])
@@ -139,11 +139,14 @@ def test_text_encoder_with_and_without_wrapper_and_position_ids(sd15, tmp_path, 
     )
     tensors = load_file(folder / TEXT_FILE) | {f"{prefix}embeddings.position_ids": np.arange(16)[None]}
     save_file(tensors, folder / TEXT_FILE)
-    assert_same(read_model(folder, sd15.pipeline.text_encoder.shapes), under_prefix("text_encoder.", sd15.params))
+    assert_same(
+        read_model(folder, sd15.pipeline.models.functions["text_encoder"].shapes),
+        under_prefix("text_encoder.", sd15.params),
+    )
 
 
 def test_whatever_does_not_fit_is_named(sd15, tmp_path):
-    shapes = sd15.pipeline.unet.shapes
+    shapes = sd15.pipeline.models.functions["unet"].shapes
     tensors = load_file(sd15.folder / "unet" / UNET_FILE)
     del tensors["conv_in.bias"], tensors["mid_block.resnets.1.norm2.weight"]
     tensors["lora.down"], tensors["position"] = np.zeros(2, np.float32), np.zeros(3, np.float32)
@@ -170,26 +173,26 @@ def test_truncated_file(sd15, tmp_path, left):
     content = (sd15.folder / "vae" / UNET_FILE).read_bytes()
     (tmp_path / UNET_FILE).write_bytes(content[:left])
     with pytest.raises(WeightsError, match=r"diffusion_pytorch_model.*not a readable safetensors file.*again"):
-        read_model(tmp_path, sd15.pipeline.vae.shapes)
+        read_model(tmp_path, sd15.pipeline.models.functions["vae"].shapes)
 
 
 def test_absent_weights(sd15, tmp_path):
     with pytest.raises(WeightsError, match=r"no weights. Expected diffusion_pytorch_model\.safetensors"):
-        read_model(tmp_path, sd15.pipeline.vae.shapes)
+        read_model(tmp_path, sd15.pipeline.models.functions["vae"].shapes)
     with pytest.raises(WeightsError, match="nothing-here: no such folder"):
-        read_model(tmp_path / "nothing-here", sd15.pipeline.vae.shapes)
+        read_model(tmp_path / "nothing-here", sd15.pipeline.models.functions["vae"].shapes)
 
 
 def test_pickles_are_refused_with_a_command_that_converts_them(sd15, tmp_path, monkeypatch):
     write_folder(tmp_path / "base", safe_serialization=False)
     folder = tmp_path / "base" / "unet"
     with pytest.raises(WeightsError, match=r"diffusion_pytorch_model\.bin") as error:
-        read_model(folder, sd15.pipeline.unet.shapes)
+        read_model(folder, sd15.pipeline.models.functions["unet"].shapes)
     # `python -c "..."`, run here to save importing PyTorch once more.
     program = str(error.value).split('python -c "')[1].rstrip('"')
     exec(program, {})
     assert_same(
-        read_model(tmp_path / "base-safetensors" / "unet", sd15.pipeline.unet.shapes),
+        read_model(tmp_path / "base-safetensors" / "unet", sd15.pipeline.models.functions["unet"].shapes),
         under_prefix("unet.", sd15.params),
     )
 
@@ -197,7 +200,7 @@ def test_pickles_are_refused_with_a_command_that_converts_them(sd15, tmp_path, m
 def test_onto_a_mesh(sd15):
     """Every tensor arrives in its shards, and replicas that came from one read are memory of their own."""
     mesh = make_mesh(2, 4)
-    shapes = sd15.pipeline.unet.shapes
+    shapes = sd15.pipeline.models.functions["unet"].shapes
     read = read_model(sd15.folder / "unet", shapes, lambda name, shape: param_sharding(mesh, name, shape))
     plain = under_prefix("unet.", sd15.params)
     assert_same(read, plain)

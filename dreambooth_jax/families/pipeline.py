@@ -1,223 +1,189 @@
-"""A Stable Diffusion folder as pure functions: specs and tokenizer now, weights when asked for."""
+"""A base of any family as pure functions: specs and tokenizers now, weights when asked for."""
 
 import dataclasses
-import json
-import logging
+import functools
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import snapshot_download
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from dreambooth_jax.diffusion.process import Process
-from dreambooth_jax.diffusion.schedulers import process_from_scheduler
+from dreambooth_jax.families import FAMILIES
+from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Models, Part, Pictures
 from dreambooth_jax.files import bases
-from dreambooth_jax.files.safetensors import WEIGHT_FILES, read_model, save_model
-from dreambooth_jax.files.tokenizer import load_tokenizer
-from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
-from dreambooth_jax.models.params import Functional, Params, functional, under_prefix, with_prefix
+from dreambooth_jax.files.diffusers_folder import (
+    INDEX,
+    SCHEDULER,
+    copy_folder,
+    opens_in_float32,
+    read_json,
+    write_index,
+)
+from dreambooth_jax.files.hub import resolve_base
+from dreambooth_jax.files.safetensors import read_model, save_model
+from dreambooth_jax.files.tokenizer import Tokenizer, load_tokenizer
+from dreambooth_jax.models.params import Functional, Params, Shapes, functional, under_prefix, with_prefix
 from dreambooth_jax.models.spec import UnsupportedConfig
-from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
-from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
-
-EMBEDDED = "tiny"
-EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
-PARTS = ("unet", "vae", "text_encoder")
-_STEMS = {"unet": WEIGHT_FILES[0], "vae": WEIGHT_FILES[0], "text_encoder": WEIGHT_FILES[1]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A base model without its weights: params are passed to each function, named "unet.", "vae." and "text_encoder.".
+    """A base model without its weights: params are passed to each function, named "PART.MODULE.KIND".
 
     Attributes:
-        folder: where it was read from.
-        configs: part, or "scheduler" -> its config file as it stands.
-        unet, vae, text_encoder: the models as functions of flat params.
-        vae_spec, unet_spec, text_spec: sizes that callers need.
+        folder: source of the files.
+        family: functions of the kind of model.
+        models: its parts as functions of flat params.
         process: noise levels, prediction and times.
-        tokenizer: of transformers.
+        tokenizers: folder -> tokenizer; empty where only shapes are described.
+        dtypes: part -> dtype of its computation.
     """
 
     folder: Path
-    configs: Mapping[str, dict]
-    unet: Functional
-    vae: Functional
-    text_encoder: Functional
-    unet_spec: UNetSpec
-    vae_spec: VAESpec
-    text_spec: CLIPTextSpec
+    family: Family
+    models: Models
     process: Process
-    tokenizer: object
+    tokenizers: Mapping[str, Tokenizer]
+    dtypes: Mapping[str, Any]
 
     @property
     def resolution(self) -> int:
-        """The side in pixels that the UNet was trained for."""
-        size = self.unet_spec.sample_size or 64
-        return (size if isinstance(size, int) else size[0]) * self.vae_spec.downscale
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """[h, w, c] of the latents of square images.
-
-        Raises:
-            ValueError: autoencoder and UNet cannot halve that size often enough.
-        """
-        multiple = self.vae_spec.downscale * self.unet_spec.downscale
-        if resolution < multiple or resolution % multiple:
-            below = resolution // multiple * multiple
-            raise ValueError(
-                f"resolution = {resolution}: this base needs a multiple of {multiple}; "
-                f"nearest: {max(multiple, below)}, {max(multiple, below) + multiple}"
-            )
-        side = resolution // self.vae_spec.downscale
-        return side, side, self.vae_spec.latent_channels
+        """The side in pixels that the base was trained for."""
+        return self.family.resolution(self.models)
 
     @property
-    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Names and shapes of all parameters."""
-        parts = (with_prefix(f"{part}.", getattr(self, part).shapes) for part in PARTS)
+    def guidance(self) -> float:
+        """The guidance scale to paint with if none is given: the folder's own, or the family's usual one."""
+        return float(self.models.configs["index"].get("_guidance_scale", self.family.guidance))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The first tokenizer: identifiers are single tokens of it."""
+        return next(iter(self.tokenizers.values()))
+
+    @functools.cached_property
+    def shapes(self) -> Shapes:
+        """Names and shapes of all parameters, float32."""
+        parts = (with_prefix(f"{part}.", model.shapes) for part, model in self.models.functions.items())
         return {name: shape for part in parts for name, shape in part.items()}
 
-    def denoise(self, params: Params, xt: Array, t: Array, states: Array) -> Array:
-        """UNet prediction given text states [b, l, e]: a `predict` for a frozen text encoder."""
-        return self.unet.apply(under_prefix("unet.", params), xt, t, states)
+    def trainable(self, *roles: str) -> str:
+        """A regex for the names of the parameters of these roles that results depend on."""
+        alternatives = []
+        for name in self.family.names(*roles):
+            idle = self.family.parts[name].idle(self.models.specs[name])
+            alternatives.append(name + (rf"\.(?!{idle})" if idle else r"\."))
+        return f"^(?:{'|'.join(alternatives)})"
 
-    def denoise_ids(self, params: Params, xt: Array, t: Array, ids: Array) -> Array:
-        """UNet prediction given token ids [b, l]: a `predict` that trains the text encoder too."""
-        return self.denoise(params, xt, t, self.encode_text(params, ids))
+    def example_shape(self, height: int, width: int | None = None) -> tuple[int, ...]:
+        """Shape of an encoded picture of `height` x `width` pixels, by default square.
 
-    def encode_text(self, params: Params, ids: Int[Array, "b l"]) -> Float[Array, "b l e"]:
-        """Text states that the UNet attends to."""
-        return self.text_encoder.apply(under_prefix("text_encoder.", params), ids)
+        Raises:
+            ValueError: the base cannot have that size; names sizes that it can.
+        """
+        return self.family.example_shape(self.models, height, width or height)
 
-    def encode_images(self, params: Params, images: UInt8[Array, "b h w 3"]) -> tuple[Array, Array]:
-        """Mean and standard deviation of the posterior of the scaled latents, [b, h/f, w/f, c] each."""
-        pixels = images.astype(jnp.float32) / 127.5 - 1.0
-        mean, logvar = self.vae.apply(under_prefix("vae.", params), pixels, method="encode")
-        scale = self.vae_spec.scaling_factor
-        return mean * scale, jnp.exp(0.5 * logvar) * scale
+    def tokenize(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Tokens of the texts, leading axis b; a text too long for the encoder is cut, with a warning."""
+        return self.family.tokenize(self.tokenizers, texts)
 
-    def decode_latents(self, params: Params, latents: Float[Array, "b h w c"]) -> Float[Array, "b h*f w*f 3"]:
-        """Scaled latents to pixels in [0, 1]."""
-        z = latents / self.vae_spec.scaling_factor
-        pixels = self.vae.apply(under_prefix("vae.", params), z, method="decode")
-        return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+    def encode_text(self, params: Mapping[str, Any], tokens: Cond) -> Cond:
+        """The prompts' conditions."""
+        return self.family.encode_text(self.models, params, tokens)
 
-    def tokenize(self, texts: Sequence[str]) -> Int[np.ndarray, "b l"]:
-        """Token ids padded to the tokenizer's length; a text too long for it is cut, with a warning."""
-        length = self.tokenizer.model_max_length
-        for text in texts:
-            if len(self.tokenizer(text).input_ids) > length:
-                logging.warning("prompt cut to the %d tokens that the text encoder reads: %r", length, text)
-        encoded = self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
-        return np.asarray(encoded.input_ids, np.int32)
+    def encode_images(
+        self, params: Mapping[str, Any], images: UInt8[Array | np.ndarray, "b h w 3"]
+    ) -> tuple[Array, Array]:
+        """Mean and standard deviation of the encoded pictures."""
+        return self.family.encode_images(self.models, params, images)
 
+    def decode(self, params: Mapping[str, Any], encoded: Array) -> Float[Array, "b h w 3"]:
+        """Encoded pictures to pixels in [0, 1]."""
+        return self.family.decode(self.models, params, encoded)
 
-def resolve_base(base: str) -> Path:
-    """The local folder of a base: "tiny" (ships with the package), a folder, or a model hub name, which is fetched.
+    def of_example(self, pictures: Pictures) -> Cond:
+        """The pictures' own conditions."""
+        return self.family.of_example(self.models, pictures)
 
-    Raises:
-        FileNotFoundError: neither a folder nor a hub name that can be fetched.
-    """
-    if base == EMBEDDED:
-        return EMBEDDED_FOLDER
-    if Path(base).expanduser().is_dir():
-        return Path(base).expanduser()
-    if base.count("/") != 1 or base.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
-            f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
-        )
-    patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
-    patterns += [f"{part}/{end}" for part in PARTS for end in ("*.json", "*.safetensors")]
-    try:
-        folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"])
-    except Exception as error:  # offline, unknown or gated: the hub client has a type for each
-        raise FileNotFoundError(
-            f"base = {base!r}: no such folder, and the model hub did not give it ({error}). "
-            "Check the name and the network, or give a local folder with --config.base=/path."
-        ) from error
-    return Path(folder)
+    def negative(self, cond: Cond, empty: Array) -> Cond:
+        """The conditions of negative prompts, from those of their texts and [b] whether these are empty."""
+        return self.family.negative(self.models, cond, empty)
+
+    def denoise(self, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+        """The prediction given all conditions: a `predict` for frozen text encoders."""
+        return self.family.predict(self.models, params, xt, t, cond)
+
+    def denoise_tokens(self, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+        """The prediction given tokens and the pictures' conditions: a `predict` that trains the text encoders too."""
+        return self.denoise(params, xt, t, cond | self.encode_text(params, cond))
 
 
-def load_pipeline(base: str, *, dtype=jnp.float32, remat: str = "nothing", vae_dtype=jnp.float32) -> Pipeline:
-    """Reads a base's configs and tokenizer, no weights.
+def load_pipeline(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing") -> Pipeline:
+    """Reads a base's configs and tokenizers, no weights.
 
     Args:
         base: see `resolve_base`.
-        dtype: of the UNet's and text encoder's computation; params stay float32.
-        remat: what the UNet's backward pass recomputes instead of storing it: "nothing", "elementwise" or "layers".
-        vae_dtype: of the autoencoder's computation.
+        dtype: of the computation, autoencoder excepted; trained params are float32.
+        remat: what the denoiser's backward pass recomputes instead of storing it: "nothing", "elementwise" or "layers".
 
     Raises:
-        FileNotFoundError: base or a file of it is not there.
-        UnsupportedConfig: a config asks for something not implemented.
+        FileNotFoundError: the base or a file of it is not there.
+        UnsupportedConfig: a config asks for something not implemented, or the parts do not fit together.
     """
     folder = resolve_base(base)
-    index = _read_json(folder, "model_index.json")
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise UnsupportedConfig(
-            f"{folder}/model_index.json: {index.get('_class_name')} is not implemented; "
-            "expected StableDiffusionPipeline"
-        )
-    configs = {part: _read_json(folder, f"{part}/config.json") for part in PARTS}
-    configs["scheduler"] = _read_json(folder, "scheduler/scheduler_config.json")
-    return build_pipeline(folder, configs, load_tokenizer(folder), dtype=dtype, remat=remat, vae_dtype=vae_dtype)
+    index = read_json(folder, INDEX)
+    family = _family_of(index, folder)
+    configs = {part: read_json(folder, f"{part}/config.json") for part in family.parts}
+    configs |= {"scheduler": read_json(folder, SCHEDULER), "index": index}
+    pipeline = build_pipeline(folder, configs, dtype=dtype, remat=remat)
+    specs = pipeline.models.specs
+    tokenizers = {
+        name: load_tokenizer(folder, name, specs[part].max_length, specs[part].vocab_size)
+        for name, part in family.tokenizers.items()
+    }
+    return dataclasses.replace(pipeline, tokenizers=tokenizers)
+
+
+def _family_of(index: Mapping[str, Any], folder: Path) -> Family:
+    name = index.get("_class_name")
+    if name not in FAMILIES:
+        raise UnsupportedConfig(f"{folder}/{INDEX}: {name} is not implemented; expected {' or '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def build_pipeline(
-    folder: Path,
-    configs: Mapping[str, dict],
-    tokenizer,
-    *,
-    dtype=jnp.float32,
-    remat: str = "nothing",
-    vae_dtype=jnp.float32,
+    folder: Path, configs: Mapping[str, Mapping[str, Any]], *, dtype: Any = jnp.float32, remat: str = "nothing"
 ) -> Pipeline:
-    """The pipeline that `configs` (of the PARTS and of "scheduler") describe; `tokenizer` may be None for shapes alone.
+    """The pipeline that `configs` describe (of the parts, "scheduler" and "index"), without tokenizers.
 
     Raises:
-        UnsupportedConfig: a config asks for something not implemented.
+        UnsupportedConfig: a config asks for something not implemented, or the parts do not fit together.
     """
-    unet_spec = UNetSpec.from_config(configs["unet"])
-    vae_spec = VAESpec.from_config(configs["vae"])
-    text_spec = CLIPTextSpec.from_config(configs["text_encoder"])
-    if {text_spec.hidden_size} != set(unet_spec.cross_attention_dim):
-        raise UnsupportedConfig(
-            f"{folder}: text encoder of width {text_spec.hidden_size}, "
-            f"UNet cross_attention_dim {unet_spec.cross_attention_dim}"
-        )
-    return Pipeline(
-        folder=folder,
-        configs=configs,
-        unet=functional(lambda rngs: UNet2DConditionModel(unet_spec, dtype=dtype, remat=remat, rngs=rngs)),
-        vae=functional(lambda rngs: AutoencoderKL(vae_spec, dtype=vae_dtype, rngs=rngs)),
-        text_encoder=functional(lambda rngs: CLIPTextModel(text_spec, dtype=dtype, rngs=rngs)),
-        unet_spec=unet_spec,
-        vae_spec=vae_spec,
-        text_spec=text_spec,
-        process=process_from_scheduler(configs["scheduler"]),
-        tokenizer=tokenizer,
-    )
+    family = _family_of(configs["index"], folder)
+    specs = {name: part.spec(configs[name]) for name, part in family.parts.items()}
+    dtypes = {name: dtype if part.role in (DENOISER, TEXT) else jnp.float32 for name, part in family.parts.items()}
+    functions = {name: _functional(part, specs[name], dtypes[name], remat) for name, part in family.parts.items()}
+    models = Models(configs, specs, functions)
+    if found := family.problems(models):
+        raise UnsupportedConfig(f"{folder}: {'; '.join(found)}")
+    return Pipeline(folder, family, models, family.process(configs), {}, dtypes)
 
 
-def describe_base(base: str, *, dtype=jnp.float32, remat: str = "nothing") -> Pipeline:
+def _functional(part: Part, spec: Any, dtype: Any, remat: str) -> Functional:
+    settings = {"remat": remat} if part.role == DENOISER else {}
+    return functional(lambda rngs: part.module(spec, dtype=dtype, rngs=rngs, **settings))
+
+
+def describe_base(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing") -> Pipeline:
     """Like `load_pipeline`, for shapes alone: of the published bases in `bases.CONFIGS` nothing is fetched."""
     if base in bases.CONFIGS:
-        return build_pipeline(Path(base), bases.CONFIGS[base], None, dtype=dtype, remat=remat)
+        return build_pipeline(Path(base), bases.CONFIGS[base], dtype=dtype, remat=remat)
     return load_pipeline(base, dtype=dtype, remat=remat)
-
-
-def _read_json(folder: Path, name: str) -> dict:
-    path = folder / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {folder} is no diffusers Stable Diffusion folder")
-    return json.loads(path.read_text())
 
 
 def read_params(
@@ -229,39 +195,28 @@ def read_params(
         WeightsError: see `read_model`.
     """
     params: Params = {}
-    for part in PARTS:
+    for part, model in pipeline.models.functions.items():
         prefix = f"{part}."
         place = sharding_of and (lambda name, shape, prefix=prefix: sharding_of(prefix + name, shape))
-        params |= with_prefix(prefix, read_model(pipeline.folder / part, getattr(pipeline, part).shapes, place))
+        params |= with_prefix(prefix, read_model(pipeline.folder / part, model.shapes, place))
     return params
 
 
-def save_pipeline(pipeline: Pipeline, params: Params, folder: str | os.PathLike, *, dtype=None) -> None:
-    """Writes a folder that `load_pipeline` and diffusers' `StableDiffusionPipeline.from_pretrained` open.
+def save_pipeline(
+    pipeline: Pipeline, params: Mapping[str, Any], folder: str | os.PathLike, *, dtype: Any = None
+) -> None:
+    """Writes a folder that `load_pipeline` and diffusers open.
 
     Args:
-        pipeline: where configs, scheduler and tokenizer are taken from.
+        pipeline: source of configs, scheduler and tokenizers.
         params: all parts, on this host.
         folder: made if absent; files in it are replaced.
         dtype: stored precision; default float32.
     """
     folder = Path(folder)
-    for part in PARTS:
-        config = pipeline.configs[part] | _opens_in_float32(pipeline.configs[part], dtype)
-        save_model(folder / part, under_prefix(f"{part}.", params), config, dtype=dtype, stem=_STEMS[part])
-    for name in ("scheduler", "tokenizer"):
-        shutil.copytree(pipeline.folder / name, folder / name, dirs_exist_ok=True)
-    # The safety checker and image processor of a hub folder are not carried along: the index must not name them.
-    index = _read_json(pipeline.folder, "model_index.json")
-    absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
-    index |= {name: value for name, value in absent.items() if name in index} | {"requires_safety_checker": False}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _opens_in_float32(config: Mapping, dtype) -> dict:
-    """transformers opens a model in the precision that its config names, else in that of its file, and diffusers always
-    in float32: so that a folder opened without a word on precision is of one piece, its text encoder says float32."""
-    if "architectures" not in config:
-        return {}
-    named = [name for name in ("dtype", "torch_dtype") if name in config]
-    return dict.fromkeys(named or ["dtype"] * (dtype is not None), "float32")
+    for name, part in pipeline.family.parts.items():
+        config = opens_in_float32(pipeline.models.configs[name], dtype)
+        save_model(folder / name, under_prefix(f"{name}.", params), config, dtype=dtype, stem=part.file)
+    for name in ("scheduler", *pipeline.family.tokenizers):
+        copy_folder(pipeline.folder / name, folder / name)
+    write_index(folder, pipeline.models.configs["index"])

@@ -71,6 +71,7 @@ _SD1 = {
         "projection_dim": 768,
     },
     "scheduler": _SCHEDULER | {"_class_name": "PNDMScheduler"},
+    "index": {"_class_name": "StableDiffusionPipeline"},
 }
 _SD21 = {
     "unet": _UNET
@@ -95,6 +96,7 @@ _SD21 = {
         "projection_dim": 512,
     },
     "scheduler": _SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "index": {"_class_name": "StableDiffusionPipeline"},
 }
 CONFIGS = {
     "CompVis/stable-diffusion-v1-4": _SD1,

@@ -1,17 +1,41 @@
-"""The tokenizer of a model folder."""
+"""The tokenizers of a pipeline folder."""
 
 import json
+import logging
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from dreambooth_jax.models.spec import UnsupportedConfig
+
+Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
+# tokenizer_config.json names a class; only these are looked up in transformers.
+CLASSES = (
+    "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)  # fmt: skip
 
 
-def load_tokenizer(base: str | os.PathLike):
-    """The transformers tokenizer in `<base>/tokenizer`, of the class that the folder names.
+def load_tokenizer(
+    base: str | os.PathLike, name: str = "tokenizer", max_length: int | None = None, vocab_size: int | None = None
+) -> Tokenizer:
+    """The transformers tokenizer in `<base>/<name>`, of the class that the folder names.
+
+    Args:
+        base: a pipeline folder.
+        name: of the tokenizer's folder in it.
+        max_length: positions of the text encoder; a tokenizer that allows more is limited to it.
+        vocab_size: rows of the text encoder's embedding table.
 
     Raises:
-      FileNotFoundError: the folder or its vocabulary is missing.
+        FileNotFoundError: the folder or its vocabulary is missing.
+        UnsupportedConfig: the folder names another class, or its vocabulary is larger than the table.
     """
-    folder = pathlib.Path(base) / "tokenizer"
+    folder = pathlib.Path(base) / name
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     is_clip = {"vocab.json", "merges.txt"} <= files
     if not (is_clip or files & {"tokenizer.json", "spiece.model"}):
@@ -19,10 +43,40 @@ def load_tokenizer(base: str | os.PathLike):
             f"No tokenizer in {folder}: it must hold vocab.json and merges.txt, or tokenizer.json, or spiece.model, "
             f"and holds {', '.join(sorted(files)) or 'nothing'}. Give a pipeline folder as diffusers saves it."
         )
-    # Old folders have no tokenizer_config.json. AutoTokenizer, which would read it, imports PyTorch where there is one.
-    config = folder / "tokenizer_config.json"
-    kind = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    kind = _class_named(folder) or ("CLIPTokenizer" if is_clip else "PreTrainedTokenizerFast")
+    if kind not in CLASSES:
+        raise UnsupportedConfig(
+            f"{folder}/tokenizer_config.json: tokenizer_class = {kind!r}; implemented: {', '.join(CLASSES)}"
+        )
     import transformers  # takes seconds, which a wrong path need not
 
-    kind = kind or ("CLIPTokenizer" if is_clip else "PreTrainedTokenizerFast")
-    return getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
+    tokenizer = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise UnsupportedConfig(
+            f"{folder}: {len(tokenizer)} tokens, but the text encoder has embeddings for {vocab_size}: these folders "
+            "do not belong together"
+        )
+    if max_length is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    return tokenizer
+
+
+def _class_named(folder: pathlib.Path) -> str | None:
+    """The class in tokenizer_config.json, which old folders lack. (AutoTokenizer would import PyTorch.)"""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+    except (ValueError, AttributeError) as error:
+        raise UnsupportedConfig(f"{path}: not readable JSON ({error}). Download the file again.") from error
+
+
+def padded_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Int[np.ndarray, "b l"]:
+    """Token ids padded to the tokenizer's length; a text too long for it is cut, with a warning."""
+    length = tokenizer.model_max_length
+    for text in texts:
+        if len(tokenizer(text).input_ids) > length:
+            logging.warning("prompt cut to the %d tokens that the text encoder reads: %r", length, text)
+    encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
+    return np.asarray(encoded.input_ids, np.int32)

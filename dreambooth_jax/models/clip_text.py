@@ -35,6 +35,11 @@ class CLIPTextSpec:
         ignored = {name: (config.get(name),) for name in _WITHOUT_EFFECT}
         return read_spec(cls, config, _NEUTRAL | ignored, _problems)
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model reads."""
+        return self.max_position_embeddings
+
 
 def _problems(spec: CLIPTextSpec) -> list[str]:
     return not_among(spec, {"hidden_act": sorted(ACTIVATIONS)})

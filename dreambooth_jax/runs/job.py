@@ -16,9 +16,10 @@ from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, TrainState, init_state, make_step, run_steps
+from dreambooth_jax.families.family import DENOISER, TEXT
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
-from dreambooth_jax.painting.painter import make_paint_batch
+from dreambooth_jax.painting.painter import input_shapes, make_paint_batch
 
 
 class Job(NamedTuple):
@@ -39,21 +40,21 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
     """
     config = ConfigDict(dict(config) | {"resolution": config.resolution or pipeline.resolution})
     rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
-    method = make_method(config)
+    method = make_method(config, pipeline)
     optimizer = make_optimizer(
         config.optimizer, rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None,
         moment_dtype=config.moment_dtype,
         multiplier=lambda name: method.multiplier(name)
-        * (config.text_encoder_multiplier if name.startswith("text_encoder.") else 1.0),
+        * (config.text_encoder_multiplier if pipeline.family.role_of(name) == TEXT else 1.0),
         decays=method.decays,
     )  # fmt: skip
     return Job(config, pipeline, mesh, optimizer, method)
 
 
-def make_method(config: ConfigDict) -> Method:
-    """The method that the config names."""
-    parts = r"^(unet|text_encoder)\." if config.train_text_encoder else r"^unet\."
-    names = "the UNet and text encoder" if config.train_text_encoder else "the UNet"
+def make_method(config: ConfigDict, pipeline: Pipeline) -> Method:
+    """The method that the config names, on the denoiser and, if it says so, the text encoders."""
+    roles = (DENOISER, TEXT) if config.train_text_encoder else (DENOISER,)
+    parts, names = pipeline.trainable(*roles), " and ".join(pipeline.family.names(*roles))
     if config.method in FORMS:
         return lora(
             parts, config.lora_targets, config.lora_rank, config.lora_alpha, names, form=config.method,
@@ -96,13 +97,12 @@ def argument_shapes(job: Job, num_instance: int) -> tuple[TrainState, Params, Tr
 def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
     """Shapes of the resident examples, each half with one caption; every device has all of them."""
     config, pipeline = job.config, job.pipeline
-    length, width = pipeline.text_spec.max_position_embeddings, pipeline.text_spec.hidden_size
-    cond = _everywhere(job, (1, length), jnp.int32)
-    if not config.train_text_encoder:
-        cond = _everywhere(job, (1, length, width), jnp.float32)
+    tokens = pipeline.family.token_shapes(pipeline.models, 1)
+    cond = tokens if config.train_text_encoder else jax.eval_shape(pipeline.encode_text, pipeline.shapes, tokens)
+    cond = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), cond)
 
     def resident(count: int) -> EncodedExamples:
-        latents = _everywhere(job, (count, math.prod(pipeline.latent_shape(config.resolution))), jnp.float32)
+        latents = _everywhere(job, (count, math.prod(pipeline.example_shape(config.resolution))), jnp.float32)
         return EncodedExamples(latents, latents, cond, _everywhere(job, (count,), jnp.int32))
 
     return TrainingData(resident(num_instance), resident(num_class) if config.prior_preservation else None)
@@ -132,7 +132,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
     spread = batch_sharding(mesh, batch)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     step = make_step(
-        pipeline.denoise_ids if config.train_text_encoder else pipeline.denoise,
+        pipeline.denoise_tokens if config.train_text_encoder else pipeline.denoise,
         job.optimizer,
         pipeline.process,
         batch_size=config.batch_size,
@@ -144,7 +144,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
         # Among several devices the products would be exchanged twice too.
         twice=on_tpu and mesh.size == 1 and config.accumulate == 1,
         ema_decay=config.ema_decay or None,
-        example_shape=pipeline.latent_shape(config.resolution),
+        example_shape=pipeline.example_shape(config.resolution),
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -158,14 +158,14 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
 
 
 def lower_painting(job: Job) -> jax.stages.Lowered:
-    """Painting one batch of class images: (params, token ids, those of the negative prompts, keys) -> images."""
+    """Painting one batch of class images: (params, inputs) -> images."""
     config, pipeline = job.config, job.pipeline
     batch = config.class_batch_size
     paint = make_paint_batch(
         pipeline, job.mesh, resolution=config.resolution, batch_size=batch, sampler=config.sampler,
         steps=config.sampling_steps, guidance=config.guidance_scale,
     )  # fmt: skip
-    ids = _everywhere(job, (batch, pipeline.text_spec.max_position_embeddings), jnp.int32)
+    inputs = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), input_shapes(pipeline, batch))
     trainable, frozen = split_shapes(job)
     with jax.set_mesh(job.mesh):
-        return paint.lower(trainable | frozen, ids, ids, _everywhere(job, (batch, 2), jnp.uint32))
+        return paint.lower(trainable | frozen, inputs)

@@ -58,7 +58,7 @@ def open_trained(
     config = read_config(workdir)
     pipeline = load_pipeline(config.base, dtype=jnp.dtype(dtype or config.dtype))
     config.resolution = config.resolution or pipeline.resolution
-    method = make_method(config)
+    method = make_method(config, pipeline)
     shapes, _ = method.shapes(pipeline.shapes)
     manager = checkpoint.open_checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
     trained = checkpoint.restore_weights(manager, placed_shapes(mesh, shapes), average=config.ema_decay > 0, step=step)

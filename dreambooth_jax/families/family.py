@@ -1,0 +1,123 @@
+"""What the rest of the library may ask of a model: a family is a value of functions, one per file of this folder.
+
+Conditions are dicts of arrays with leading axis b, in two halves: those of the prompt (`encode_text`) and those of the
+picture (`of_example`); `predict` is given both in one dict. docs/families.md shows how to add a family.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from dreambooth_jax.diffusion.process import Process
+from dreambooth_jax.models.params import Functional, under_prefix
+
+DENOISER, TEXT, CODEC = "denoiser", "text", "codec"
+Cond = dict[str, Any]
+
+
+class Part(NamedTuple):
+    """One model of a family; its name is the folder's and the prefix of its parameters.
+
+    Attributes:
+        spec: config.json -> frozen spec; that of a text part has `vocab_size` and `max_length` in tokens.
+        module: (spec, dtype=, rngs=) -> nnx.Module; a denoiser's also takes `remat=`.
+        file: name of its weight file.
+        role: DENOISER, TEXT or CODEC.
+        idle: spec -> regex of parameters that no result depends on: stored, never trained; "" for none.
+    """
+
+    spec: Callable[[Mapping[str, Any]], Any]
+    module: Callable[..., nnx.Module]
+    file: str
+    role: str
+    idle: Callable[[Any], str] = lambda spec: ""
+
+
+class Models(NamedTuple):
+    """The parts of a base as pure functions.
+
+    Attributes:
+        configs: part -> its config.json; "scheduler" and "index" (model_index.json) too.
+        specs: part -> frozen spec.
+        functions: part -> shapes, init and apply over the part's own flat params.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    specs: Mapping[str, Any]
+    functions: Mapping[str, Functional]
+
+    def apply(self, part: str, params: Mapping[str, Any], *args: Any, method: str = "__call__") -> Any:
+        """The output of `part`, given the params of all parts."""
+        return self.functions[part].apply(under_prefix(f"{part}.", params), *args, method=method)
+
+
+class Pictures(NamedTuple):
+    """What is known of pictures, to condition on: rows are (height, width) or (top, left) in pixels.
+
+    Attributes:
+        images: the pictures, where they exist: while painting, those of the stage before, or None.
+        original: sizes before resizing.
+        crop: top left corners of the crops, in the resized pictures.
+        target: sizes after cropping.
+    """
+
+    images: UInt8[Array | np.ndarray, "b h w 3"] | None
+    original: Int[Array | np.ndarray, "b 2"]
+    crop: Int[Array | np.ndarray, "b 2"]
+    target: Int[Array | np.ndarray, "b 2"]
+
+
+class Family(NamedTuple):
+    """A kind of text-to-image model. Functions that take `params` are pure and jittable.
+
+    Attributes:
+        name: `_class_name` of its model_index.json.
+        parts: name -> Part.
+        tokenizers: folder -> the text part that reads its tokens.
+        process: configs -> noise levels, prediction and times.
+        problems: models -> what does not fit between the parts; [] if all does.
+        resolution: models -> side in pixels that the base was trained for.
+        example_shape: (models, height, width in pixels) -> shape of an encoded picture. Raises ValueError, naming
+            sizes that are possible.
+        token_shapes: (models, b) -> shapes of what `tokenize` gives.
+        tokenize: (tokenizers, texts) -> dict of arrays, leading axis b.
+        encode_text: (models, params, tokens) -> the prompt's conditions. It is also given the picture's, to ignore.
+        encode_images: (models, params, uint8 images) -> mean and standard deviation of the encoded pictures.
+        decode: (models, params, encoded pictures) -> pixels in [0, 1].
+        predict: (models, params, x_t, t, conditions) -> prediction like x_t.
+        guidance: classifier-free guidance scale that pictures are usually painted with.
+        of_example: (models, Pictures) -> conditions of the pictures.
+        augment: (conditions of one picture, key) -> the same with this step's noise on them; None: no noise.
+        negative: (models, the prompt's conditions, [b] whether the prompt is empty) -> conditions of the negative
+            prompts.
+    """
+
+    name: str
+    parts: Mapping[str, Part]
+    tokenizers: Mapping[str, str]
+    process: Callable[[Mapping[str, Mapping[str, Any]]], Process]
+    problems: Callable[[Models], list[str]]
+    resolution: Callable[[Models], int]
+    example_shape: Callable[[Models, int, int], tuple[int, ...]]
+    token_shapes: Callable[[Models, int], dict[str, jax.ShapeDtypeStruct]]
+    tokenize: Callable[[Mapping[str, Any], Sequence[str]], dict[str, np.ndarray]]
+    encode_text: Callable[[Models, Mapping[str, Any], Cond], Cond]
+    encode_images: Callable[[Models, Mapping[str, Any], Array], tuple[Array, Array]]
+    decode: Callable[[Models, Mapping[str, Any], Array], Float[Array, "b h w 3"]]
+    predict: Callable[[Models, Mapping[str, Any], Array, Array, Cond], Array]
+    guidance: float
+    of_example: Callable[[Models, Pictures], Cond] = lambda models, pictures: {}
+    augment: Callable[[Cond, Array], Cond] | None = None
+    negative: Callable[[Models, Cond, Array], Cond] = lambda models, cond, empty: cond
+
+    def names(self, *roles: str) -> list[str]:
+        """The parts that have one of `roles`."""
+        return [name for name, part in self.parts.items() if part.role in roles]
+
+    def role_of(self, parameter: str) -> str:
+        """The role of the part that a parameter belongs to."""
+        return self.parts[parameter.partition(".")[0]].role

@@ -1,0 +1,34 @@
+"""From the name of a base to its folder on this machine: the one resolver of every command."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+EMBEDDED = "tiny"
+EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
+
+
+def resolve_base(base: str) -> Path:
+    """The local folder of a base: "tiny" (ships with the package), a folder, or a model hub name, which is fetched.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub name that can be fetched.
+    """
+    if base == EMBEDDED:
+        return EMBEDDED_FOLDER
+    if Path(base).expanduser().is_dir():
+        return Path(base).expanduser()
+    if base.count("/") != 1 or base.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
+            f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
+        )
+    patterns = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/*.json", "*/*.safetensors"]
+    try:
+        folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"])
+    except Exception as error:  # offline, unknown or gated: the hub client has a type for each
+        raise FileNotFoundError(
+            f"base = {base!r}: no such folder, and the model hub did not give it ({error}). "
+            "Check the name and the network, or give a local folder with --config.base=/path."
+        ) from error
+    return Path(folder)
