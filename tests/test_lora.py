@@ -52,7 +52,7 @@ def test_it_starts_at_the_base_with_the_shapes_it_promised(base, tmp_path):
         np.testing.assert_array_equal(merged[name], value)
     pipeline, rng = base[0], np.random.default_rng(0)
     x, ids = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.arange(32).reshape(2, 16)
-    painted = [jax.jit(pipeline.denoise_ids)(params, x, jnp.ones(2), ids) for params in (base[1], combined)]
+    painted = [jax.jit(pipeline.denoise_tokens)(params, x, jnp.ones(2), {"ids": ids}) for params in (base[1], combined)]
     np.testing.assert_array_equal(*painted)
     other, _ = method.start(base[1], jax.random.key(1))
     randomly = {name for name, value in trainable.items() if not np.array_equal(value, other[name])}
@@ -142,7 +142,7 @@ def test_a_layer_computes_with_its_factors_what_it_computes_with_the_merged_kern
     _, _, factored = open_run(tuned, make_mesh())
     x, ids = rng.standard_normal((2, 8, 8, 4)).astype(np.float32), np.arange(32).reshape(2, 16)
     ours, merged, before = (
-        np.asarray(jax.jit(pipeline.denoise_ids)(params, x, jnp.ones(2), ids))
+        np.asarray(jax.jit(pipeline.denoise_tokens)(params, x, jnp.ones(2), {"ids": ids}))
         for params in (factored, merge(factored), base[1])
     )
     np.testing.assert_allclose(ours, merged, atol=1e-5)
@@ -153,7 +153,7 @@ def test_factors_for_a_layer_that_is_not_there_are_an_error(base):
     pipeline, params = base
     x, ids = jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 16), jnp.int32)
     with pytest.raises(KeyError, match=r"mid_block\.attn9: no linear layer or convolution takes its lora_A"):
-        pipeline.denoise_ids(params | {"unet.mid_block.attn9.lora_A.kernel": x}, x, jnp.ones(1), ids)
+        pipeline.denoise_tokens(params | {"unet.mid_block.attn9.lora_A.kernel": x}, x, jnp.ones(1), {"ids": ids})
 
 
 def test_targets_that_match_nothing_are_an_error(base):
