@@ -21,11 +21,11 @@ from tqdm import trange
 
 from dreambooth_jax.devices import runtime, sharding
 from dreambooth_jax.devices.sharding import spread
-from dreambooth_jax.diffusion.optimizer import make_muon
 from dreambooth_jax.diffusion.step import TrainState, init_state, run_steps
 from dreambooth_jax.models.layers import Conv, Downsample2D, ResnetBlock2D
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.tiny import world
+from dreambooth_jax.tiny.muon import make_muon
 
 CACHE = Path("~/.cache/dreambooth_jax/judge").expanduser()
 STEPS, BATCH, PICTURES, HELD_OUT = 1800, 64, 60_000, 2000

@@ -15,8 +15,8 @@ _PUBLIC = {
     # the mathematics: arrays and functions
     "Batch": "diffusion.loss",
     "dreambooth_loss": "diffusion.loss",
-    "EncodedExamples": "diffusion.step",
-    "TrainingData": "diffusion.step",
+    "EncodedExamples": "diffusion.examples",
+    "TrainingData": "diffusion.examples",
     "TrainState": "diffusion.step",
     "Process": "diffusion.process",
     "flow_process": "diffusion.process",

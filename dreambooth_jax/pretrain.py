@@ -28,9 +28,10 @@ from tqdm import trange
 
 from dreambooth_jax.devices import sharding
 from dreambooth_jax.devices.sharding import make_mesh, spread
-from dreambooth_jax.diffusion.optimizer import learning_rate, make_muon
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
+from dreambooth_jax.diffusion.optimizer import learning_rate
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
-from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, TrainState, init_state, make_step, run_steps
+from dreambooth_jax.diffusion.step import TrainState, init_state, make_step, run_steps
 from dreambooth_jax.files.safetensors import WEIGHT_FILES, save_model
 from dreambooth_jax.files.tokenizer import load_tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
@@ -42,6 +43,7 @@ from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.tiny import contrastive, world
 from dreambooth_jax.tiny.contrastive import Pictures, normalise
+from dreambooth_jax.tiny.muon import make_muon
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",

@@ -13,9 +13,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
 from dreambooth_jax.families.pipeline import describe_base, load_pipeline
 from dreambooth_jax.files.safetensors import read_model
-from dreambooth_jax.models import clip_text, layers, unet, vae
+from dreambooth_jax.models import clip_text, unet, vae
 from dreambooth_jax.models.params import count, functional, under_prefix
 from dreambooth_jax.models.spec import UnsupportedConfig
+from dreambooth_jax.ops import convolve
 
 CROSS = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
 
@@ -224,15 +225,15 @@ def as_ours(pipe, names, value) -> dict[str, torch.Tensor]:
 def test_convolution(size, stride, padding, height, width):
     """Value and both gradients, also where the stride leaves a row or a column over."""
     x, kernel = normal(2, height, width, 5), normal(size, size, 5, 4, seed=1)
-    out, backward = jax.vjp(lambda x, kernel: layers.convolve(x, kernel, stride, padding), x, kernel)
+    out, backward = jax.vjp(lambda x, kernel: convolve.convolve(x, kernel, stride, padding), x, kernel)
     cotangent = normal(*out.shape, seed=2)
     tx, tkernel = nchw(x).requires_grad_(), torch.from_numpy(kernel).permute(3, 2, 0, 1).requires_grad_()
     expected = torch.nn.functional.conv2d(tx, tkernel, stride=stride, padding=padding)
     grads = torch.autograd.grad(expected, (tx, tkernel), nchw(cotangent))
     assert relative(out, expected.movedim(1, -1)) <= 1e-5
     elsewhere = (  # than on CPU
-        layers._input_gradient(kernel, cotangent, stride, padding, x.shape),
-        layers._kernel_gradient(x, cotangent, stride, padding, kernel.shape),
+        convolve._input_gradient(kernel, cotangent, stride, padding, x.shape),
+        convolve._kernel_gradient(x, cotangent, stride, padding, kernel.shape),
     )
     for dx, dkernel in (backward(cotangent), elsewhere):
         assert relative(dx, grads[0].movedim(1, -1)) <= 1e-5

@@ -9,7 +9,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from transformers.optimization import Adafactor
 
-from dreambooth_jax.diffusion.optimizer import learning_rate, make_muon, make_optimizer
+from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
+from dreambooth_jax.tiny.muon import make_muon
 
 NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 

@@ -10,7 +10,7 @@ NORMS = """
 from dreambooth_jax.devices import runtime
 runtime.start()
 import jax, jax.numpy as jnp, optax
-from test_twice import UNET, normal
+from support.tiny_unet import UNET, normal
 from dreambooth_jax.models.unet import UNet2DConditionModel
 from dreambooth_jax.models.params import functional
 

@@ -19,18 +19,10 @@ from dreambooth_jax.devices.sharding import (
     replicated,
     state_shardings,
 )
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData, draw, pick
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
-from dreambooth_jax.diffusion.step import (
-    EncodedExamples,
-    TrainingData,
-    TrainState,
-    draw,
-    init_state,
-    make_step,
-    pick,
-    run_steps,
-)
+from dreambooth_jax.diffusion.step import TrainState, init_state, make_step, rounded, run_steps
 
 PROCESS = process_from_scheduler({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 KEY = jax.random.key(3)
@@ -81,16 +73,16 @@ def assert_same(one, other, **tolerance):
         compare(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
-def test_gradients_wait_in_the_dtype_asked_for(params, data):
+def test_gradients_are_kept_in_the_dtype_asked_for(params, data):
     """Rounded on the way to the optimizer, which still sees float32."""
     seen = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         keep = optax.chain(optax.trace(decay=0.0), optax.scale(0.0))  # its state is the last gradient
-        seen[dtype] = trained(params, data, steps=1, optimizer=keep, grad_dtype=dtype)[0].opt_state[0].trace
-    for name, rounded in seen[jnp.bfloat16].items():
-        assert rounded.dtype == jnp.float32
-        np.testing.assert_array_equal(rounded, seen[jnp.float32][name].astype(jnp.bfloat16).astype(jnp.float32))
-        assert (rounded != seen[jnp.float32][name]).any()
+        seen[dtype] = trained(params, data, steps=1, optimizer=keep, hold=rounded(dtype))[0].opt_state[0].trace
+    for name, kept in seen[jnp.bfloat16].items():
+        assert kept.dtype == jnp.float32
+        np.testing.assert_array_equal(kept, seen[jnp.float32][name].astype(jnp.bfloat16).astype(jnp.float32))
+        assert (kept != seen[jnp.float32][name]).any()
 
 
 # ---- against PyTorch

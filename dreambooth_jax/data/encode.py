@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices.sharding import replicated
-from dreambooth_jax.diffusion.step import EncodedExamples
+from dreambooth_jax.diffusion.examples import EncodedExamples
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
 

@@ -5,9 +5,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers
-
-from dreambooth_jax.devices.sharding import make_mesh, replicated, split_kernel
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -99,37 +96,3 @@ def make_optimizer(
     )
     clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
     return optax.chain(*clip, core, *([scale_by_name(multiplier)] if multiplier else []))
-
-
-# Between features and pixels or latents, whose few channels are not of equal rank: these take AdamW's update.
-_OUTERMOST = ("conv_in.kernel", "conv_out.kernel", "patch_embedding.kernel")
-
-
-def make_muon(
-    params: Mapping[str, jax.Array], rate: optax.Schedule, *, weight_decay: float, clip_norm: float = 1.0
-) -> optax.GradientTransformation:
-    """Muon (https://kellerjordan.github.io/posts/muon) for all matrices and convolutions but the outermost, AdamW with
-    the same root mean square of an update for the rest (arXiv 2502.16982, equation 4); for training from scratch.
-
-    Args:
-        params: what is trained, arrays or shapes.
-        rate: update count -> learning rate.
-        weight_decay: decoupled; multiplied by the learning rate.
-        clip_norm: of the gradient over everything trained.
-    """
-
-    def dimensions(name: str, ndim: int) -> MuonDimensionNumbers | None:
-        if not name.endswith("kernel") or name.endswith(_OUTERMOST):
-            return None
-        *window, rows, columns = range(ndim)
-        return MuonDimensionNumbers((rows, *window), columns)
-
-    optimizer = optax.contrib.muon(
-        rate, ns_steps=4, weight_decay=weight_decay, adam_weight_decay=weight_decay, adam_b2=0.99, consistent_rms=0.2,
-        muon_weight_dimension_numbers={name: dimensions(name, x.ndim) for name, x in params.items()},
-    )  # fmt: skip
-    # Every device orthogonalises its share of each matrix; otherwise all would do the same work.
-    divided = optax.stateless(lambda updates, params: jax.tree.map(split_kernel, updates))
-    everywhere = replicated(make_mesh())
-    whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, everywhere))
-    return optax.chain(clip_by_global_norm(clip_norm), divided, optimizer, whole)

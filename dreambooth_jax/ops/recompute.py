@@ -1,59 +1,71 @@
-"""Gradients computed twice instead of being held.
+"""Gradients computed a second time instead of being kept.
 
-Clipping by the global norm needs every gradient before the first parameter may move, so all of them wait: 1.6 GiB in
-bfloat16 for the UNet of Stable Diffusion. But a kernel's gradient is a product, dW = x^T dy, and at low resolutions its
-two factors are far smaller than it is: 128 rows of 1280 channels for 1280 x 1280 weights. So the product is computed
-once for the norm, and once more where the optimizer uses it; in between only the factors stay. (Norms of single
-examples without their gradients are known as ghost clipping, arXiv 2110.05679; this is the ordinary norm, exactly.)
+Clipping by the global norm needs every gradient before the first parameter is updated, so all gradients are kept until
+the norm is known: 1.6 GiB in bfloat16 for the UNet of Stable Diffusion. But a kernel's gradient is a product,
+dW = x^T dy, and at low resolutions its two factors are far smaller than the product: 128 rows of 1280 channels for
+1280 x 1280 weights. The product is therefore computed once for the norm and once for the optimizer, and only the
+factors are kept in between. (Norms of single examples without their gradients are known as ghost clipping, arXiv
+2110.05679; this is the ordinary norm, exactly.)
 
-A function is traced, and its equations are carried out one by one, to know which of them made its results.
+The function is traced, and its equations are evaluated one by one, to find the equation of each result.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import JaxprEqn, Literal, primitives
+from absl import logging
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, primitives
 from jaxtyping import Array
 
+from dreambooth_jax.ops.barriers import after
+
 _PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
-# What lies between a product and the gradient that it becomes.
+# Operations between a product and the gradient.
 _SHAPING = (
-    primitives.broadcast_in_dim_p, primitives.convert_element_type_p, primitives.reshape_p, primitives.squeeze_p,
+    primitives.broadcast_in_dim_p,
+    primitives.convert_element_type_p,
+    primitives.reshape_p,
+    primitives.squeeze_p,
     primitives.transpose_p,
-)  # fmt: skip
+)
+Again = Callable[[Array, Array], Array | None]
 
 
 class _Origin(NamedTuple):
-    """The equation that made a value, and from which values."""
+    """The equation of a value, and its inputs."""
 
     equation: JaxprEqn
-    inputs: list[Array]
-    value: Array  # kept, so that its id stays its own
+    inputs: list[Any]
+    value: Any  # kept, so that no other value gets its id
 
 
-def recompute_gradients(function: Callable) -> Callable:
+def recompute_gradients(function: Callable) -> Callable[..., tuple[Any, Again]]:
     """Builds `run(*args) -> (function(*args), again)`, inside a jitted function.
 
-    `again(value, after)` computes `value`, an array in the result, a second time, once the array `after` is known; None
-    where it is no product, or one of factors that together are larger than it.
+    `again(value, known)` computes `value`, an array in the result, a second time, once the array `known` is known. It
+    returns None where the value is not a product, or its factors together are not smaller than it.
     """
 
     def run(*args):
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         origins: dict[int, _Origin] = {}
-        results = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), origins)
+        try:
+            results = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), origins)
+        except (AttributeError, KeyError) as error:  # of JAX's internals, which another release may name differently
+            logging.warning("gradients are kept, not recomputed: this release of JAX is not known (%r)", error)
+            return function(*args), lambda value, known: None
 
-        def again(value: Array, after: Array) -> Array | None:
-            return _again(value, after, origins)
+        def again(value: Array, known: Array) -> Array | None:
+            return _again(value, known, origins)
 
         return jax.tree.unflatten(jax.tree.structure(shapes), results), again
 
     return run
 
 
-def _evaluate(jaxpr, consts, args, origins: dict[int, _Origin]) -> list[Array]:
-    """The results of `jaxpr`; where they and all values between come from is written to `origins`."""
+def _evaluate(jaxpr: Jaxpr, consts: Any, args: Any, origins: dict[int, _Origin]) -> list[Any]:
+    """The results of `jaxpr`. The origins of these and of all intermediate values are written to `origins`."""
     values = dict(zip(jaxpr.constvars + jaxpr.invars, [*consts, *args], strict=True))
 
     def read(atom):
@@ -67,10 +79,10 @@ def _evaluate(jaxpr, consts, args, origins: dict[int, _Origin]) -> list[Array]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _carry_out(equation: JaxprEqn, inputs: list[Array], origins: dict[int, _Origin]) -> list[Array]:
-    if equation.primitive is primitives.remat_p:  # jax.checkpoint: products of the backward pass stand inside
+def _carry_out(equation: JaxprEqn, inputs: list[Any], origins: dict[int, _Origin]) -> list[Any]:
+    if equation.primitive is primitives.remat_p:  # jax.checkpoint, which holds products of the backward pass
         if equation.params["differentiated"] and equation.params["prevent_cse"]:
-            held = jax.lax.optimization_barrier(inputs)
+            held = after(inputs)
             origins |= {
                 id(new): origins[id(old)]._replace(value=new)
                 for old, new in zip(inputs, held, strict=True)
@@ -83,13 +95,13 @@ def _carry_out(equation: JaxprEqn, inputs: list[Array], origins: dict[int, _Orig
     return outputs
 
 
-def _bind(equation: JaxprEqn, inputs: list[Array]) -> list[Array]:
+def _bind(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
     primitive = equation.primitive
     outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
     return outputs if primitive.multiple_results else [outputs]
 
 
-def _again(value: Array, after: Array, origins: dict[int, _Origin]) -> Array | None:
+def _again(value: Array, known: Array, origins: dict[int, _Origin]) -> Array | None:
     shaping, origin = [], origins.get(id(value))
     while origin is not None and origin.equation.primitive in _SHAPING:
         shaping.append(origin.equation)
@@ -99,8 +111,7 @@ def _again(value: Array, after: Array, origins: dict[int, _Origin]) -> Array | N
     *platform, x, dy = origin.inputs
     if x.size + dy.size >= value.size:
         return None
-    # Behind a barrier: the compiler would take the first result, and hold it.
-    x, dy, _ = jax.lax.optimization_barrier((x, dy, after))
+    x, dy = after((x, dy), known)
     outputs = _bind(origin.equation, [*platform, x, dy])
     for equation in reversed(shaping):
         outputs = _bind(equation, outputs)
@@ -108,7 +119,7 @@ def _again(value: Array, after: Array, origins: dict[int, _Origin]) -> Array | N
 
 
 def _is_product(equation: JaxprEqn) -> bool:
-    """Of two factors: itself one, or a choice by platform between ways to compute one."""
+    """Whether the equation is a product of two factors, or a choice by platform between ways to compute one."""
     if equation.primitive is primitives.cond_p:
         inner = [inside for branch in equation.params["branches"] for inside in branch.jaxpr.eqns]
         return len(equation.invars) == 3 and any(_is_product(inside) for inside in inner)

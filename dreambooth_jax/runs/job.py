@@ -14,8 +14,9 @@ from dreambooth_jax.adapters.factors import FORMS
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
-from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, TrainState, init_state, make_step, run_steps
+from dreambooth_jax.diffusion.step import TrainState, init_state, make_step, recomputed, rounded, run_steps
 from dreambooth_jax.families.family import DENOISER, TEXT
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
@@ -131,6 +132,10 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
     spread = batch_sharding(mesh, batch)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
+    if config.accumulate > 1:
+        hold = rounded(jnp.float32)
+    else:  # among several devices, recomputed products would be exchanged a second time too
+        hold = (recomputed if on_tpu and mesh.size == 1 else rounded)(dtype)
     step = make_step(
         pipeline.denoise_tokens if config.train_text_encoder else pipeline.denoise,
         job.optimizer,
@@ -140,9 +145,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
         prior_weight=config.prior_weight,
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,
-        grad_dtype=dtype if config.accumulate == 1 else jnp.float32,
-        # Among several devices the products would be exchanged twice too.
-        twice=on_tpu and mesh.size == 1 and config.accumulate == 1,
+        hold=hold,
         ema_decay=config.ema_decay or None,
         example_shape=pipeline.example_shape(config.resolution),
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),

@@ -25,7 +25,8 @@ from dreambooth_jax.data.images import Examples, read_examples
 from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
-from dreambooth_jax.diffusion.step import TrainingData, TrainState
+from dreambooth_jax.diffusion.examples import TrainingData
+from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.models.params import Params

@@ -1,4 +1,4 @@
-"""Gradients computed twice are the gradients, and nothing waits that need not."""
+"""Recomputed gradients are the gradients, and only what must be kept is kept."""
 
 import jax
 import jax.numpy as jnp
@@ -6,28 +6,19 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
+from support.tiny_unet import UNET, normal
 
 from dreambooth_jax.devices import tpu
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
-from dreambooth_jax.diffusion.step import EncodedExamples, TrainingData, init_state, make_step, run_steps
-from dreambooth_jax.models.layers import convolve
+from dreambooth_jax.diffusion.step import init_state, make_step, recomputed, rounded, run_steps
 from dreambooth_jax.models.params import functional
-from dreambooth_jax.models.unet import REMAT, UNet2DConditionModel, UNetSpec
+from dreambooth_jax.models.unet import REMAT, UNet2DConditionModel
+from dreambooth_jax.ops.convolve import convolve
 from dreambooth_jax.ops.recompute import recompute_gradients
 
 PROCESS = process_from_scheduler({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
-UNET = UNetSpec.from_config(
-    {
-        "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1, "cross_attention_dim": 16,
-        "attention_head_dim": 2, "norm_num_groups": 8,
-    }
-)  # fmt: skip
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def test_only_what_is_larger_than_its_factors_is_computed_again():
@@ -48,10 +39,10 @@ def test_only_what_is_larger_than_its_factors_is_computed_again():
         grads, again = recompute_gradients(jax.grad(loss))(params)
         return grads, {name: again(grad, grads["bias"][0]) for name, grad in grads.items()}
 
-    grads, recomputed = run(params)
-    assert {name for name, grad in recomputed.items() if grad is not None} == {"wide", "conv"}
+    grads, second = run(params)
+    assert {name for name, grad in second.items() if grad is not None} == {"wide", "conv"}
     for name in ("wide", "conv"):
-        np.testing.assert_array_equal(recomputed[name], grads[name])
+        np.testing.assert_array_equal(second[name], grads[name])
 
 
 @pytest.mark.parametrize("remat", REMAT)
@@ -61,17 +52,17 @@ def test_the_step_is_the_same(remat):
     examples = EncodedExamples(normal(0, 2, 4, 4, 4), jnp.ones((2, 4, 4, 4)), normal(1, 1, 3, 16), jnp.zeros(2, int))
     data = TrainingData(examples, None)
     states = []
-    for twice in (False, True):
+    for hold in (rounded, recomputed):
         state = init_state(unet.init(jax.random.key(0)), optimizer)
-        step = make_step(unet.apply, optimizer, PROCESS, batch_size=2, twice=twice)
+        step = make_step(unet.apply, optimizer, PROCESS, batch_size=2, hold=hold(jnp.float32))
         states.append(jax.jit(run_steps(step, 2))(state, {}, data, jax.random.key(1), 2))
-    (once, its_metrics), (twice, metrics) = states
+    (once, its_metrics), (again, metrics) = states
     np.testing.assert_allclose(metrics.grad_norm, its_metrics.grad_norm, rtol=1e-5)
-    for name, value in twice.trainable.items():
+    for name, value in again.trainable.items():
         np.testing.assert_allclose(value, once.trainable[name], atol=2e-5, err_msg=name)
 
 
-def test_on_a_tpu_gradients_do_not_wait():
+def test_on_a_tpu_wide_gradients_are_not_kept():
     width, layers = 2048, 8
     place = SingleDeviceSharding(tpu.devices_of("v5e:1x1")[0])
 
@@ -92,12 +83,12 @@ def test_on_a_tpu_gradients_do_not_wait():
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     temporaries = []
-    for twice in (False, True):
-        step = make_step(predict, optimizer, PROCESS, batch_size=2, grad_dtype=jnp.bfloat16, twice=twice)
+    for hold in (rounded, recomputed):
+        step = make_step(predict, optimizer, PROCESS, batch_size=2, hold=hold(jnp.bfloat16))
         lowered = jax.jit(run_steps(step, 1), donate_argnums=0).lower(
             state, {}, data, shape(dtype=key.dtype), shape(dtype=jnp.int32)
         )
         temporaries.append(tpu.compile_for(tpu.CHIPS["v5e"], lowered, quick=True).temporaries)
-    held, recomputed = temporaries
-    assert held > layers * width**2 * 2
-    assert recomputed < held / 2
+    kept, second = temporaries
+    assert kept > layers * width**2 * 2
+    assert second < kept / 2
