@@ -19,6 +19,8 @@ Primes denote the levels after the step.
   lambda = log(alpha/sigma) and D = x0_i + (x0_i - x0_{i-1}) / (2 r).
 * DDPM (arXiv 2006.11239, algorithm 2, with the smaller variance) and Euler ancestral: d = sigma' sqrt(1 - r^2) and
   a = r sigma'/sigma with r = alpha sigma' / (alpha' sigma), b = alpha' - alpha a, c = 0. They differ in their times.
+  A model that learns its variance (arXiv 2102.09672, equation 15) predicts f too: d^(1-f) e^f replaces d, with the
+  larger variance e^2 = 1 - (alpha / alpha')^2, beta of the step that is taken. The last step adds no noise.
 """
 
 from collections.abc import Callable
@@ -40,6 +42,7 @@ class Table(NamedTuple):
         t: time given to the model.
         xt, y, norm: x0 = (xt x - y prediction) / norm, equation (3) of process.py.
         a, b, c, d: of x, x0, the previous x0 and new noise.
+        e: of new noise, its largest value.
     """
 
     t: np.ndarray
@@ -50,6 +53,7 @@ class Table(NamedTuple):
     b: np.ndarray
     c: np.ndarray
     d: np.ndarray
+    e: np.ndarray
     init_scale: float
 
 
@@ -97,7 +101,8 @@ def sampler_table(process: Process, sampler: str, steps: int) -> Table:
     grid, rows = _SAMPLERS[sampler]
     nodes = process.nodes(grid, steps)
     norm = nodes.a * nodes.alpha + nodes.b * nodes.sigma
-    return Table(nodes.t, nodes.a, nodes.sigma, norm, *rows(nodes), nodes.init_scale)
+    e = np.sqrt(1 - (nodes.alpha / nodes.next_alpha) ** 2)
+    return Table(nodes.t, nodes.a, nodes.sigma, norm, *rows(nodes), e, nodes.init_scale)
 
 
 def make_sampler(
@@ -107,15 +112,18 @@ def make_sampler(
     sampler: str = "ddim",
     steps: int = 50,
     clip: Callable[[Array], Array] | None = None,
+    split: Callable[[Array], tuple[Array, Array | None]] = lambda output: (output, None),
 ) -> Callable[..., Float[Array, "b ..."]]:
     """Builds `sample(params, noise, cond, uncond, guidance, keys=None) -> x0`, to be jitted by the caller.
 
     Args:
-        predict: (params, x_t, t, cond) -> prediction like x_t.
+        predict: (params, x_t, t, cond) -> output of the model.
         process: noise levels and prediction of the model.
         sampler: one of `SAMPLERS`.
         steps: model calls.
         clip: function applied to every estimate of x0, for models of pixels; None for none.
+        split: output -> (prediction, f of equation 15 or None). Guidance concerns the prediction alone, f is that of
+            `cond`.
 
     Arguments of the returned function:
         params: of `predict`.
@@ -146,26 +154,34 @@ def make_sampler(
 
         def guided(x, t):
             if uncond is None:
-                return predict(params, x, jnp.full(len(x), t), both).astype(jnp.float32)
+                return split(predict(params, x, jnp.full(len(x), t), both).astype(jnp.float32))
             output = predict(params, jnp.concatenate([x, x]), jnp.full(2 * len(x), t), both).astype(jnp.float32)
-            without, with_ = jnp.split(output, 2)
-            return without + guidance * (with_ - without)
+            (without, _), (with_, f) = map(split, jnp.split(output, 2))
+            return without + guidance * (with_ - without), f
 
         def fresh(i):
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), noise.shape[1:]))(keys)
 
         def body(carry, numbered_row):
             (x, before), (i, row) = carry, numbered_row
-            x0 = (row.xt * x - row.y * guided(x, row.t)) / row.norm
+            prediction, f = guided(x, row.t)
+            x0 = (row.xt * x - row.y * prediction) / row.norm
             if clip is not None:
                 x0 = clip(x0)
             x = row.a * x + row.b * x0 + row.c * before
-            return (x + row.d * fresh(i) if sampler in ANCESTRAL else x, x0), None
+            return (x + _deviation(row, f) * fresh(i) if sampler in ANCESTRAL else x, x0), None
 
         start = noise * jnp.float32(table.init_scale)
         return jax.lax.scan(body, (start, jnp.zeros_like(noise)), (jnp.arange(steps), rows))[0][0]
 
     return sample
+
+
+def _deviation(row: Table, f: Array | None) -> Array:
+    """d, or between d and e as the model has it (arXiv 2102.09672, equation 15)."""
+    if f is None:
+        return row.d
+    return jnp.where(row.d > 0, jnp.maximum(row.d, 1e-10) ** (1 - f) * row.e**f, 0.0)
 
 
 def noise_for_seeds(seeds, shape: tuple[int, ...]) -> Float[Array, "b ..."]:

@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from dreambooth_jax.diffusion.process import PREDICTIONS, Nodes, Process, flow_process, shifted, table_process
 from dreambooth_jax.models.spec import UnsupportedConfig
@@ -56,6 +58,25 @@ def process_from_scheduler(config: Mapping[str, Any]) -> Process:
     if ignored:
         logging.warning("scheduler_config.json: training does not need and sampling ignores %s", ", ".join(ignored))
     return _flow(config) if flow else _table(config)
+
+
+def clip_from_scheduler(config: Mapping[str, Any]) -> Callable[[Array], Array] | None:
+    """What a scheduler_config.json does to estimates of x0, for models of pixels: dynamic thresholding (arXiv
+    2205.11487, section 2.3), clipping, or nothing.
+
+    Dynamic thresholding divides by s, the quantile of |x0| of each picture, where that lies in [1, sample_max_value].
+    """
+    most, ratio = config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
+    if config.get("thresholding", False):
+        return lambda x0: _threshold(x0, ratio, most)
+    extent = config.get("clip_sample_range", 1.0)
+    return (lambda x0: jnp.clip(x0, -extent, extent)) if config.get("clip_sample", True) else None
+
+
+def _threshold(x0: Float[Array, "b h w c"], ratio: float, most: float) -> Float[Array, "b h w c"]:
+    s = jnp.quantile(jnp.abs(x0.reshape(len(x0), -1)), ratio, axis=1)
+    s = jnp.clip(s, 1.0, most)[:, None, None, None]
+    return jnp.clip(x0, -s, s) / s
 
 
 def _table_problems(config: Mapping[str, Any]) -> list[str]:
