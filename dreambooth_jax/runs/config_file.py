@@ -76,7 +76,7 @@ def find(name: str) -> Path:
 
 
 def load(spec: str) -> ConfigDict:
-    """The config of FILE or FILE:PRESET.
+    """The config of FILE or FILE:PRESET; the example subjects that it names are found in the package too.
 
     Raises:
         ConfigError: no such file, an error in it (with its line), or no config in it.
@@ -89,6 +89,8 @@ def load(spec: str) -> ConfigDict:
     config = _in_file(path, lambda: get_config(preset) if colon else get_config())
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
+    if "instance_images" in config:
+        config.instance_images = shipped(config.instance_images)
     return config
 
 
