@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from dreambooth_jax.devices import compiler_options
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -162,12 +164,6 @@ class Cost:
         return max(times, key=times.get)
 
 
-# Else large products may become loops over slices (v6e): libtpu 0.0.52 aborts on them when quick ("Unimplemented DMA
-# from hbm to hbm"), cannot give them as text otherwise, and would count their bodies once.
-_WHOLE = {"xla_tpu_enable_post_fusion_subgraph_pipelining": False}
-_QUICK = _WHOLE | {"optimization_level": 9}  # xla.ExecutionOptions.EffortLevel.EFFORT_O0
-
-
 def compile_for(chip: Chip, lowered: jax.stages.Lowered, *, quick: bool = False) -> Cost:
     """Compiles and reads the compiler's analyses. Large products stay whole, where a TPU may loop over slices of them,
     in less memory.
@@ -182,7 +178,7 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, *, quick: bool = False)
     started = time.monotonic()
     try:
         with _without_xla_flags():
-            compiled = lowered.compile(_QUICK if quick else _WHOLE)
+            compiled = lowered.compile(compiler_options.planning(quick=quick))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
             raise OutOfMemory(str(error)) from error

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.adapters.factors import FORMS
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.method import Method, full
+from dreambooth_jax.devices import compiler_options
 from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
@@ -119,10 +120,6 @@ def _everywhere(job: Job, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(job.mesh))
 
 
-# The order of instructions that needs least memory; by default the compiler takes what the chip has.
-_TPU_OPTIONS = {"xla_memory_scheduler": "list"}
-
-
 def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData, key: jax.Array) -> jax.stages.Lowered:
     """The call of up to `steps_per_call` training steps: (state, frozen, data, key, count) -> (state, metrics).
 
@@ -154,7 +151,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
     steps = jax.jit(
         run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
         keep_unused=True,  # what is frozen stays on the devices, to paint samples: its memory counts
-        compiler_options=_TPU_OPTIONS if on_tpu else None,
+        compiler_options=compiler_options.TRAINING if on_tpu else None,
     )  # fmt: skip
     with jax.set_mesh(mesh):  # kernels split their batch over it
         return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))
