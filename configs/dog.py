@@ -3,6 +3,10 @@
 python -m dreambooth_jax.train --config configs/dog.py           # the embedded base, any laptop, no network
 python -m dreambooth_jax.train --config configs/dog.py:sd15      # Stable Diffusion 1.5; also :sd14, :sd21
 python -m dreambooth_jax.train --config configs/dog.py:sd15,lora # LoRA instead of full fine-tuning; also :tiny,lora
+python -m dreambooth_jax.train --config configs/dog.py:paper     # the paper's own settings, on Stable Diffusion 1.5
+
+Result: samples/step_000300.png in the workdir shows the dog of the photos in five settings, and "a dog" that is still
+another dog. Time: two to three minutes on two CPU cores; `python -m dreambooth_jax.plan` estimates it for a TPU.
 """
 
 from ml_collections import ConfigDict
@@ -10,6 +14,7 @@ from ml_collections import ConfigDict
 HUB_MODELS = {
     "sd14": "CompVis/stable-diffusion-v1-4",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "paper": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
 }
 
@@ -106,6 +111,14 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         config.sample_count = 2
         config.sampling_steps = 25
         config.guidance_scale = 7.5
+    if base == "paper":  # arXiv 2208.12242, sections 3.3 and 4
+        config.instance_prompt = "a {identifier} {class_noun}"
+        config.class_prompt = "a {class_noun}"
+        config.num_class_images = 1000
+        config.sampler = "ddpm"  # ancestral sampling
+        config.sampling_steps = 100
+        config.steps = 1000
+        config.learning_rate = 5e-6
     if method:
         if method != "lora":
             raise ValueError(f"dog.py:{base_and_method}: expected nothing after the base, or ,lora")
