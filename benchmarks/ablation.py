@@ -80,7 +80,7 @@ def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, e
         config.update(
             workdir=workdir, instance_images=str(ROOT / "examples" / "subjects" / subject), class_noun=noun,
             instance_prompt=f"a photo of {{identifier}} {wanted}".rstrip(), prior_preservation=prior,
-            class_images=str(class_folder / noun), seed=seed, steps=steps,
+            class_images=str(class_folder / noun), create_class_images=True, seed=seed, steps=steps,
         )  # fmt: skip
         run = set_up(config)
         params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))

@@ -41,7 +41,8 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.prior_preservation = True
     config.prior_weight = 1.0  # lambda
     config.class_prompt = "a photo of {class_noun}"
-    config.class_images = ""  # folder of class images; "" is workdir/class_images
+    config.class_images = ""  # folder of class images; "" is workdir/class_images, also for what the folder lacks
+    config.create_class_images = False  # paint a new class_images folder, to share between runs
     config.num_class_images = 100  # the frozen base paints what is missing
     config.class_batch_size = 20  # pictures painted at once, over all devices
 

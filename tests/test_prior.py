@@ -1,22 +1,35 @@
 """Class images: each a function of its number, made once, and the person's own are as good."""
 
+import json
+import shutil
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from support.runs import config_of
 
 from dreambooth_jax.data.class_images import (
-    check_class_images,
+    MARK,
+    class_folders,
+    class_images_to_paint,
+    damaged_class_images,
+    describe_class_images,
     missing_class_images,
     paint_class_images,
+    paint_missing,
     read_class_images,
 )
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.painting.painter import make_painter
+from dreambooth_jax.painting.sheets import save_png
 
-ABOUT = {"model": "micro", "sampler": "ddim"}
+DIGEST = "0123456789abcdef" * 2
+ABOUT = {"model": "micro", "model_digest": DIGEST, "sampler": "ddim"}
 
 
 class Prior:
@@ -122,8 +135,90 @@ def test_more_than_were_asked_for_are_used(complete, tmp_path, micro):
     assert len(read_class_images(config).images) == 10
 
 
-def test_another_prompt_is_found_out(complete, tmp_path):
-    check_class_images(complete, "a photo of dog")
-    check_class_images(own(tmp_path / "own", "rex.png", "class_00000.png"), "a photo of cat")  # says nothing of itself
+def test_another_prompt_or_base_is_found_out(complete, tmp_path):
+    assert damaged_class_images(complete, "a photo of dog", DIGEST) == []
+    # It says nothing of itself.
+    assert damaged_class_images(own(tmp_path / "own", "rex.png", "class_00000.png"), "a photo of cat", DIGEST) == []
     with pytest.raises(ValueError, match=r"another prompt than 'a photo of cat'.*class_00000\.png.*--config"):
-        check_class_images(complete, "a photo of cat")
+        damaged_class_images(complete, "a photo of cat", DIGEST)
+    with pytest.raises(ValueError, match=r"class_00000\.png of another base, micro"):
+        damaged_class_images(complete, "a photo of dog", "0" * 32)
+
+
+def test_black_and_truncated_pictures_are_painted_again(prior, complete, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(complete, folder)
+    cut = folder / "class_00002.png"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    (folder / "class_00007.png").write_bytes(b"")
+    with Image.open(folder / "class_00004.png") as image:
+        save_png(folder / "class_00004.png", np.zeros((16, 16, 3), np.uint8), image.text)
+    assert damaged_class_images(folder, "a photo of dog", DIGEST) == [2, 4, 7]
+    prior.paint(folder, [2, 4, 7])
+    assert np.array_equal(pixels(folder), pixels(complete))
+
+
+def test_a_base_that_paints_black_is_named_and_nothing_is_saved(prior, tmp_path):
+    def paint(params, requests, everywhere):
+        yield from ((number, np.zeros((16, 16, 3), np.uint8)) for number in range(len(requests)))
+
+    with pytest.raises(ValueError, match=r"class image 0 is black.*not finite"):
+        prior.paint(tmp_path, [0, 1], paint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_named_folder_must_hold_images_or_be_made_on_purpose(tmp_path):
+    def folders(**fields):
+        return class_folders(config_of(tmp_path / "run", **fields))
+
+    painted = tmp_path / "run" / "class_images"
+    assert folders() == (painted,)
+    (tmp_path / "empty").mkdir()
+    own(tmp_path / "reg", "notes.md.png").rename(tmp_path / "empty" / "1_dog")
+    for name, state in [("nowhere", "does not exist"), ("empty", "holds no images itself, but its subfolders.*1_dog")]:
+        with pytest.raises(ValueError, match=rf"{name}.*{state}.*create_class_images"):
+            folders(class_images=str(tmp_path / name))
+        shared = tmp_path / name
+        assert folders(class_images=str(shared), create_class_images=True) == (shared,)
+    assert folders(class_images=str(tmp_path / "empty" / "1_dog")) == (tmp_path / "empty" / "1_dog", painted)
+    (tmp_path / "empty" / MARK).write_text("{}")
+    assert folders(class_images=str(tmp_path / "empty")) == (tmp_path / "empty",)
+
+
+def test_what_a_persons_folder_lacks_is_painted_into_the_workdir(prior, micro, tmp_path):
+    folder = own(tmp_path / "mine", "rex.jpg", "fido.png", "bello.png")
+    config = config_of(
+        tmp_path / "run", base=micro, resolution=16, num_class_images=5, class_images=str(folder), class_batch_size=4
+    )
+    numbers = class_images_to_paint(config, DIGEST)
+    assert numbers == [0, 1]
+    paint_missing(config, numbers, prior.painter, prior.params, DIGEST)
+    assert sorted(path.name for path in folder.iterdir()) == ["bello.png", "fido.png", "rex.jpg"]
+    assert class_images_to_paint(config, DIGEST) == []
+    examples = read_class_images(config)
+    assert examples.names == ("bello.png", "fido.png", "rex.jpg", "class_00000.png", "class_00001.png")
+    assert "3 images in" in describe_class_images(config, 0) and "2 images in" in describe_class_images(config, 0)
+    with pytest.raises(ValueError, match="another base"):
+        class_images_to_paint(config, "0" * 32)
+
+
+def test_the_digest_of_weights_knows_values_and_not_files(micro, tmp_path):
+    parts = ("unet", "vae", "text_encoder")
+    digest = weights_digest(Path(micro), parts)
+    copied = tmp_path / "copy"
+    shutil.copytree(micro, copied)
+    assert weights_digest(copied, parts) == digest
+    file = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    half = len(tensors) // 2
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[:half], "b.safetensors": names[half:]}
+    for shard, inside in shards.items():
+        save_file({name: tensors[name] for name in inside}, file.parent / shard)
+    index = {"weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
+    file.unlink()
+    (file.parent / f"{file.name}.index.json").write_text(json.dumps(index))
+    assert weights_digest(copied, parts) == digest
+    tensors[names[0]].flat[-1] += 1
+    save_file({name: tensors[name] for name in names[:half]}, file.parent / "a.safetensors")
+    assert weights_digest(copied, parts) != digest

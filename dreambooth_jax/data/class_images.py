@@ -4,6 +4,7 @@ arXiv 2208.12242, section 3.3.
 """
 
 import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,25 +16,88 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth_jax.data.images import Examples, read_examples
+from dreambooth_jax.data.captions import fill
+from dreambooth_jax.data.images import Examples, decode_image, join, read_examples
 from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
 
+MARK = ".dreambooth_jax.json"  # in folders that this library paints
 _OURS = re.compile(r"class_(\d{5,})\.png")
 
 
-def class_folder(config: ConfigDict) -> epath.Path:
-    return epath.Path(config.class_images or f"{config.workdir}/class_images")
+def class_folders(config: ConfigDict) -> tuple[epath.Path, ...]:
+    """The folders of class images; the base's own pictures are painted into the last one.
+
+    workdir/class_images, a named folder that was painted by this library, or both a person's folder and
+    workdir/class_images for what that folder lacks.
+
+    Raises:
+        ValueError: the named folder does not exist or holds no images, and `create_class_images` is off.
+    """
+    painted = epath.Path(config.workdir).expanduser() / "class_images"
+    if not config.class_images:
+        return (painted,)
+    named = epath.Path(config.class_images).expanduser()
+    if (named / MARK).exists():
+        return (named,)
+    if list_images(named):
+        return named, painted
+    if config.create_class_images:
+        return (named,)
+    state = "holds no images" + _where_images_are(named) if named.is_dir() else "does not exist"
+    raise ValueError(
+        f"class_images = {config.class_images!r} {state}. Give a folder with images of the class, leave it empty to "
+        "paint them into the workdir, or set --config.create_class_images to paint a new shared folder there."
+    )
+
+
+def _where_images_are(folder: epath.Path) -> str:
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and list_images(path))
+    return f" itself, but its subfolders do: {', '.join(inside)}" if inside else ""
 
 
 def read_class_images(config: ConfigDict) -> Examples:
+    """All class images, own and painted, as examples; errors are those of `read_examples`."""
+    folders = [folder for folder in class_folders(config) if list_images(folder)]
+    return join([read_class_folder(folder, config) for folder in folders])
+
+
+def read_class_folder(folder: epath.Path, config: ConfigDict) -> Examples:
+    """The class images of one folder, with the class prompt where they have no captions."""
     return read_examples(
-        class_folder(config), config.resolution, template=config.class_prompt, identifier=config.identifier,
+        folder, config.resolution, template=config.class_prompt, identifier=config.identifier,
         class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip, seed=config.seed,
     )  # fmt: skip
+
+
+def class_images_to_paint(config: ConfigDict, digest: str) -> list[int]:
+    """Numbers of the pictures that are missing or damaged in the last of `class_folders`; own images are checked.
+
+    Args:
+        digest: of the base's weights (`weights_digest`).
+
+    Raises:
+        ValueError: see `class_folders`, `damaged_class_images` and `read_examples`.
+    """
+    *own, painted = class_folders(config)
+    count = sum(len(read_class_folder(folder, config).images) for folder in own)
+    prompt = fill(config.class_prompt, config.identifier, config.class_noun, "class_prompt")
+    damaged = damaged_class_images(painted, prompt, digest)
+    return sorted({*missing_class_images(painted, config.num_class_images - count), *damaged})
+
+
+def describe_class_images(config: ConfigDict, to_paint: int) -> str:
+    """A line for the plan: which class images there are and how many are to be painted."""
+    *own, painted = class_folders(config)
+    parts = [f"{len(list_images(folder))} images in {folder}" for folder in own]
+    there = len(list_images(painted))
+    if there or to_paint:
+        parts.append(f"{max(there, to_paint)} images in {painted}, {to_paint} of them still to be painted")
+    return "; ".join(parts)
 
 
 def missing_class_images(folder: str | os.PathLike, count: int) -> list[int]:
@@ -48,19 +112,72 @@ def missing_class_images(folder: str | os.PathLike, count: int) -> list[int]:
     return [number for number in wanted if number not in ours]
 
 
-def check_class_images(folder: str | os.PathLike, prompt: str) -> None:
-    """Raises ValueError if `folder` holds class images that were painted here for another prompt."""
-    others = {}
+def damaged_class_images(folder: str | os.PathLike, prompt: str, digest: str) -> list[int]:
+    """Numbers of pictures that were painted here and are black or cannot be decoded.
+
+    Args:
+        prompt, digest: class prompt, and digest of the base's weights, that they must have been painted with.
+
+    Raises:
+        ValueError: pictures of another prompt or of another base; all of them are named.
+    """
+    damaged, others = [], {}
     for path in list_images(folder):
-        if _OURS.fullmatch(path.name):
-            with Image.open(io.BytesIO(path.read_bytes())) as image:
-                others.setdefault(image.info.get("prompt", prompt), path.name)
-    if others.keys() - {prompt}:
-        found = ", ".join(f"{name} of {other!r}" for other, name in others.items() if other != prompt)
+        if not (match := _OURS.fullmatch(path.name)):
+            continue
+        data = path.read_bytes()
+        about = _png_text(data)
+        if about is None or ("prompt" in about and _is_black_or_broken(data)):
+            damaged.append(int(match[1]))
+        elif about.get("prompt", prompt) != prompt:
+            others.setdefault(f"of {about['prompt']!r}", path.name)
+        elif "prompt" in about and about.get("model_digest") != digest:
+            others.setdefault(f"of another base, {about.get('model', 'unknown')}", path.name)
+    if others:
+        found = ", ".join(f"{name} {what}" for what, name in others.items())
         raise ValueError(
-            f"{folder} holds class images of another prompt than {prompt!r}: {found}. Remove them, or give another "
-            "--config.class_images or --config.workdir."
+            f"{folder} holds class images of another prompt than {prompt!r} or of other weights: {found}. Remove them, "
+            "or give another --config.class_images or --config.workdir."
         )
+    return damaged
+
+
+def _png_text(data: bytes) -> dict[str, str] | None:
+    """The text chunks of a PNG; None if it is no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return {name: text for name, text in image.info.items() if isinstance(text, str)}
+    except Exception:  # the decoders' errors have no common type
+        return None
+
+
+def _is_black_or_broken(data: bytes) -> bool:
+    try:
+        return not np.asarray(decode_image(data)).any()
+    except Exception:  # as above
+        return True
+
+
+def paint_missing(config: ConfigDict, numbers: Sequence[int], paint: Painter, params: Params, digest: str) -> None:
+    """Marks the last of `class_folders` as ours and paints class images into it.
+
+    Args:
+        numbers: see `class_images_to_paint`.
+        params: of the frozen base.
+        digest: of its weights.
+    """
+    folder = class_folders(config)[-1]
+    prompt = fill(config.class_prompt, config.identifier, config.class_noun, "class_prompt")
+    about = {
+        "model": config.base, "model_digest": digest, "sampler": config.sampler, "steps": str(config.sampling_steps),
+        "guidance": str(config.guidance_scale),
+    }  # fmt: skip
+    if runtime.is_first_process():
+        write_atomic(folder / MARK, json.dumps({"class_images": {"prompt": prompt, **about}}, indent=2).encode())
+    paint_class_images(
+        folder, numbers, paint, params, prompt=prompt, seed=config.seed, batch_size=config.class_batch_size,
+        metadata=about,
+    )  # fmt: skip
 
 
 def paint_class_images(
@@ -79,6 +196,7 @@ def paint_class_images(
     Args:
         params: of the frozen base.
         prompt: "a photo of a dog"; the negative prompt is empty, so that the prior is the model's own.
+        metadata: text chunks of every PNG; `model_digest` binds the picture to its base.
         batch_size: of `paint`. Each number keeps its place in its batch, whatever else is missing, so that an
             interrupted run ends with the same pictures to the last bit.
     """
@@ -90,6 +208,11 @@ def paint_class_images(
         for index, image in paint(params, requests, everywhere=False):
             number = painted[index]
             if number in numbers:
+                if not image.any():
+                    raise ValueError(
+                        f"class image {number} is black: the base computes numbers that are not finite. Check its "
+                        "weights with `python -m dreambooth_jax.sample`, or set dtype='float32'."
+                    )
                 about = {"prompt": prompt, "seed": f"fold_in({seed}, {number})", **metadata}
                 save_png(epath.Path(folder) / f"class_{number:05d}.png", image, about)
                 bar.update()
@@ -103,7 +226,7 @@ def paint_class_images(
         )
 
 
-def agreed(numbers: list[int], count: int) -> list[int]:
+def agreed(numbers: list[int], count: int = 100_000) -> list[int]:
     """`numbers` below `count` as the first process has them: one that looks later may already see new pictures."""
     chosen = np.zeros(count, bool)
     chosen[numbers] = True

@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data.captions import fill
-from dreambooth_jax.data.class_images import class_folder
+from dreambooth_jax.data.class_images import class_folders
 
 
 def contradictions(config: ConfigDict, captions: Sequence[str]) -> list[str]:
@@ -37,7 +37,7 @@ def contradictions(config: ConfigDict, captions: Sequence[str]) -> list[str]:
             )
         if not _holds(prior, noun):
             found.append(f"class_prompt {prior!r} does not hold the class noun {noun!r}")
-        if _same_folder(config.instance_images, class_folder(config)):
+        if any(_same_folder(config.instance_images, folder) for folder in class_folders(config)):
             found.append(
                 f"class_images and instance_images are one folder, {config.instance_images}: the photos of the subject "
                 "would be the class"

@@ -85,6 +85,12 @@ def read_examples(
     )
 
 
+def join(parts: Sequence[Examples]) -> Examples:
+    """The examples of several sources as one."""
+    fields = zip(*parts, strict=True)
+    return Examples(*(np.concatenate(f) if isinstance(f[0], np.ndarray) else sum(f, ()) for f in fields))
+
+
 def _check_arguments(resolution, captions, crop, flip, views) -> None:
     if resolution < 1 or views < 1:
         raise ValueError(f"resolution and views must be positive, got resolution={resolution}, views={views}")

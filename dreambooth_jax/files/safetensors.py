@@ -83,7 +83,7 @@ def read_model(
 def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """Today's tensor name -> (file, name in the file, shape) of everything in the folder's weight files."""
     found = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, "numpy") as tensors:
                 for key in tensors.offset_keys():
@@ -101,7 +101,8 @@ def _todays_name(key: str, wanted: Collection[str]) -> str:
     return key if key in wanted else next((name for name in candidates if name in wanted), key)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder: one, or an index's shards. Raises WeightsError if there are none."""
     if not folder.is_dir():
         raise WeightsError(
             f"{folder}: no such folder. A base is a diffusers folder with unet/, vae/ and text_encoder/."

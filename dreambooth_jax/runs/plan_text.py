@@ -5,10 +5,9 @@ import shutil
 
 import jax
 
-from dreambooth_jax.data.class_images import class_folder
+from dreambooth_jax.data.class_images import describe_class_images
 from dreambooth_jax.data.contradictions import contradictions, too_long
 from dreambooth_jax.data.identifiers import check_identifier
-from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices.sharding import batch_sharding
 from dreambooth_jax.models.params import count
 from dreambooth_jax.runs import checkpoint
@@ -24,9 +23,8 @@ def plan_text(run: Run, done: int) -> str:
     images = len(set(run.examples.names))
     prior = "off"
     if config.prior_preservation:
-        wanted = max(config.num_class_images, len(list_images(class_folder(config))))
         prompt = fill(config.class_prompt, config)
-        prior = f"{wanted} class images in {class_folder(config)}: {prompt!r}, weight {config.prior_weight:g}"
+        prior = f"{describe_class_images(config, run.to_paint)}: {prompt!r}, weight {config.prior_weight:g}"
     axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     lines = {
         "base": f"{config.base} ({config.resolution}x{config.resolution}, {count(shapes) / 1e6:.1f} M parameters)",

@@ -12,37 +12,39 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from dreambooth_jax.data.class_images import (
-    agreed,
-    check_class_images,
-    class_folder,
-    missing_class_images,
-    paint_class_images,
-    read_class_images,
-)
+from dreambooth_jax.data.class_images import agreed, class_images_to_paint, paint_missing, read_class_images
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.images import Examples, read_examples
-from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, make_painter
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.config import ConfigError, check_config, check_resumable, fill
+from dreambooth_jax.runs.config import ConfigError, check_config, check_resumable
 from dreambooth_jax.runs.job import Job, fresh_state, make_job, state_shapes
 
 
 class Run(NamedTuple):
-    """A training run after set-up: what is fixed while the state changes."""
+    """A training run after set-up: what is fixed while the state changes.
+
+    Attributes:
+        paint: the base's painter.
+        examples: of the subject.
+        digest: of the base's weights.
+        to_paint: number of class images that are missing.
+    """
 
     job: Job
     workdir: epath.Path
     paint: Painter
     examples: Examples
+    digest: str
+    to_paint: int
 
     @property
     def config(self) -> ConfigDict:
@@ -82,10 +84,9 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> R
         class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
         views=config.views, seed=config.seed,
     )  # fmt: skip
-    if config.prior_preservation and list_images(class_folder(config)):
-        read_class_images(config)  # what cannot be read is an error now, not after the missing ones are painted
-        check_class_images(class_folder(config), fill(config.class_prompt, config))
-    return Run(job, workdir, paint, examples)
+    digest = weights_digest(pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
+    to_paint = class_images_to_paint(config, digest) if config.prior_preservation else []
+    return Run(job, workdir, paint, examples, digest, len(to_paint))
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> None:
@@ -113,16 +114,8 @@ def prepare_data(run: Run, params: Params) -> TrainingData:
     encode = make_encoder(run.pipeline, run.mesh, text_states=not config.train_text_encoder)
     if not config.prior_preservation:
         return TrainingData(encode(params, run.examples), None)
-    folder = class_folder(config)
-    if numbers := agreed(missing_class_images(folder, config.num_class_images), config.num_class_images):
-        about = {
-            "model": config.base, "sampler": config.sampler, "steps": str(config.sampling_steps),
-            "guidance": str(config.guidance_scale),
-        }  # fmt: skip
-        paint_class_images(
-            folder, numbers, run.paint, params, prompt=fill(config.class_prompt, config), seed=config.seed,
-            batch_size=config.class_batch_size, metadata=about,
-        )  # fmt: skip
+    if numbers := agreed(class_images_to_paint(config, run.digest)):
+        paint_missing(config, numbers, run.paint, params, run.digest)
     return TrainingData(encode(params, run.examples), encode(params, read_class_images(config)))
 
 
