@@ -90,7 +90,7 @@ FIELDS: dict[str, Field] = {
     "prior_weight": _not_negative(float),
     "class_prompt": _text(),
     "class_images": Field(str),
-    "create_class_images": Field(bool, meaning=False),
+    "create_class_images": Field(bool, identity=False),
     "num_class_images": _positive(),
     "class_batch_size": _positive(identity=False),
     "steps": _positive(),
