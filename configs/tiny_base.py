@@ -1,6 +1,10 @@
 """The embedded base: Stable Diffusion's recipe at 1/100 of its size, on a picture world of openly licensed sprites.
 
-    python -m dreambooth_jax.pretrain --config configs/tiny_base.py
+python -m dreambooth_jax.pretrain --config configs/tiny_base.py       # from random weights, a CPU, many hours
+python -m dreambooth_jax.pretrain --config configs/tiny_base.py:gpu   # the same, one accelerator, ten minutes
+python -m dreambooth_jax.pretrain --config configs/tiny_base.py:more  # the shipped base further on this world, a CPU
+
+The perceptual loss reads LPIPS weights: python benchmarks/convert_weights.py lpips-alex
 
 On a CPU, one device per core with single-threaded matrix products is 1.5 times as fast, and huge pages help too:
 
@@ -11,39 +15,55 @@ On a CPU, one device per core with single-threaded matrix products is 1.5 times 
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(budget: str = "cpu") -> ConfigDict:
     config = ConfigDict()
     config.workdir = "runs/tiny_base"  # checkpoints of every part; a killed run goes on from them
-    config.output = "dreambooth_jax/tiny/base"  # the folder that is written at the end
-    config.world = ""  # folder with the two npm tarballs; "" fetches them
+    config.output = "runs/tiny_base/base"  # folder of the result
+    config.world = ""  # folder with the three npm tarballs; "" fetches them
+    config.lpips = "~/.cache/dreambooth_jax/lpips-alex"  # folder of LPIPS weights; "" for none
+    config.start = ""  # base whose weights the parts begin with; "" for random ones
     config.seed = 0
-    config.vocabulary = "core"  # or "all": 224 or 581 class nouns
-    config.num_images = 60_000  # rendered once, resident
+    config.vocabulary = "core"  # or "all": 78 or 581 class nouns
     config.resolution = 64
     config.max_length = 24  # tokens of a prompt
     config.unconditional = 0.1  # share of examples without caption, for classifier-free guidance
-    config.subject_weight = 4.0  # how many times as often as others the classes of DreamBooth's data set are shown
+    config.subject_share = 0.5  # of the draws: classes of DreamBooth's data set
+    config.dtype = "float32"  # of autoencoder, UNet and its text tower; trained weights are always float32
     config.steps_per_call = 20
     config.save_seconds = 240  # between checkpoints
+    config.scheduler = {
+        "_class_name": "DDIMScheduler",
+        "beta_schedule": "squaredcos_cap_v2",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": True,
+        "steps_offset": 1,
+        "timestep_spacing": "trailing",
+    }
 
     config.vae = ConfigDict()
-    config.vae.steps = 3000
-    config.vae.batch_size = 24
-    config.vae.learning_rate = 2e-3
+    config.vae.steps = 20_000
+    config.vae.batch_size = 32
+    config.vae.learning_rate = 1e-3
     config.vae.lr_schedule = "cosine"
+    config.vae.ema_decay = 0.0
     config.vae.kl_weight = 1e-6
+    config.vae.lpips_weight = 0.5
+    config.vae.trainable = ""  # regular expression of the trained parameters; "" for all
     config.vae.model = {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
         "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * 3,
-        "up_block_types": ["UpDecoderBlock2D"] * 3,
-        "block_out_channels": [16, 32, 64],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [16, 32, 64, 128],
         "layers_per_block": 1,
-        "latent_channels": 4,
+        "latent_channels": 16,
         "norm_num_groups": 8,
         "sample_size": 64,
-        "scaling_factor": 1.0,  # replaced by the measured one
+        "scaling_factor": 1.0,  # the latents themselves are normalised
     }
 
     config.clip = ConfigDict()
@@ -52,6 +72,7 @@ def get_config() -> ConfigDict:
     config.clip.batch_size = 128
     config.clip.learning_rate = 2e-3
     config.clip.weight_decay = 1e-2
+    config.clip.ema_decay = 0.0
     config.clip.projection_dim = 128
     config.clip.text = {
         "hidden_size": 128,
@@ -76,6 +97,7 @@ def get_config() -> ConfigDict:
     config.vit.batch_size = 128  # 64 pairs
     config.vit.learning_rate = 2e-3
     config.vit.weight_decay = 1e-2
+    config.vit.ema_decay = 0.0
     config.vit.temperature = 0.1
     config.vit.model = {
         "hidden_size": 128,
@@ -88,11 +110,61 @@ def get_config() -> ConfigDict:
     }
 
     config.unet = ConfigDict()
-    config.unet.steps = 9_300
-    config.unet.decay_steps = 900  # the last ones, over which the learning rate falls to 0
-    config.unet.batch_size = 96
+    config.unet.steps = 30_000
+    config.unet.decay_steps = 4000  # the last ones, over which the learning rate falls to 0
+    config.unet.batch_size = 128
     config.unet.learning_rate = 1e-3
     config.unet.weight_decay = 1e-2
+    config.unet.ema_decay = 0.999  # average of the weights, which is what is written
+    config.unet.t_power = 1.0  # t = T u^t_power, u uniform: above 1, fewer draws at the noisiest levels
+    config.unet.model = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 8,
+        "in_channels": 16,
+        "out_channels": 16,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        "block_out_channels": [128, 224],
+        "layers_per_block": 1,
+        "cross_attention_dim": 128,
+        "attention_head_dim": [4, 7],
+        "norm_num_groups": 16,
+    }
+
+    if budget == "gpu":
+        config.dtype = "bfloat16"
+        config.steps_per_call = 50
+        config.save_seconds = 120
+        config.vae.batch_size, config.vae.steps, config.vae.learning_rate = 256, 4000, 2e-3
+        config.clip.batch_size = config.vit.batch_size = 512
+        config.unet.batch_size, config.unet.steps, config.unet.decay_steps = 512, 12_000, 2000
+    elif budget == "more":
+        _continue_shipped_base(config)
+    elif budget != "cpu":
+        raise ValueError(f"tiny_base.py:{budget}: expected cpu, gpu or more")
+    return config
+
+
+def _continue_shipped_base(config: ConfigDict) -> None:
+    """The architecture of the shipped base. Its encoder, CLIP and ViT stay: features remain comparable."""
+    config.start = "tiny"
+    config.scheduler.update(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    config.vae.update(trainable="decoder|post_quant", steps=3000, learning_rate=5e-4)
+    config.vae.model = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [16, 32, 64],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "sample_size": 64,
+        "scaling_factor": 0.6580073237419128,
+    }
+    config.clip.steps = config.vit.steps = 0
+    config.unet.update(steps=4000, decay_steps=0, batch_size=48, learning_rate=5e-4, ema_decay=0.998, t_power=1.3)
     config.unet.model = {
         "_class_name": "UNet2DConditionModel",
         "sample_size": 16,
@@ -106,4 +178,3 @@ def get_config() -> ConfigDict:
         "attention_head_dim": [2, 4, 6],
         "norm_num_groups": 16,
     }
-    return config

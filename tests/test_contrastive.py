@@ -4,56 +4,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.npm_packages import write_packages
+from transformers import CLIPTokenizer
 
 from dreambooth_jax.models.params import Functional
 from dreambooth_jax.tiny import contrastive
+from dreambooth_jax.tiny.world import atlas, load_sprites, words, write_tokenizer
+
+VIEW = contrastive.View(16, 16, 24)
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    rng = np.random.default_rng(0)
-    n = 60
-    return contrastive.Pictures(
-        images=jnp.asarray(rng.integers(0, 256, (n, 4, 4, 3)), jnp.uint8),
-        ids=jnp.arange(20)[:, None].repeat(3, 1),
-        caption=jnp.asarray(rng.integers(0, 20, n), jnp.int32),
-        sprite=jnp.asarray(rng.permutation(n) % 7, jnp.int32),
-        background=jnp.asarray(rng.permutation(n) % 3, jnp.int32),
-    )
+def world(tmp_path_factory):
+    sprites = load_sprites(write_packages(tmp_path_factory.mktemp("npm")))
+    tokenizer = CLIPTokenizer.from_pretrained(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), words(sprites)))
+    return atlas.make_atlas(sprites, tokenizer, VIEW.size, subject_share=0.5)
 
 
-def test_groups_hold_every_picture_once_under_its_label(pictures):
-    groups = contrastive.group(pictures, pictures.sprite)
-    assert sorted(np.asarray(groups.order)) == list(range(60))
-    for label in range(7):
-        members = groups.order[groups.first[label] :][: groups.count[label]]
-        assert set(np.asarray(pictures.sprite[members])) == {label}
+def test_pairs_show_one_individual_in_two_pictures(world):
+    batch = jax.jit(contrastive.draw_pairs(VIEW))(world, jax.random.key(0))
+    np.testing.assert_array_equal(batch.individual[:8], batch.individual[8:])
+    assert len(set(np.asarray(batch.individual))) > 2
+    assert not (np.asarray(batch.images[:8]) == np.asarray(batch.images[8:])).all((1, 2, 3)).any()
 
 
-def test_half_of_the_batches_have_one_background(pictures):
-    draw = jax.jit(contrastive.draw_alike(16))
-    groups = contrastive.group(pictures, pictures.background)
-    batches = [draw(groups, jax.random.key(i)) for i in range(60)]
-    alike = [len(set(np.asarray(batch.background))) == 1 for batch in batches]
-    assert 0.3 < np.mean(alike) < 0.7
-    assert {int(batch.background[0]) for batch, one in zip(batches, alike, strict=True) if one} == {0, 1, 2}
-    for batch in batches[:5]:  # each example is a whole picture: its caption's ids are its own
-        np.testing.assert_array_equal(batch.ids[:, 0], batch.caption)
+def test_half_of_the_batches_have_one_background(world):
+    """Corners of pictures of one plain colour agree up to their light."""
+    draw = jax.jit(contrastive.draw_alike(VIEW))
+    spread = [np.asarray(draw(world, jax.random.key(i)).images[:, 0, 0]).astype(float).std(0).mean() for i in range(40)]
+    assert 0.25 < np.mean(np.array(spread) < 45) < 0.75
 
 
-def test_pairs_show_one_sprite(pictures):
-    batch = jax.jit(contrastive.draw_pairs(16))(contrastive.group(pictures, pictures.sprite), jax.random.key(0))
-    np.testing.assert_array_equal(batch.sprite[:8], batch.sprite[8:])
-    assert len(set(np.asarray(batch.sprite))) > 2
-    assert not np.array_equal(batch.images[:8], batch.images[8:])
-
-
-def batch_of(captions, sprites):
+def batch_of(captions, individuals):
     n = len(captions)
     return contrastive.Pictures(
-        jnp.zeros((n, 2, 2, 3), jnp.uint8), jnp.zeros((n, 1), jnp.int32), jnp.asarray(captions), jnp.asarray(sprites),
-        jnp.zeros(n, jnp.int32),
-    )  # fmt: skip
+        jnp.zeros((n, 2, 2, 3), jnp.uint8), jnp.asarray(captions)[:, None], jnp.asarray(individuals)
+    )
 
 
 def test_clip_is_content_when_equal_captions_share_their_pictures():

@@ -22,7 +22,7 @@ from dreambooth_jax.tiny.world import (
     words,
     write_tokenizer,
 )
-from dreambooth_jax.tiny.world.dataset import sprite_weights
+from dreambooth_jax.tiny.world.dataset import background_weights, sprite_weights
 from dreambooth_jax.tiny.world.names import CLASSES, with_article
 from dreambooth_jax.tiny.world.scenes import place, setting
 from dreambooth_jax.tiny.world.sprites import FLUENT, HELD_OUT, NOTO, Sprite, fetch, tarball_name
@@ -64,10 +64,28 @@ def test_sprites_are_cropped_to_what_is_visible(sprites):
 
 
 def test_held_out_sprites_are_apart_from_the_others(source, sprites):
+    """Individuals of the examples in every dye and pose, and some poses of the others."""
     held_out = load_sprites(source, held_out=True)
-    assert {sprite.name for sprite in held_out} == HELD_OUT
-    # Nor may a dyed copy of one slip into training.
+    names = {sprite.name for sprite in held_out}
+    assert names > HELD_OUT and not names & {sprite.name for sprite in sprites}
     assert not [s.name for s in sprites if any(s.name.startswith(name) for name in HELD_OUT)]
+    assert {sprite.individual for sprite in held_out if sprite.noun == "dog" and sprite.pose} == {"dog2/3d"}
+
+
+def test_an_animation_gives_its_different_frames_as_poses(source, sprites):
+    both = [s for s in (*sprites, *load_sprites(source, held_out=True)) if s.name.startswith("dog2/3d/pose")]
+    assert sorted(sprite.pose for sprite in both) == [1, 2, 3, 4, 5]  # six different frames, each shown twice
+    assert len({sprite.rgba.shape for sprite in both}) == 5
+    assert {(s.noun, s.variant, s.style) for s in both} == {("dog", "standing dog", "3d")}
+
+
+def test_nothing_stands_before_a_background_that_hides_its_outline():
+    rgba = np.zeros((40, 40, 4), np.uint8)
+    rgba[4:-4, 4:-4] = (*COLOURS["blue"], 255)
+    blue = Sprite("bar/3d", "bar", "bar", "object", "3d", rgba)
+    weights = background_weights([blue])[0]
+    assert weights.sum() == pytest.approx(1)
+    assert weights[BACKGROUNDS.index("blue")] == 0 < weights[BACKGROUNDS.index("red")]
 
 
 def test_dyed_sprites_keep_their_shape_and_change_their_colour(sprites):
@@ -136,11 +154,14 @@ def test_the_background_is_the_colour_it_is_called(sprites):
 
 
 def test_classes_that_people_fine_tune_come_up_more_often(sprites):
-    weights = sprite_weights(sprites, 4.0)
+    weights = sprite_weights(sprites, 0.5)
     nouns = np.array([sprite.noun for sprite in sprites])
-    share = {noun: weights[nouns == noun].sum() for noun in ("dog", "teapot", "anchor")}
+    share = {noun: weights[nouns == noun].sum() for noun in (*SUBJECT_NOUNS, "anchor")}
     assert weights.sum() == pytest.approx(1)
-    assert share["dog"] > 2 * share["anchor"] and share["teapot"] > 2 * share["anchor"]
+    assert sum(share[noun] for noun in SUBJECT_NOUNS) == pytest.approx(0.5)
+    assert share["dog"] > share["teapot"] > 0.05
+    individuals = {name: weights[[s.individual == name for s in sprites]].sum() for name in ("dog2/3d", "dog/3d")}
+    assert individuals["dog2/3d"] == pytest.approx(individuals["dog/3d"])  # whatever the number of its poses
     assert set(SUBJECT_NOUNS) <= {name.noun for name in CLASSES.values()}
 
 

@@ -1,4 +1,4 @@
-"""The two npm packages that the picture world reads, with a few synthetic sprites in their layout."""
+"""The three npm packages that the picture world reads, with a few synthetic sprites in their layout."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dreambooth_jax.tiny.world.sprites import FLUENT, NOTO, tarball_name
+from dreambooth_jax.tiny.world.sprites import FLUENT, MOVING, NOTO, tarball_name
 
 # short_name, name, code point, category, subcategory
 EMOJI = (
@@ -34,6 +34,22 @@ def _picture(side: int, number: int, file_format: str) -> bytes:
     return data.getvalue()
 
 
+# Short names with an animation: of so many different frames, each shown twice.
+MOVES = {"dog2": 6, "black_cat": 3, "jp": 2}
+
+
+def _animation(number: int, frames: int) -> bytes:
+    pictures = []
+    for frame in range(frames):
+        image = Image.new("RGBA", (256, 256))
+        box = (10 + 12 * frame, 60, 110 + 24 * frame, 200 - 14 * frame)
+        ImageDraw.Draw(image).ellipse(box, fill=(20 * number, 220 - 20 * number, 120, 255))
+        pictures += [image, image]
+    data = io.BytesIO()
+    pictures[0].save(data, "WEBP", save_all=True, append_images=pictures[1:], lossless=True)
+    return data.getvalue()
+
+
 def _write_package(path, files: dict[str, bytes]) -> None:
     with tarfile.open(path, "w:gz") as tar:
         for name, data in files.items():
@@ -43,12 +59,18 @@ def _write_package(path, files: dict[str, bytes]) -> None:
 
 
 def write_packages(folder: Path) -> Path:
-    """Writes both tarballs and returns the folder."""
+    """Writes the tarballs and returns the folder."""
     keys = ("short_name", "name", "unified", "category", "subcategory")
     metadata = [dict(zip(keys, emoji, strict=True)) | {"non_qualified": None} for emoji in EMOJI]
     codes = [emoji[2].lower() for emoji in EMOJI]
     fluent = {f"assets/{code}.webp": _picture(256, i, "WEBP") for i, code in enumerate(codes)}
     noto = {f"img/google/64/{code}.png": _picture(64, i, "PNG") for i, code in enumerate(codes)}
+    moving = {
+        f"assets/{emoji[2].lower()}.webp": _animation(i, MOVES[emoji[0]])
+        for i, emoji in enumerate(EMOJI)
+        if emoji[0] in MOVES
+    }
+    _write_package(folder / tarball_name(MOVING), moving)
     _write_package(folder / tarball_name(FLUENT), fluent | {"README.md": b"pictures"})
     _write_package(folder / tarball_name(NOTO), {"emoji.json": json.dumps(metadata).encode()} | noto)
     return folder

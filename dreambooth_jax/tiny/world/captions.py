@@ -38,45 +38,59 @@ PLACES = {
 }
 
 
-def thing(rng: np.random.Generator, sprite: Sprite) -> str:
-    """The thing with its article: mostly by its class noun, so that the noun comes to mean all of its members."""
-    draw = rng.random()
-    name = sprite.noun
-    if draw < 0.35:
-        name = sprite.variant
-    elif sprite.synonyms and draw < 0.45:
-        name = sprite.synonyms[int(rng.integers(len(sprite.synonyms)))]
-    if sprite.colour and not name.startswith(sprite.colour) and rng.random() < 0.6:
-        name = f"{sprite.colour} {name}"
+def things(sprite: Sprite) -> dict[str, float]:
+    """Names of a sprite with their articles and probabilities: mostly its class noun, which so means all members."""
+    names = {sprite.variant: 0.35}
+    for name in sprite.synonyms:
+        names[name] = 0.1 / len(sprite.synonyms)
+    names[sprite.noun] = names.get(sprite.noun, 0.0) + 1 - sum(names.values())
+    phrases: dict[str, float] = {}
+    for name, probability in names.items():
+        dyed = f"{sprite.colour} {name}"
+        told = {dyed: 0.6, name: 0.4} if sprite.colour and not name.startswith(sprite.colour) else {name: 1.0}
+        for text, share in told.items():
+            for phrase, part in _with_article(text, sprite).items():
+                phrases[phrase] = phrases.get(phrase, 0.0) + probability * share * part
+    return phrases
+
+
+def _with_article(name: str, sprite: Sprite) -> dict[str, float]:
     bare = name.removeprefix(f"{sprite.colour} ")
-    if bare in PLURAL or bare in MASS:
-        return f"a pair of {name}" if sprite.noun == "glasses" and rng.random() < 0.4 else name
-    return with_article(name)
+    if bare not in PLURAL and bare not in MASS:
+        return {with_article(name): 1.0}
+    return {name: 0.6, f"a pair of {name}": 0.4} if sprite.noun == "glasses" else {name: 1.0}
 
 
-def place(rng: np.random.Generator, background: str, colours: tuple[str, ...]) -> str:
-    """Where the thing is; `colours` are those of a plain background (one) or a gradient (two)."""
+def media(style: str) -> dict[str, float]:
+    """Names of the medium with their probabilities; "", no medium, for half of the rendered sprites."""
+    silent = 0.5 if style == "3d" else 0.0
+    return {"": silent} | {name: (1 - silent) / len(MEDIA[style]) for name in MEDIA[style]}
+
+
+def places(background: str, colours: tuple[str, ...]) -> dict[str, float]:
+    """Names of the place with their probabilities; "", no place, for one caption in six.
+
+    Args:
+        background: one of BACKGROUNDS.
+        colours: colours of a plain background (one) or of a gradient (two).
+    """
     if background in PLACES:
-        return PLACES[background][int(rng.integers(len(PLACES[background])))]
-    backdrop = with_article(" and ".join(colours))
-    if len(colours) == 1 and rng.random() < 0.25:
-        return f"in front of {backdrop} wall"
-    return f"on {backdrop} background"
+        names = {name: 1 / len(PLACES[background]) for name in PLACES[background]}
+    else:
+        backdrop = with_article(" and ".join(colours))
+        names = {f"on {backdrop} background": 1.0}
+        if len(colours) == 1:
+            names = {f"on {backdrop} background": 0.75, f"in front of {backdrop} wall": 0.25}
+    return {"": 1 / 6} | {name: 5 / 6 * probability for name, probability in names.items()}
 
 
 def caption(rng: np.random.Generator, sprite: Sprite, background: str, colours: tuple[str, ...]) -> str:
-    """What `rng` makes of a picture of `sprite` in front of `background`.
-
-    One caption in six leaves the place out and half of those of rendered sprites leave the medium out, so that "a dog"
-    is a caption by itself.
-    """
-    parts = [thing(rng, sprite)]
-    if sprite.style == "flat" or rng.random() < 0.5:
-        media = MEDIA[sprite.style]
-        parts.insert(0, media[int(rng.integers(len(media)))])
-    if rng.random() < 5 / 6:
-        parts.append(place(rng, background, colours))
-    return " ".join(parts)
+    """A random caption of a picture of `sprite` in front of `background`."""
+    drawn = []
+    for options in (media(sprite.style), things(sprite), places(background, colours)):
+        probabilities = np.array(list(options.values()))
+        drawn.append(list(options)[int(rng.choice(len(options), p=probabilities / probabilities.sum()))])
+    return " ".join(filter(None, drawn))
 
 
 def words(sprites: list[Sprite]) -> list[str]:

@@ -233,7 +233,7 @@ SETTINGS = tuple(_PAINTERS)
 BACKGROUNDS = (*COLOURS, "gradient", *SETTINGS)
 # Settings with a floor: what is in them stands, with a shadow under it, instead of floating.
 GROUNDED = frozenset({"snow", "grass", "beach", "forest", "desert", "street", "mountains", "room"})
-_BANK = 24  # pictures per setting
+BANK = 24  # pictures per setting
 
 
 @functools.lru_cache(maxsize=2048)
@@ -265,7 +265,7 @@ def gradient(rng: np.random.Generator, first: str, second: str, size: int) -> UI
 
 def setting(rng: np.random.Generator, name: str, size: int, bank: str = "train") -> UInt8[np.ndarray, "h w 3"]:
     """A procedural setting: a shifted, mirrored, re-lit picture of its bank."""
-    picture = texture(name, size, bank, int(rng.integers(_BANK)))
+    picture = texture(name, size, bank, int(rng.integers(BANK)))
     top, left = rng.integers(0, len(picture) - size + 1, 2)
     picture = picture[top : top + size, left : left + size]
     if rng.random() < 0.5:
@@ -274,7 +274,7 @@ def setting(rng: np.random.Generator, name: str, size: int, bank: str = "train")
 
 
 @functools.lru_cache(maxsize=16384)
-def _mip(sprite: Sprite, longest: int) -> Image.Image:
+def mip(sprite: Sprite, longest: int) -> Image.Image:
     """The sprite premultiplied and shrunk to `longest` pixels: turning a large picture small in one go would alias."""
     image = Image.fromarray(sprite.rgba)
     shrink = min(1.0, longest / max(image.size))
@@ -284,7 +284,7 @@ def _mip(sprite: Sprite, longest: int) -> Image.Image:
     return framed
 
 
-def _mip_side(pixels: float) -> int:
+def mip_side(pixels: float) -> int:
     """The next of 16, 24, 32, 48, 64, 96, ... that is not smaller."""
     side = 16
     while side < pixels:
@@ -335,7 +335,7 @@ def place(
       A new picture of the same shape.
     """
     size = len(picture)
-    image = _mip(sprite, _mip_side(scale * size))
+    image = mip(sprite, mip_side(scale * size))
     zoom = (max(image.size) - 2) / (scale * size)  # pixels of `image` for one of `picture`
     cos, sin = np.cos(np.radians(angle)) * zoom, np.sin(np.radians(angle)) * zoom
     flip = -1 if mirror else 1

@@ -1,7 +1,8 @@
-"""Sprites: cut-out pictures of named things, from two openly licensed npm packages.
+"""Sprites: cut-out pictures of named things, from three openly licensed npm packages.
 
-`@lobehub/fluent-emoji-3d` holds Microsoft's Fluent emoji rendered in 3D (MIT); `emoji-datasource-google` holds Google's
-Noto emoji (Apache 2.0 / OFL 1.1) and emoji.json, the names and categories of both (MIT). See LICENSES.md.
+`@lobehub/fluent-emoji-3d` holds Microsoft's Fluent emoji rendered in 3D (MIT), `@lobehub/fluent-emoji-anim-1` the same
+moving (MIT): its frames are poses. `emoji-datasource-google` holds Google's Noto emoji (Apache 2.0 / OFL 1.1) and
+emoji.json, the names and categories of all (MIT). See LICENSES.md.
 """
 
 import dataclasses
@@ -18,17 +19,21 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from dreambooth_jax.tiny.world.names import COLOURS, category_of, name_of
+from dreambooth_jax.tiny.world.names import COLOURS, CORE_NOUNS, category_of, name_of
 
 CACHE = pathlib.Path("~/.cache/dreambooth_jax/world")
 FLUENT = "@lobehub/fluent-emoji-3d@1.1.0"
+MOVING = "@lobehub/fluent-emoji-anim-1@1.0.0"
 NOTO = "emoji-datasource-google@16.0.0"
 # (style, package, folder and ending of its pictures); the style words appear in captions, see captions.py.
 _STYLES = (("3d", FLUENT, "package/assets/", ".webp"), ("flat", NOTO, "package/img/google/64/", ".png"))
 _EMOJI_JSON = "package/emoji.json"
+_MOVING_FOLDER = "package/assets/"
 
-# Kept from the base for good: the example subjects are drawn from these (examples/subjects/draw.py).
+# Individuals that no training shows: the example subjects are drawn from these (examples/subjects/draw.py).
 HELD_OUT = frozenset({"service_dog/3d", "black_cat/3d", "blue_car/3d"})
+# Poses of an animation: the most different frames; every fourth is held out.
+_POSES, _LEAST_CHANGE, _HELD_OUT_POSE = 12, 6.0, 4
 
 # A class with one picture has no variety that a prior could keep, so these also come dyed in other colours.
 _TINTS = {
@@ -44,12 +49,13 @@ class Sprite:
     """A picture of one thing, cut out and cropped to itself.
 
     Attributes:
-      name: unique, `short_name/style` or `short_name/style/colour`.
+      name: unique, `short_name/style`, `short_name/style/colour` or `short_name/style/pose3`.
       noun: its class, such as "dog"; `synonyms` are other words for the class.
       variant: its own name, such as "poodle"; equal to `noun` where it has no other.
       category: animal, plant, food, object, vehicle, place or sky.
       style: "3d" or "flat".
       colour: the colour word of a tint, "" for the picture as it came.
+      pose: number of a frame of its animation, 0 for the still picture.
       rgba: [h, w, 4] uint8, not premultiplied; the longer side is what `load_sprites` was asked for.
     """
 
@@ -61,6 +67,12 @@ class Sprite:
     rgba: UInt8[np.ndarray, "h w 4"]
     synonyms: tuple[str, ...] = ()
     colour: str = ""
+    pose: int = 0
+
+    @property
+    def individual(self) -> str:
+        """Name of the individual, the same in all of its poses."""
+        return self.name.removesuffix(f"/pose{self.pose}")
 
 
 def tarball_name(package: str) -> str:
@@ -162,6 +174,38 @@ def _tinted(sprite: Sprite):
         )
 
 
+def poses(animation: bytes) -> list[UInt8[np.ndarray, "h w 4"]]:
+    """The most different frames of an animated WebP, each the farthest from those before it; frames that hardly differ
+    are left out.
+    """
+    image = Image.open(io.BytesIO(animation))
+    frames, small = [], []
+    for number in range(getattr(image, "n_frames", 1)):
+        image.seek(number)
+        frame = image.convert("RGBA")
+        frames.append(np.asarray(frame))
+        small.append(np.asarray(frame.convert("RGBa").resize((32, 32), Image.Resampling.BOX), np.float32))
+    pixels = np.stack(small)
+    chosen, distance = [0], np.abs(pixels - pixels[0]).mean((1, 2, 3))
+    while len(chosen) < _POSES and distance.max() > _LEAST_CHANGE:
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.abs(pixels - pixels[chosen[-1]]).mean((1, 2, 3)))
+    return [frames[number] for number in chosen]
+
+
+def _moved(sprite: Sprite, animation: bytes, longest: int):
+    """The sprite in the poses of its animation."""
+    for number, frame in enumerate(poses(animation)[1:], 1):
+        rgba = cut_out(Image.fromarray(frame), longest)
+        yield dataclasses.replace(sprite, name=f"{sprite.name}/pose{number}", rgba=rgba, pose=number)
+
+
+def is_held_out(sprite: Sprite) -> bool:
+    """Whether no training shows this sprite: a held-out individual, or a held-out pose."""
+    held_out_pose = sprite.pose > 0 and sprite.pose % _HELD_OUT_POSE == 0
+    return any(f"{sprite.name}/".startswith(f"{name}/") for name in HELD_OUT) or held_out_pose
+
+
 def load_sprites(
     source: os.PathLike | str | None = None,
     cache: os.PathLike | str = CACHE,
@@ -171,10 +215,10 @@ def load_sprites(
     """The sprites of the world, in an order that depends on nothing but the packages.
 
     Args:
-      source: a folder that holds both .tgz files; None fetches them with npm into `cache`, once.
-      cache: where fetched packages are kept.
+      source: a folder that holds the three .tgz files; None fetches them with npm into `cache`, once.
+      cache: folder of fetched packages.
       longest: pixels of a sprite's longer side; pictures smaller than that (Noto has 64) stay as they are.
-      held_out: True gives only the sprites that training never sees, False only the others.
+      held_out: True gives only the sprites that training never sees (individuals and poses), False only the others.
 
     Raises:
       FileNotFoundError: `source` lacks a package.
@@ -182,7 +226,7 @@ def load_sprites(
       ValueError: a package is damaged.
     """
     metadata = None
-    sprites = []
+    sprites: list[Sprite] = []
     for style, package, folder, ending in reversed(_STYLES):  # the last one carries emoji.json
         path = _locate(package, source, cache)
         files = _read_tarball(path, (_EMOJI_JSON, folder))
@@ -190,17 +234,31 @@ def load_sprites(
         if metadata is None:
             raise ValueError(f"{path} has no {_EMOJI_JSON}. Delete it and fetch it again.")
         pictures = {name[len(folder) : -len(ending)]: data for name, data in files.items() if name.endswith(ending)}
-        sprites += [s for s in _read_style(metadata, pictures, style, longest) if (s.name in HELD_OUT) == held_out]
-    tints = [] if held_out else [dyed for sprite in sprites for dyed in _tinted(sprite)]
-    return sorted(sprites + tints, key=lambda sprite: sprite.name)
+        sprites += list(_read_style(metadata, pictures, style, longest))
+    animations = _read_tarball(_locate(MOVING, source, cache), (_MOVING_FOLDER,))
+    tints = [dyed for sprite in sprites for dyed in _tinted(sprite)]
+    moved = [
+        pose
+        for sprite in sprites
+        if sprite.style == "3d" and sprite.noun in CORE_NOUNS
+        for code in _codes(metadata, sprite.name.removesuffix("/3d"))
+        if (data := animations.get(f"{_MOVING_FOLDER}{code}.webp"))
+        for pose in _moved(sprite, data, longest)
+    ]
+    kept = [sprite for sprite in sprites + tints + moved if is_held_out(sprite) == held_out]
+    return sorted(kept, key=lambda sprite: sprite.name)
+
+
+def _codes(metadata: list[dict], short_name: str) -> list[str]:
+    emoji = next(emoji for emoji in metadata if emoji["short_name"] == short_name)
+    return [code.lower() for code in (emoji["unified"], emoji["non_qualified"]) if code]
 
 
 def _read_style(metadata: list[dict], pictures: dict[str, bytes], style: str, longest: int):
     for emoji in metadata:
         short = emoji["short_name"]
         category = category_of(short, emoji["category"], emoji["subcategory"])
-        codes = [code.lower() for code in (emoji["unified"], emoji["non_qualified"]) if code]
-        data = next((pictures[code] for code in codes if code in pictures), None)
+        data = next((pictures[code] for code in _codes([emoji], short) if code in pictures), None)
         if category is None or data is None:
             continue
         name = name_of(short, emoji["name"])
