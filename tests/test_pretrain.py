@@ -29,8 +29,8 @@ spec.loader.exec_module(tiny_base)
 
 
 def get_config():
-    config = tiny_base.get_config()
-    config.num_images, config.resolution, config.steps_per_call, config.save_seconds = 60, 16, 2, 0
+    config = tiny_base.get_config("gpu")
+    config.resolution, config.steps_per_call, config.save_seconds, config.lpips = 16, 2, 0, ""
     for part in (config.vae, config.clip, config.vit, config.unet):
         part.steps, part.batch_size = 6, 8
     config.clip.decay_steps = config.vit.decay_steps = config.unet.decay_steps = 2

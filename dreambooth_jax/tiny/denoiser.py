@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dreambooth_jax.diffusion.process import Schedule, corrupt, target
+from dreambooth_jax.diffusion.process import Process, corrupt, target
 from dreambooth_jax.models.params import Functional, Params, under_prefix
 from dreambooth_jax.tiny.contrastive import Pictures, normalise
 
@@ -15,8 +15,9 @@ def unet_loss(
     vae: Functional,
     unet: Functional,
     tower: Functional,
-    schedule: Schedule,
+    process: Process,
     *,
+    times: int,
     scale: float,
     empty: tuple[int, ...],
     unconditional: float,
@@ -26,7 +27,8 @@ def unet_loss(
 
     Args:
         vae, unet, tower: autoencoder, UNet and text tower, named "vae.", "unet." and "text_encoder." in the parameters.
-        schedule: noise levels and the prediction.
+        process: noise levels and the prediction.
+        times: T, number of the training times.
         scale: factor on the latents, `scaling_factor` of the autoencoder.
         empty: token ids of the empty caption.
         unconditional: share of examples without caption, for classifier-free guidance.
@@ -40,11 +42,11 @@ def unet_loss(
         x0 = jax.lax.stop_gradient(x0.astype(jnp.float32)) * scale
         eps = jax.random.normal(eps_key, x0.shape)
         uniform = jax.random.uniform(t_key, (len(x0),))
-        t = jnp.minimum(schedule.T * uniform**t_power, schedule.T - 1).astype(jnp.int32)
+        t = jnp.minimum(times * uniform**t_power, times - 1).astype(jnp.int32)
         dropped = jax.random.bernoulli(drop_key, unconditional, (len(x0), 1))
         ids = jnp.where(dropped, jnp.asarray(empty), batch.ids)
         states = tower.apply(under_prefix("text_encoder.", params), ids)
-        prediction = unet.apply(under_prefix("unet.", params), corrupt(schedule, x0, eps, t), t, states)
-        return jnp.square(prediction.astype(jnp.float32) - target(schedule, x0, eps, t)).mean()
+        prediction = unet.apply(under_prefix("unet.", params), corrupt(process, x0, eps, t), t, states)
+        return jnp.square(prediction.astype(jnp.float32) - target(process, x0, eps, t)).mean()
 
     return loss

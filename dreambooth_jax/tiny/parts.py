@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from dreambooth_jax.diffusion.process import Schedule
+from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.families.pipeline import resolve_base
 from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
@@ -132,8 +132,9 @@ def train_unet(config: ConfigDict, atlas: Atlas, tokenizer, vae: Part, clip: Par
     optimizer = muon(part, start)
     empty = tokenizer("", padding="max_length", max_length=config.max_length).input_ids
     loss = unet_loss(
-        encoder, unet, tower, Schedule.from_config(config.scheduler.to_dict()), scale=vae_spec.scaling_factor,
-        empty=tuple(empty), unconditional=config.unconditional, t_power=part.t_power,
+        encoder, unet, tower, process_from_scheduler(config.scheduler.to_dict()),
+        times=config.scheduler.num_train_timesteps, scale=vae_spec.scaling_factor, empty=tuple(empty),
+        unconditional=config.unconditional, t_power=part.t_power,
     )  # fmt: skip
     step = make_step(loss, optimizer, draw_any(_view(config, part)), part.ema_decay)
     params = fit("unet", step, start, with_prefix("vae.", vae.params), optimizer, atlas, config, part)

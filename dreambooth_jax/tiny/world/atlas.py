@@ -5,6 +5,7 @@ no host time and no picture is shown twice.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -176,17 +177,33 @@ def _pick(phrases: Phrases, row: Int[Array, "b"], key: Key[Array, ""]) -> tuple[
     return phrases.ids[row, choice], phrases.length[row, choice]
 
 
-def compose(atlas: Atlas, labels: Labels, key: Key[Array, ""], size: int) -> UInt8[Array, "b h w 3"]:
-    """Pictures of `size` pixels a side, each with a pose, a view of its background and a shadow of its own."""
-    keys = jax.random.split(key, len(labels.sprite))
-    return jax.vmap(functools.partial(_compose_one, atlas, size=size))(labels, keys)
+def compose(
+    atlas: Atlas,
+    labels: Labels,
+    key: Key[Array, ""],
+    size: int,
+    change: Callable[[Float[Array, "b h w 4"], Key[Array, ""]], Float[Array, "b h w 4"]] = lambda layers, key: layers,
+) -> UInt8[Array, "b h w 3"]:
+    """Pictures of `size` pixels a side, each with a pose, a view of its background and a shadow of its own.
+
+    Args:
+        change: of the sprites' layers, premultiplied RGBA in 0..255, before they join their backgrounds.
+    """
+    layer_key, change_key, background_key = jax.random.split(key, 3)
+    count = len(labels.sprite)
+    layers = jax.vmap(functools.partial(_standing, atlas, size=size))(labels, jax.random.split(layer_key, count))
+    join = jax.vmap(functools.partial(_join, atlas, size=size))
+    return join(labels, change(layers, change_key), jax.random.split(background_key, count))
 
 
-def _compose_one(atlas: Atlas, labels: Labels, key: Key[Array, ""], *, size: int) -> UInt8[Array, "h w 3"]:
-    stand_key, background_key, shadow_key = jax.random.split(key, 3)
+def _standing(atlas: Atlas, labels: Labels, key: Key[Array, ""], *, size: int) -> Float[Array, "h w 4"]:
     grounded = jnp.asarray([name in GROUNDED for name in BACKGROUNDS])[labels.background]
+    return _layer(atlas, labels.sprite, *_stand(atlas.extent[labels.sprite], grounded, key), size)
+
+
+def _join(atlas: Atlas, labels: Labels, layer, key: Key[Array, ""], *, size: int) -> UInt8[Array, "h w 3"]:
+    background_key, shadow_key = jax.random.split(key)
     picture = _background(atlas, labels, background_key, size)
-    layer = _layer(atlas, labels.sprite, *_stand(atlas.extent[labels.sprite], grounded, stand_key), size)
     shaded = _shade(picture, layer[..., 3], size)
     picture = jnp.where(jax.random.bernoulli(shadow_key, 0.8), shaded, picture)
     mixed = picture * (1 - layer[..., 3:] / 255) + layer[..., :3]
