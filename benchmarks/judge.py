@@ -22,7 +22,7 @@ from tqdm import trange
 from dreambooth_jax.devices import runtime, sharding
 from dreambooth_jax.devices.sharding import spread
 from dreambooth_jax.diffusion.step import TrainState, init_state, run_steps
-from dreambooth_jax.families.pipeline import EMBEDDED_FOLDER
+from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.files.tokenizer import load_tokenizer
 from dreambooth_jax.models.layers import Conv, Downsample2D, ResnetBlock2D
 from dreambooth_jax.models.params import functional

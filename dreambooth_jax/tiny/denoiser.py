@@ -46,7 +46,9 @@ def unet_loss(
         dropped = jax.random.bernoulli(drop_key, unconditional, (len(x0), 1))
         ids = jnp.where(dropped, jnp.asarray(empty), batch.ids)
         states = tower.apply(under_prefix("text_encoder.", params), ids)
-        prediction = unet.apply(under_prefix("unet.", params), corrupt(process, x0, eps, t), t, states)
+        prediction = unet.apply(
+            under_prefix("unet.", params), corrupt(process, x0, eps, t), t.astype(jnp.float32), states
+        )
         return jnp.square(prediction.astype(jnp.float32) - target(process, x0, eps, t)).mean()
 
     return loss

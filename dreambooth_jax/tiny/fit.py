@@ -38,8 +38,6 @@ def fit(name: str, step: Callable, params: Params, frozen: Params, optimizer, da
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    if part.steps == 0:
-        return params
     manager = checkpoint.open_checkpoints(Path(config.workdir) / name, keep_last=1)
     everywhere = sharding.replicated(sharding.make_mesh())
     params = jax.device_put(jax.tree.map(np.array, params), everywhere)  # copies: the state is donated

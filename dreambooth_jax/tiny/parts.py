@@ -12,7 +12,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
-from dreambooth_jax.families.pipeline import resolve_base
+from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
@@ -94,10 +94,8 @@ def train_clip(config: ConfigDict, atlas: Atlas, tokenizer, key: Array) -> Part:
     towers = CLIPTextSpec.from_config(text), CLIPVisionSpec.from_config(vision)
     clip = functional(lambda rngs: CLIPModel(*towers, part.projection_dim, rngs=rngs))
     start = _start(config, "clip", clip, key)
-    optimizer = muon(part, start)
-    loss = clip_loss(clip, tokenizer.eos_token_id)
-    step = make_step(loss, optimizer, draw_alike(_view(config, part)), part.ema_decay)
-    params = fit("clip", step, start, {}, optimizer, atlas, config, part)
+    draw = draw_alike(_view(config, part))
+    params = _train_tower("clip", clip_loss(clip, tokenizer.eos_token_id), draw, start, atlas, config)
     about = {
         "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": part.projection_dim,
         "text_config": text | {"model_type": "clip_text_model", "projection_dim": part.projection_dim},
@@ -111,10 +109,17 @@ def train_vit(config: ConfigDict, atlas: Atlas, key: Array) -> Part:
     part = config.vit
     vit = functional(lambda rngs: ViTModel(ViTSpec.from_config(part.model.to_dict()), rngs=rngs))
     start = _start(config, "vit", vit, key)
-    optimizer = muon(part, start)
-    step = make_step(vit_loss(vit, part.temperature), optimizer, draw_pairs(_view(config, part)), part.ema_decay)
-    params = fit("vit", step, start, {}, optimizer, atlas, config, part)
+    draw = draw_pairs(_view(config, part))
+    params = _train_tower("vit", vit_loss(vit, part.temperature), draw, start, atlas, config)
     return Part(params, part.model.to_dict() | {"architectures": ["ViTModel"], "model_type": "vit"})
+
+
+def _train_tower(name: str, loss, draw, start: Params, atlas: Atlas, config: ConfigDict) -> Params:
+    part = config[name]
+    if part.steps == 0:
+        return start
+    optimizer = muon(part, start)
+    return fit(name, make_step(loss, optimizer, draw, part.ema_decay), start, {}, optimizer, atlas, config, part)
 
 
 def train_unet(config: ConfigDict, atlas: Atlas, tokenizer, vae: Part, clip: Part, key: Array) -> tuple[Part, Part]:
