@@ -2,7 +2,7 @@
 
 python -m dreambooth_jax.train --config configs/dog.py           # the embedded base, any laptop, no network
 python -m dreambooth_jax.train --config configs/dog.py:sd15      # Stable Diffusion 1.5; also :sd14, :sd21
-python -m dreambooth_jax.train --config configs/dog.py:sd15,lora # LoRA instead of full fine-tuning; also :tiny,lora
+python -m dreambooth_jax.train --config configs/dog.py:sd15,lora # LoRA instead of full fine-tuning; also :tiny,dora ...
 python -m dreambooth_jax.train --config configs/dog.py:paper     # the paper's own settings, on Stable Diffusion 1.5
 
 Result: samples/step_000300.png in the workdir shows the dog of the photos in five settings, and "a dog" that is still
@@ -40,6 +40,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     # Prior preservation (arXiv 2208.12242, section 3.3)
     config.prior_preservation = True
     config.prior_weight = 1.0  # lambda
+    config.prior_target = "noise"  # or "base": the frozen model's prediction at the class prompt; needs no class images
     config.class_prompt = "a photo of {class_noun}"
     config.class_images = ""  # folder of class images; "" is workdir/class_images, also for what the folder lacks
     config.create_class_images = False  # paint a new class_images folder, to share between runs
@@ -47,13 +48,19 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.class_batch_size = 20  # pictures painted at once, over all devices
 
     # Training
-    config.method = "full"  # fine-tuning of all weights, or low-rank differences: "lora", "dora", "loha", "lokr"
+    config.method = "full"  # fine-tuning of all weights; low-rank differences: "lora", "dora", "loha", "lokr"; a new
+    # token for the identifier: "inversion" (alone), "pivotal" (with LoRA), "custom" (with cross-attention's k and v)
     config.lora_rank = 8
     config.lora_alpha = 8.0  # the difference is scaled by alpha / rank
     config.lora_targets = "attention"  # or "cross", "transformer", "all"; or a regex for the ends of modules' names
     config.lora_ranks = ()  # exceptions, the first match holds: (("^text_encoder", 4, 4.0), ...): regex, rank, alpha
     config.lora_scaling = "standard"  # or "stabilized": alpha / sqrt(rank) (arXiv 2312.03732)
     config.lora_plus_ratio = 1.0  # learning rate of the second factor over that of the first (arXiv 2402.12354)
+    config.init_adapter = ""  # adapter file to go on from, of the same modules and ranks
+    config.token_vectors = 1  # vectors of the new token
+    config.token_start = ""  # words whose vectors it starts as; "" for the class noun
+    config.templates = ""  # or "object", "style": captions of many wordings (arXiv 2208.01618) in place of the prompt
+    config.pivotal_fraction = 0.5  # share of the steps after which the token's vectors stay ("pivotal")
     config.steps = 300
     config.batch_size = 4  # instance images per step over all devices; as many class images join them
     config.accumulate = 1  # parts in which a batch is computed, one after the other
@@ -121,8 +128,19 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         config.steps = 1000
         config.learning_rate = 5e-6
     if method:
-        if method != "lora":
-            raise ValueError(f"dog.py:{base_and_method}: expected nothing after the base, or ,lora")
+        rates = {
+            "lora": 1e-4, "dora": 1e-4, "loha": 1e-4, "lokr": 1e-4, "inversion": 5e-3, "pivotal": 1e-4, "custom": 1e-5,
+        }  # fmt: skip
+        if method not in rates:
+            raise ValueError(f"dog.py:{base_and_method}: expected nothing after the base, or one of {', '.join(rates)}")
         config.method = method
-        config.learning_rate = 2e-3 if base == "tiny" else 1e-4
+        config.learning_rate = rates[method]
+        if base == "tiny":
+            config.learning_rate = 1e-2 if method == "inversion" else 2e-3
+        if method in ("inversion", "pivotal", "custom"):
+            config.identifier = "<sks>"  # a new word
+            config.templates = "object"
+            config.text_encoder_multiplier = 1.0
+        if method == "inversion":  # the model itself, and with it the class, stays as it is
+            config.prior_preservation = False
     return config

@@ -28,7 +28,7 @@ from dreambooth_jax.painting.painter import input_shapes
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import check_config
-from dreambooth_jax.runs.job import Job, argument_shapes, lower_painting, lower_steps, make_job
+from dreambooth_jax.runs.job import Job, argument_shapes, lower_painting, lower_steps, make_job, pairs_prior
 
 GIB = 2**30
 # Tried in this order, each on top of the ones before: what costs least comes first.
@@ -71,7 +71,8 @@ class Plan:
 
     def run_seconds(self, config: ConfigDict) -> float:
         """The whole run: steps and class images, without start and compile times."""
-        batches = -(-config.num_class_images // config.class_batch_size) if config.prior_preservation else 0
+        painted = config.prior_preservation and not pairs_prior(config)
+        batches = -(-config.num_class_images // config.class_batch_size) if painted else 0
         return config.steps * self.cost.seconds + batches * self.class_image_seconds
 
 
@@ -97,7 +98,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     except OutOfMemory as error:
         missing = error.missing
     painting, seconds = None, 0.0
-    if class_images and config.prior_preservation and cost is not None:
+    if class_images and config.prior_preservation and not pairs_prior(config) and cost is not None:
         painting, seconds = painting_cost(job, chip, quick=quick)
     return Plan(
         topology=topology,

@@ -1,6 +1,7 @@
 """Paints prompts with a trained run or a base model.
 
 python -m dreambooth_jax.sample --workdir runs/dog --prompt "a sks dog on a red background"
+python -m dreambooth_jax.sample --base tiny --lora dog.safetensors:0.8 --prompt "a sks dog in the snow"
 python -m dreambooth_jax.sample --base tiny --prompt "a dog in the snow" --prompt "a cat in the snow"
 """
 
@@ -39,6 +40,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=_positive, help="pixels; default: the run's, or the base's")
     parser.add_argument("--batch_size", type=_positive, default=8, help="pictures at a time, over all devices")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="dtype of the computation; default: the run's")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="adapter file of any tool (kohya, PEFT, LyCORIS), and its weight (default: 1); may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--embedding", action="append", default=[], metavar="WORD=FILE",
+        help="textual inversion of any tool and the new word for it in prompts; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--output", help="folder of the pictures; default: workdir/pictures or ./pictures")
     return parser.parse_args(arguments)
 
@@ -83,13 +92,23 @@ def paint(options: argparse.Namespace) -> "epath.Path":
     """Paints what the options ask for; returns the folder of the pictures."""
     from etils import epath
 
+    from dreambooth_jax.adapters.inversion import widths, with_rows
     from dreambooth_jax.devices import runtime
     from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.files.embeddings import read_embeddings
+    from dreambooth_jax.files.lora_read import with_adapters
     from dreambooth_jax.painting.painter import make_painter
     from dreambooth_jax.painting.sheets import file_names, paint_rows, save_png, save_sheet
 
     mesh = make_mesh()
     model, pipeline, params, resolution, guidance = _open(options, mesh)
+    params = with_adapters(params, pipeline.shapes, options.lora)
+    for entry in options.embedding:
+        word, _, path = entry.partition("=")
+        width = widths(pipeline.shapes)
+        rows = dict(zip(width, read_embeddings(path, list(width.values())), strict=True))
+        pipeline = pipeline.with_token(word, len(next(iter(rows.values()))))
+        params = with_rows(params, rows)
     guidance = guidance if options.guidance is None else options.guidance
     folder = epath.Path(options.output or os.path.join(options.workdir or ".", "pictures"))
     prompts = list(dict.fromkeys(options.prompt))
@@ -102,6 +121,7 @@ def paint(options: argparse.Namespace) -> "epath.Path":
     about = {
         "model": model, "negative_prompt": options.negative_prompt, "sampler": options.sampler,
         "steps": str(options.steps), "guidance": str(guidance),
+        **({"adapters": ", ".join(options.lora)} if options.lora else {}),
     }  # fmt: skip
     names = file_names(prompts)
 

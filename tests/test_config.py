@@ -28,7 +28,7 @@ def test_choices_are_those_of_the_modules_that_implement_them(field, choices):
 
 
 def test_methods_are_those_of_the_adapters():
-    assert FIELDS["method"].expected == f"one of full, {', '.join(FORMS)}"
+    assert FIELDS["method"].expected == f"one of full, {', '.join(FORMS)}, inversion, pivotal, custom"
     assert FIELDS["lora_targets"].expected.startswith(", ".join(TARGETS))
 
 

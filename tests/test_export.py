@@ -1,18 +1,13 @@
 """What is exported paints elsewhere what it paints here."""
 
-import jax
 import numpy as np
 import pytest
-import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from PIL import Image
+from support.painting import painted_by_diffusers, painted_by_sample
 
-from dreambooth_jax import export, sample
+from dreambooth_jax import export
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.runs.workdir import open_run
-
-PROMPT, SEEDS = "a sks dog in the snow", (3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -20,24 +15,6 @@ def exported(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     export.main(["--workdir", str(finished), "--output", str(folder)])
     return folder
-
-
-def painted_by_sample(folder, *source) -> np.ndarray:
-    options = ["--sampler=ddim", "--steps=5", "--guidance=4", "--seed=3", "--count=2", "--output", str(folder)]
-    sample.main([*source, f"--prompt={PROMPT}", *options])
-    return np.stack([np.asarray(Image.open(folder / f"a_sks_dog_in_the_snow_{seed}.png")) for seed in SEEDS]) / 255
-
-
-def painted_by_diffusers(theirs) -> np.ndarray:
-    """By a pipeline, or by the one in a folder."""
-    if not isinstance(theirs, StableDiffusionPipeline):
-        theirs = StableDiffusionPipeline.from_pretrained(theirs, torch_dtype=torch.float32)
-    theirs.set_progress_bar_config(disable=True)
-    assert isinstance(theirs.scheduler, DDIMScheduler)
-    noise = np.stack([jax.random.normal(jax.random.key(seed), (8, 8, 4)) for seed in SEEDS])
-    latents = torch.from_numpy(np.moveaxis(noise, -1, 1).copy())
-    kw = {"num_inference_steps": 5, "guidance_scale": 4.0, "height": 16, "width": 16, "output_type": "np"}
-    return theirs([PROMPT] * 2, latents=latents, **kw).images
 
 
 def test_diffusers_paints_what_sample_paints(exported, finished, micro, tmp_path):

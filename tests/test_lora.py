@@ -1,13 +1,15 @@
 """LoRA: what trains, that it is of low rank, and that other tools paint with the file what we paint."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 from safetensors.numpy import load_file
+from support.painting import painted_by_diffusers, painted_by_sample
 from support.runs import checkpoints, config_of, finish, read_state
-from test_export import painted_by_diffusers, painted_by_sample
 
 from dreambooth_jax import export
 from dreambooth_jax.adapters.factors import merge
@@ -82,7 +84,7 @@ def test_the_checkpoint_holds_the_factors_alone(tuned):
 
 
 def test_diffusers_paints_with_the_file_what_sample_paints(tuned, micro, tmp_path):
-    export.main(["--workdir", str(tuned), "--output", str(tmp_path / "lora"), "--lora"])
+    export.main(["--workdir", str(tuned), "--output", str(tmp_path / "lora"), "--format=peft"])
     theirs = StableDiffusionPipeline.from_pretrained(micro)
     theirs.load_lora_weights(tmp_path / "lora")
     ours = painted_by_sample(tmp_path / "pictures", "--workdir", str(tuned))
@@ -91,18 +93,32 @@ def test_diffusers_paints_with_the_file_what_sample_paints(tuned, micro, tmp_pat
     # Nothing in the file is passed over: each factor has found its layer.
     layers = [*theirs.unet.named_modules(), *theirs.text_encoder.named_modules()]
     loaded = [name for name, _ in layers if name.endswith(("lora_A.default_0", "lora_B.default_0"))]
-    assert len(loaded) == len(load_file(tmp_path / "lora" / export.LORA_FILE))
+    assert len(loaded) == len(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
 
 
 def test_the_whole_model_is_exported_too(tuned, tmp_path):
-    export.main(["--workdir", str(tuned), "--output", str(tmp_path / "model")])
+    export.main(["--workdir", str(tuned), "--output", str(tmp_path / "model"), "--format=folder"])
     ours = painted_by_sample(tmp_path / "pictures", "--workdir", str(tuned))
     assert np.abs(painted_by_diffusers(tmp_path / "model") - ours).max() <= 2e-3 + 0.5 / 255
 
 
-def test_a_run_without_lora_has_no_lora_file(finished, tmp_path):
-    with pytest.raises(SystemExit, match="method = 'full': leave out --lora"):
-        export.main(["--workdir", str(finished), "--output", str(tmp_path), "--lora"])
+def test_the_file_for_all_tools_is_the_default_and_paints_alike(tuned, micro, tmp_path, capsys):
+    path = tmp_path / "sks_dog.safetensors"
+    export.main(["--workdir", str(tuned), "--output", str(path)])
+    said = capsys.readouterr().out
+    assert "none left over" in said and "ComfyUI, A1111" in said and re.search(r"pictures of .* 0 at most", said), said
+    theirs = StableDiffusionPipeline.from_pretrained(micro)
+    theirs.load_lora_weights(path)
+    ours = painted_by_sample(tmp_path / "run", "--workdir", str(tuned))
+    assert np.abs(painted_by_diffusers(theirs) - ours).max() <= 2e-3 + 0.5 / 255
+    # As a file it makes of the base what the run is; with weight 0 it leaves the base; two halves are a whole.
+    base = painted_by_sample(tmp_path / "base", "--base", micro)
+    for number, (files, expected) in enumerate(
+        (((f"{path}",), ours), ((f"{path}:0",), base), ((f"{path}:0.5",) * 2, ours))
+    ):
+        options = [f"--lora={file}" for file in files]
+        painted = painted_by_sample(tmp_path / str(number), "--base", micro, *options)
+        assert np.abs(painted - expected).max() <= (0 if expected is base else 1 / 255)
 
 
 def test_eight_devices_compute_what_one_does(base, tmp_path):

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dreambooth_jax.adapters.method import Value
-from dreambooth_jax.models.layers import column_norms
 from dreambooth_jax.models.params import Params
 
 LORA_A, LORA_B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
-_FACTOR = re.compile(r"^(.*)\.(lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+|diff)\.(\w+)$")
+INPUT_MAGNITUDE = "lora_input_magnitude"  # of files that normalise per input channel; not trained
+_FACTOR = re.compile(
+    r"^(.*)\.(lora_A|lora_B|lora_magnitude_vector|lora_input_magnitude|hada_\w+|lokr_\w+|diff)\.(\w+)$"
+)
 
 
 class Form(NamedTuple):
@@ -100,24 +102,36 @@ def rank_of(factors: Mapping[str, Value]) -> int:
 
 def difference(kernel: Float[Array, "*k cin cout"], factors: Params) -> Float[Array, "*k cin cout"]:
     """The difference to `kernel` that a module's factors make, their scale already in them."""
+    plain = _plain_difference(kernel, factors)
+    if f"{MAGNITUDE}.scale" in factors:
+        return _with_norm(kernel + plain, factors[f"{MAGNITUDE}.scale"], -1) - kernel
+    if f"{INPUT_MAGNITUDE}.scale" in factors:
+        return _with_norm(kernel + plain, factors[f"{INPUT_MAGNITUDE}.scale"], -2) - kernel
+    return plain
+
+
+def _with_norm(kernel: Array, magnitude: Array, axis: int) -> Array:
+    """`kernel` scaled so that its norm over all axes but `axis` is `magnitude`."""
+    others = tuple(i for i in range(kernel.ndim) if i != axis % kernel.ndim)
+    norm = jnp.sqrt(jnp.square(kernel).sum(others, keepdims=True))
+    return kernel / norm * jnp.expand_dims(magnitude, [i for i in range(kernel.ndim) if i in others])
+
+
+def _plain_difference(kernel: Array, factors: Params) -> Array:
     if "diff.kernel" in factors:
         return factors["diff.kernel"]
     if "lora_B.kernel" in factors:
-        a, b = factors["lora_A.kernel"], factors["lora_B.kernel"]
-        if f"{MAGNITUDE}.scale" not in factors:
-            return a @ b
-        return (kernel + a @ b) * (factors[f"{MAGNITUDE}.scale"] / column_norms(kernel, a, b)) - kernel
+        return factors["lora_A.kernel"] @ factors["lora_B.kernel"]
     named = {name.removesuffix(".weight"): value for name, value in factors.items()}
     if "hada_w1_a" in named:
         first, second = (_product(named, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
-        whole = first * second
+        whole = first.reshape(*first.shape[:2], -1) * second.reshape(*second.shape[:2], -1)
     else:
         first, second = (named.get(f"lokr_w{i}") for i in (1, 2))
         first = _product(named, "lokr_w1_a", "lokr_w1_b") if first is None else first
         second = _product(named, "lokr_w2_a", "lokr_w2_b", "lokr_t2") if second is None else second
-        columns, rows = first.shape[0] * second.shape[0], kernel.shape[-2]
         second = second.reshape(second.shape[0], kernel.shape[-2] // first.shape[1], -1)
-        whole = jnp.einsum("ab,cdx->acbdx", first, second).reshape(columns, rows, -1)
+        whole = jnp.einsum("ab,cdx->acbdx", first, second)
     *window, rows, columns = kernel.shape
     return jnp.moveaxis(whole.reshape(columns, rows, *window), (0, 1), (-1, -2))
 
@@ -130,7 +144,7 @@ def _product(named: Params, a: str, b: str, core: str = "") -> Array:
 
 
 def merge(params: Params) -> Params:
-    """The plain parameters of a model: every difference among `params` is added to its kernel (or bias)."""
+    """The plain parameters of a model: every difference among `params` is added to its parameter."""
     return add({name: value for name, value in params.items() if not parse(name)}, params)
 
 
@@ -142,10 +156,10 @@ def add(base: Params, factors: Params, weight: float = 1.0) -> Params:
     """
     changed = {}
     for module, named in by_module(factors).items():
-        for leaf in ("bias", "scale"):
+        for leaf in ("bias", "scale", "embedding"):
             if f"diff.{leaf}" in named:
                 changed[f"{module}.{leaf}"] = base[f"{module}.{leaf}"] + weight * named[f"diff.{leaf}"]
-        if set(named) - {"diff.bias", "diff.scale"}:
+        if set(named) - {"diff.bias", "diff.scale", "diff.embedding"}:
             kernel = base[f"{module}.kernel"]
             changed[f"{module}.kernel"] = kernel + weight * difference(kernel, named)
     return base | changed

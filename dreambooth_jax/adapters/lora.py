@@ -24,7 +24,7 @@ TARGETS = {
     "cross": r"\.attn2\.(to_[qkv]|to_out\.0)",
     "attention": r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj",
     "transformer": r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj|ff\.net\.(0\.proj|2)|proj_in|proj_out|mlp\.fc[12]",
-    "all": r".*",
+    "all": r"(?:blocks?|layers)\..*",  # every layer of the blocks: not the first, the last and the time embedding's
 }
 Ranks = Sequence[tuple[str, int, float]]
 

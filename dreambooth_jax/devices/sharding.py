@@ -54,7 +54,7 @@ def split_largest(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 
 # First match wins. Vectors and low-rank factors are not worth a collective each.
 RULES: tuple[tuple[str, Rule], ...] = (
-    (r"\.(bias|scale)$|\.(lora|hada|lokr)_", replicate),
+    (r"\.(bias|scale)$|\.((lora|hada|lokr)_|new$)", replicate),
     (r".*", split_largest),
 )
 

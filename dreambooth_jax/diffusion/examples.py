@@ -55,6 +55,7 @@ def draw(
     step: Int[Array, ""],
     shape: tuple[int, ...] | None = None,
     augment: Augment | None = None,
+    paired: bool = False,
 ) -> Batch:
     """The noised batch of step `step`: `batch_size` instance examples, then as many prior examples if there are any.
 
@@ -66,18 +67,21 @@ def draw(
         step: number of the step.
         shape: shape of one example, where the data are flat.
         augment: function (condition of one example, key) -> condition, such as noise on a low-resolution picture.
+        paired: whether the prior examples are the instance examples, with the same noise and times.
     """
     order_key, noise_key = jax.random.split(key)
     instance_key, prior_key = jax.random.split(order_key)
     halves = [_take(data.instance, pick(len(data.instance.mean), batch_size, instance_key, step))]
     if data.prior is not None:
-        halves.append(_take(data.prior, pick(len(data.prior.mean), batch_size, prior_key, step)))
+        order = instance_key if paired else prior_key
+        halves.append(_take(data.prior, pick(len(data.prior.mean), batch_size, order, step)))
     mean, std, cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
     if shape is not None:
         mean, std = mean.reshape(-1, *shape), std.reshape(-1, *shape)
 
     step_key = jax.random.fold_in(noise_key, step)
-    example_keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(len(mean)))
+    number = jnp.arange(len(mean)) % batch_size if paired else jnp.arange(len(mean))
+    example_keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(number)
     keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys)
     posterior_key, eps_key, t_key = keys[:, 0], keys[:, 1], keys[:, 2]
     normal = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))

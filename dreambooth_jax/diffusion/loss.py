@@ -8,6 +8,7 @@ Both means come from one forward pass over the concatenated batch. `f` is any `p
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
@@ -49,6 +50,7 @@ def dreambooth_loss(
     num_instance: int,
     prior_weight: float = 1.0,
     snr_gamma: float | None = None,
+    base: Any = None,
 ) -> Losses:
     """The prior-preserving loss of one batch.
 
@@ -60,10 +62,16 @@ def dreambooth_loss(
         num_instance: static; the batch's size turns prior preservation off.
         prior_weight: lambda.
         snr_gamma: min-SNR-gamma weighting of every example, in both halves; None for none.
+        base: params of the frozen model, whose predictions are the prior half's targets; None: the noise's targets.
     """
     xt = corrupt(process, batch.x0, batch.eps, batch.t)
     prediction = predict(params, xt, batch.t, batch.cond).astype(jnp.float32)
-    error = jnp.square(prediction - target(process, batch.x0, batch.eps, batch.t)).mean(range(1, xt.ndim))
+    wanted = target(process, batch.x0, batch.eps, batch.t)
+    if base is not None:
+        prior = jax.tree.map(lambda x: x[num_instance:], (xt, batch.t, batch.cond))
+        of_base = jax.lax.stop_gradient(predict(base, *prior)).astype(jnp.float32)
+        wanted = jnp.concatenate([wanted[:num_instance], of_base])
+    error = jnp.square(prediction - wanted).mean(range(1, xt.ndim))
     if snr_gamma is not None:
         error = error * snr_weight(process, batch.t, snr_gamma)
     instance = error[:num_instance].mean()

@@ -98,6 +98,8 @@ def make_step(
     example_shape: tuple[int, ...] | None = None,
     augment: Augment | None = None,
     constrain: Callable[[Any], Any] = lambda batch: batch,
+    base: Callable[[Params], Params] | None = None,
+    paired: bool = False,
 ) -> Callable[[TrainState, Params, TrainingData, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """Builds `step(state, frozen, data, key) -> (state, metrics)`.
 
@@ -115,6 +117,8 @@ def make_step(
         example_shape: [h, w, c], where the data are flat.
         augment: see `draw`.
         constrain: function applied to every part of the batch, to place it on a mesh.
+        base: frozen -> params of the base model, see `dreambooth_loss`; None: the prior half has the noise's targets.
+        paired: see `draw`.
 
     Raises:
         ValueError: `accumulate` does not divide `batch_size`.
@@ -132,13 +136,14 @@ def make_step(
             num_instance=batch_size // accumulate,
             prior_weight=prior_weight,
             snr_gamma=snr_gamma,
+            base=base and base(frozen),
         )
         return losses.loss, losses
 
     gradient = hold(mean_gradient(loss_of_part, accumulate, batch_size))
 
     def step(state: TrainState, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
-        batch = draw(data, process, batch_size, key, state.step, example_shape, augment)
+        batch = draw(data, process, batch_size, key, state.step, example_shape, augment, paired)
         grads, losses, for_optimizer = gradient(state.trainable, frozen, batch)
         norm = _global_norm(grads)
         return apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay), Metrics(*losses, norm)

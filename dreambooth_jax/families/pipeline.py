@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.families import FAMILIES
 from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Models, Part, Pictures
-from dreambooth_jax.files import bases
+from dreambooth_jax.files import bases, single_file
 from dreambooth_jax.files.diffusers_folder import (
     INDEX,
     SCHEDULER,
@@ -26,7 +26,7 @@ from dreambooth_jax.files.diffusers_folder import (
 )
 from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.files.safetensors import read_model, save_model
-from dreambooth_jax.files.tokenizer import Tokenizer, load_tokenizer
+from dreambooth_jax.files.tokenizer import Tokenizer, WithToken, load_tokenizer
 from dreambooth_jax.models.params import Functional, Params, Shapes, functional, under_prefix, with_prefix
 from dreambooth_jax.models.spec import UnsupportedConfig
 
@@ -42,6 +42,7 @@ class Pipeline:
         process: noise levels, prediction and times.
         tokenizers: folder -> tokenizer; empty where only shapes are described.
         dtypes: part -> dtype of its computation.
+        single_file: LDM file of all weights, where they are not in the folder.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Pipeline:
     process: Process
     tokenizers: Mapping[str, Tokenizer]
     dtypes: Mapping[str, Any]
+    single_file: Path | None = None
 
     @property
     def resolution(self) -> int:
@@ -71,6 +73,23 @@ class Pipeline:
         """Names and shapes of all parameters, float32."""
         parts = (with_prefix(f"{part}.", model.shapes) for part, model in self.models.functions.items())
         return {name: shape for part in parts for name, shape in part.items()}
+
+    def with_token(self, word: str, count: int) -> "Pipeline":
+        """The pipeline whose tokenizers read `word` as `count` new tokens, with ids after the base's.
+
+        Raises:
+            ValueError: the word is a token already.
+        """
+        vocabularies = {n: self.models.specs[part].vocab_size for n, part in self.family.tokenizers.items()}
+        tokenizers = {n: WithToken(t, word, count, vocabularies[n]) for n, t in self.tokenizers.items()}
+        return dataclasses.replace(self, tokenizers=tokenizers)
+
+    def ids_of(self, text: str) -> dict[str, list[int]]:
+        """Text part -> ids of the tokens of `text`, no special ones."""
+        return {
+            part: self.tokenizers[name](text, add_special_tokens=False).input_ids
+            for name, part in self.family.tokenizers.items()
+        }
 
     def trainable(self, *roles: str) -> str:
         """A regex for the names of the parameters of these roles that results depend on."""
@@ -135,7 +154,8 @@ def load_pipeline(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing"
         FileNotFoundError: the base or a file of it is not there.
         UnsupportedConfig: a config asks for something not implemented, or the parts do not fit together.
     """
-    folder = resolve_base(base)
+    file, base = single_file.split_base(base)
+    folder = resolve_base(base, weights=file is None)
     index = read_json(folder, INDEX)
     family = _family_of(index, folder)
     configs = {part: read_json(folder, f"{part}/config.json") for part in family.parts}
@@ -146,7 +166,7 @@ def load_pipeline(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing"
         name: load_tokenizer(folder, name, specs[part].max_length, specs[part].vocab_size)
         for name, part in family.tokenizers.items()
     }
-    return dataclasses.replace(pipeline, tokenizers=tokenizers)
+    return dataclasses.replace(pipeline, tokenizers=tokenizers, single_file=file)
 
 
 def _family_of(index: Mapping[str, Any], folder: Path) -> Family:
@@ -194,6 +214,9 @@ def read_params(
     Raises:
         WeightsError: see `read_model`.
     """
+    if pipeline.single_file is not None:
+        layout = single_file.layout_of(pipeline.shapes, pipeline.models.configs)
+        return single_file.read_single_file(pipeline.single_file, pipeline.shapes, layout, sharding_of)
     params: Params = {}
     for part, model in pipeline.models.functions.items():
         prefix = f"{part}."

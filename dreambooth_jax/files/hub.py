@@ -8,8 +8,11 @@ EMBEDDED = "tiny"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
 
 
-def resolve_base(base: str) -> Path:
+def resolve_base(base: str, *, weights: bool = True) -> Path:
     """The local folder of a base: "tiny" (ships with the package), a folder, or a model hub name, which is fetched.
+
+    Args:
+        weights: whether the weights are fetched too, or only configs and tokenizers.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub name that can be fetched.
@@ -23,7 +26,13 @@ def resolve_base(base: str) -> Path:
             f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
             f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
         )
-    patterns = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/*.json", "*/*.safetensors"]
+    patterns = [
+        "model_index.json",
+        "scheduler/*.json",
+        "tokenizer*/*",
+        "*/*.json",
+        *(["*/*.safetensors"] if weights else []),
+    ]
     try:
         folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"])
     except Exception as error:  # offline, unknown or gated: the hub client has a type for each

@@ -47,7 +47,7 @@ def file_name(name: str) -> str:
     return f"{head}.weight" if last in ("kernel", "scale", "embedding") else name
 
 
-def _to_file_axes(name: str, ndim: int) -> tuple[int, ...]:
+def to_file_axes(name: str, ndim: int) -> tuple[int, ...]:
     """The permutation that takes our axes to the file's: [h, w, in, out] -> [out, in, h, w], [in, out] -> [out, in]."""
     if not name.endswith(".kernel"):
         return tuple(range(ndim))
@@ -141,7 +141,7 @@ def _check(folder, wanted: Mapping[str, tuple[str, jax.ShapeDtypeStruct]], store
     problems += [f"unexpected: {name}" for name in sorted(stored.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & stored.keys()):
         ours, shape = wanted[name]
-        expected = tuple(shape.shape[axis] for axis in _to_file_axes(ours, len(shape.shape)))
+        expected = tuple(shape.shape[axis] for axis in to_file_axes(ours, len(shape.shape)))
         if _without_trailing_ones(stored[name][2], len(expected)) != expected:
             problems.append(f"mis-shaped: {name} is {stored[name][2]}, config.json asks for {expected}")
     if problems:
@@ -154,7 +154,7 @@ def _without_trailing_ones(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]
 
 
 def _place(name, wanted: jax.ShapeDtypeStruct, path: Path, key: str, stored_shape, sharding) -> Array:
-    axes = _to_file_axes(name, len(wanted.shape))
+    axes = to_file_axes(name, len(wanted.shape))
     extra = (0,) * (len(stored_shape) - len(axes))  # see _without_trailing_ones
 
     @functools.cache  # replicas on this host share one read
@@ -206,7 +206,7 @@ def save_tensors(path: str | os.PathLike, params: Mapping[str, Array], *, dtype=
     tensors = {}
     for name, value in params.items():
         array = np.asarray(value)
-        axes = _to_file_axes(name, array.ndim)
+        axes = to_file_axes(name, array.ndim)
         tensors[file_name(name)] = np.array(array.transpose(axes), dtype=dtype or array.dtype, order="C")
     partial = path.with_name(f".{path.name}.partial")
     partial.touch()

@@ -1,9 +1,11 @@
 """The tokenizers of a pipeline folder."""
 
+import copy
 import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,3 +82,37 @@ def padded_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Int[np.ndarray, "b
             logging.warning("prompt cut to the %d tokens that the text encoder reads: %r", length, text)
     encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
     return np.asarray(encoded.input_ids, np.int32)
+
+
+class WithToken:
+    """A tokenizer with a new word: in every text the word becomes `count` new tokens, with ids from `vocab_size` on.
+
+    Raises:
+        ValueError: the word is a token already.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, word: str, count: int, vocab_size: int):
+        if len(tokenizer(word, add_special_tokens=False).input_ids) == 1:
+            raise ValueError(
+                f"identifier = {word!r} is a token of this base already, and a new one must not replace it; "
+                f"give another, such as '<{word.strip('<>')}>'"
+            )
+        from tokenizers import AddedToken
+
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._names = [word, *(f"{word}_{i}" for i in range(1, count))]
+        unused = [f"<unused_{i}>" for i in range(vocab_size - len(tokenizer))]  # rows that the base leaves free
+        added = [AddedToken(name, normalized=False) for name in [*unused, *self._names]]
+        self._tokenizer.add_tokens(added)
+        self._tokenizer.model_max_length = tokenizer.model_max_length
+        self._word = re.compile(re.escape(word) + r"(?!_\d)")
+
+    def __call__(self, texts: str | Sequence[str], **settings: Any) -> Any:
+        expand = lambda text: self._word.sub(lambda _: " ".join(self._names), text)  # noqa: E731
+        return self._tokenizer(expand(texts) if isinstance(texts, str) else [expand(x) for x in texts], **settings)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.data import captions
 
 ADAPTERS = ("lora", "dora", "loha", "lokr")
+WITH_TOKEN = ("inversion", "pivotal", "custom")  # methods that add a token to the base
 SAMPLERS = ("ddim", "dpm++", "euler", "ddpm", "euler_a")
 
 
@@ -88,6 +89,7 @@ FIELDS: dict[str, Field] = {
     "seed": _not_negative(int),
     "prior_preservation": Field(bool),
     "prior_weight": _not_negative(float),
+    "prior_target": _one_of("noise", "base"),
     "class_prompt": _text(),
     "class_images": Field(str),
     "create_class_images": Field(bool, identity=False),
@@ -96,7 +98,7 @@ FIELDS: dict[str, Field] = {
     "steps": _positive(),
     "batch_size": _positive(),
     "accumulate": _positive(),
-    "method": _one_of("full", *ADAPTERS),
+    "method": _one_of("full", *ADAPTERS, *WITH_TOKEN),
     "lora_rank": _positive(),
     "lora_alpha": Field(float, lambda v: v > 0, "above 0"),
     "lora_targets": Field(
@@ -105,6 +107,11 @@ FIELDS: dict[str, Field] = {
     "lora_ranks": Field(tuple, _are_ranks, "a tuple of (regex for module names, rank, alpha)"),
     "lora_scaling": _one_of("standard", "stabilized"),
     "lora_plus_ratio": Field(float, lambda v: v > 0, "above 0"),
+    "init_adapter": Field(str),
+    "token_vectors": _positive(),
+    "token_start": Field(str),
+    "templates": Field(str, lambda v: v in ("", "object", "style"), "object, style, or empty"),
+    "pivotal_fraction": Field(float, lambda v: 0 < v <= 1, "above 0, at most 1"),
     "train_text_encoder": Field(bool),
     "text_encoder_multiplier": _not_negative(float),
     "optimizer": _one_of("adamw", "adafactor"),
@@ -168,6 +175,8 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"accumulate = {config.accumulate} does not divide batch_size = {config.batch_size}")
     if config.lr_warmup_steps >= config.steps:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
+    if config.prior_target == "base" and config.method in ("full", "custom"):
+        problems.append(f'prior_target = "base" needs the frozen base, which method = {config.method!r} does not keep')
     prompts = {name: config[name] for name in ("instance_prompt", "class_prompt")}
     prompts |= {f"sample_prompts[{i}]": text for i, text in enumerate(config.sample_prompts)}
     for name, text in prompts.items():
@@ -188,9 +197,9 @@ def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
     now = json.loads(config.to_json())
     fields = {name for name, field in FIELDS.items() if field.identity}
     if not config.prior_preservation:
-        fields -= {*_PAINTING, "prior_weight"}
+        fields -= {*_PAINTING, "prior_weight", "prior_target"}
     if config.method not in ADAPTERS:
-        fields -= {name for name in fields if name.startswith("lora_")}
+        fields -= {name for name in fields if name.startswith("lora_") and config.method != "pivotal"}
     if config.lr_schedule == "constant":
         fields -= {"steps"}  # a longer run begins alike
     changed = sorted(name for name in fields if now[name] != earlier.get(name))

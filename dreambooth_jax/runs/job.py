@@ -3,14 +3,16 @@ that is not there."""
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.factors import FORMS
+from dreambooth_jax.adapters.inversion import CUSTOM, both, inversion, is_row, stop_after
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices import compiler_options
@@ -19,9 +21,10 @@ from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.diffusion.step import TrainState, init_state, make_step, recomputed, rounded, run_steps
 from dreambooth_jax.families.family import DENOISER, TEXT
-from dreambooth_jax.families.pipeline import Pipeline
+from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import input_shapes, make_paint_batch
+from dreambooth_jax.runs.config import WITH_TOKEN
 
 
 class Job(NamedTuple):
@@ -50,19 +53,56 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
         * (config.text_encoder_multiplier if pipeline.family.role_of(name) == TEXT else 1.0),
         decays=method.decays,
     )  # fmt: skip
+    if config.method == "pivotal":
+        optimizer = optax.chain(optimizer, stop_after(round(config.pivotal_fraction * config.steps), is_row))
     return Job(config, pipeline, mesh, optimizer, method)
+
+
+def open_base(config: ConfigDict, **settings: Any) -> Pipeline:
+    """The config's base, with its new tokens if the method has some; `settings` and errors are `load_pipeline`'s.
+
+    Raises:
+        ValueError: the identifier is a token already.
+    """
+    pipeline = load_pipeline(config.base, **settings)
+    return pipeline.with_token(config.identifier, config.token_vectors) if config.method in WITH_TOKEN else pipeline
+
+
+def reads_tokens(config: ConfigDict) -> bool:
+    """Whether the training data hold tokens, so that the text encoders are differentiated: else their states."""
+    return config.train_text_encoder or config.method in WITH_TOKEN
 
 
 def make_method(config: ConfigDict, pipeline: Pipeline) -> Method:
     """The method that the config names, on the denoiser and, if it says so, the text encoders."""
+    if config.method not in WITH_TOKEN:
+        return _method_on_weights(config.method, config, pipeline)
+    rows = inversion(
+        pipeline.trainable(TEXT), config.token_vectors,
+        lambda: pipeline.ids_of(config.token_start or config.class_noun),
+    )  # fmt: skip
+    if config.method == "inversion":
+        return rows
+    if config.method == "pivotal":
+        return both(rows, _method_on_weights("lora", config, pipeline))
+    parts = pipeline.trainable(DENOISER)
+    return both(rows, full(f"{parts}.*{CUSTOM}", "the keys and values of cross-attention"))
+
+
+def _method_on_weights(kind: str, config: ConfigDict, pipeline: Pipeline) -> Method:
     roles = (DENOISER, TEXT) if config.train_text_encoder else (DENOISER,)
     parts, names = pipeline.trainable(*roles), " and ".join(pipeline.family.names(*roles))
-    if config.method in FORMS:
+    if kind in FORMS:
         return lora(
-            parts, config.lora_targets, config.lora_rank, config.lora_alpha, names, form=config.method,
+            parts, config.lora_targets, config.lora_rank, config.lora_alpha, names, form=kind,
             ranks=config.lora_ranks, stabilized=config.lora_scaling == "stabilized", ratio=config.lora_plus_ratio,
         )  # fmt: skip
     return full(parts, names)
+
+
+def pairs_prior(config: ConfigDict) -> bool:
+    """Whether the prior half is the noised photos again, with the class prompt, the base's predictions as targets."""
+    return config.prior_preservation and config.prior_target == "base" and not config.class_images
 
 
 def initial(job: Job):
@@ -100,14 +140,15 @@ def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
     """Shapes of the resident examples, each half with one caption; every device has all of them."""
     config, pipeline = job.config, job.pipeline
     tokens = pipeline.family.token_shapes(pipeline.models, 1)
-    cond = tokens if config.train_text_encoder else jax.eval_shape(pipeline.encode_text, pipeline.shapes, tokens)
+    cond = tokens if reads_tokens(config) else jax.eval_shape(pipeline.encode_text, pipeline.shapes, tokens)
     cond = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), cond)
 
     def resident(count: int) -> EncodedExamples:
         latents = _everywhere(job, (count, math.prod(pipeline.example_shape(config.resolution))), jnp.float32)
         return EncodedExamples(latents, latents, cond, _everywhere(job, (count,), jnp.int32))
 
-    return TrainingData(resident(num_instance), resident(num_class) if config.prior_preservation else None)
+    count = num_instance if pairs_prior(config) else num_class
+    return TrainingData(resident(num_instance), resident(count) if config.prior_preservation else None)
 
 
 def key_shape(job: Job) -> jax.ShapeDtypeStruct:
@@ -129,12 +170,13 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
     spread = batch_sharding(mesh, batch)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
+    of_base = config.prior_preservation and config.prior_target == "base"
     if config.accumulate > 1:
         hold = rounded(jnp.float32)
     else:  # among several devices, recomputed products would be exchanged a second time too
         hold = (recomputed if on_tpu and mesh.size == 1 else rounded)(dtype)
     step = make_step(
-        pipeline.denoise_tokens if config.train_text_encoder else pipeline.denoise,
+        pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
         job.optimizer,
         pipeline.process,
         batch_size=config.batch_size,
@@ -145,6 +187,8 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
         hold=hold,
         ema_decay=config.ema_decay or None,
         example_shape=pipeline.example_shape(config.resolution),
+        base=(lambda frozen: gather(mesh, frozen, dtype)) if of_base else None,
+        paired=pairs_prior(config),
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)

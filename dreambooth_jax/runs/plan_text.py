@@ -12,7 +12,7 @@ from dreambooth_jax.devices.sharding import batch_sharding
 from dreambooth_jax.models.params import count
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.config import ConfigError, fill
-from dreambooth_jax.runs.job import initial
+from dreambooth_jax.runs.job import initial, pairs_prior
 from dreambooth_jax.runs.setup import Run
 
 
@@ -21,8 +21,8 @@ def plan_text(run: Run, done: int) -> str:
     config, shapes = run.config, run.pipeline.shapes
     trained, _ = run.job.method.shapes(shapes)
     images = len(set(run.examples.names))
-    prior = "off"
-    if config.prior_preservation:
+    prior = "the base's own predictions on the photos" if pairs_prior(config) else "off"
+    if config.prior_preservation and not pairs_prior(config):
         prompt = fill(config.class_prompt, config)
         prior = f"{describe_class_images(config, run.to_paint)}: {prompt!r}, weight {config.prior_weight:g}"
     axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
+from dreambooth_jax.adapters.inversion import TEMPLATES
 from dreambooth_jax.data.class_images import agreed, class_images_to_paint, paint_missing, read_class_images
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.images import Examples, read_examples
@@ -19,14 +21,15 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.step import TrainState
-from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
+from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.digest import weights_digest
+from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, make_painter
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.config import ConfigError, check_config, check_resumable
-from dreambooth_jax.runs.job import Job, fresh_state, make_job, state_shapes
+from dreambooth_jax.runs.config import ConfigError, check_config, check_resumable, fill
+from dreambooth_jax.runs.job import Job, fresh_state, make_job, open_base, pairs_prior, reads_tokens, state_shapes
 
 
 class Run(NamedTuple):
@@ -72,7 +75,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> R
     workdir = epath.Path(config.workdir)
     claim(workdir, config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
-    pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    pipeline = open_base(config, dtype=jnp.dtype(config.dtype), remat=config.remat)
     job = make_job(config, pipeline, mesh)
     config = job.config
     paint = make_painter(
@@ -84,9 +87,27 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> R
         class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
         views=config.views, seed=config.seed,
     )  # fmt: skip
-    digest = weights_digest(pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
-    to_paint = class_images_to_paint(config, digest) if config.prior_preservation else []
+    examples = with_templates(examples, config)
+    digest = weights_digest(pipeline.single_file or pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
+    paints = config.prior_preservation and not pairs_prior(config)
+    to_paint = class_images_to_paint(config, digest) if paints else []
     return Run(job, workdir, paint, examples, digest, len(to_paint))
+
+
+def with_templates(examples: Examples, config: ConfigDict) -> Examples:
+    """Every example once with each of the config's templates as its caption; unchanged without templates."""
+    if not config.templates:
+        return examples
+    subject = config.identifier if config.method == "inversion" else f"{config.identifier} {config.class_noun}"
+    captions = [template.format(subject) for template in TEMPLATES[config.templates]]
+    count = len(examples.captions)
+    by_row = {
+        name: np.concatenate([value] * len(captions))
+        for name, value in zip(examples._fields, examples, strict=True)
+        if isinstance(value, np.ndarray) and len(value) == count
+    }
+    everyone = tuple(caption for caption in captions for _ in range(count))
+    return examples._replace(**by_row, captions=everyone, names=examples.names * len(captions))
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> None:
@@ -111,9 +132,12 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
 def prepare_data(run: Run, params: Params) -> TrainingData:
     """Paints what class images are missing, then encodes all examples."""
     config = run.config
-    encode = make_encoder(run.pipeline, run.mesh, text_states=not config.train_text_encoder)
+    encode = make_encoder(run.pipeline, run.mesh, text_states=not reads_tokens(config))
     if not config.prior_preservation:
         return TrainingData(encode(params, run.examples), None)
+    if pairs_prior(config):
+        of_class = run.examples._replace(captions=(fill(config.class_prompt, config),) * len(run.examples.captions))
+        return TrainingData(encode(params, run.examples), encode(params, of_class))
     if numbers := agreed(class_images_to_paint(config, run.digest)):
         paint_missing(config, numbers, run.paint, params, run.digest)
     return TrainingData(encode(params, run.examples), encode(params, read_class_images(config)))
@@ -123,7 +147,35 @@ def begin(job: Job, params: Params) -> tuple[Params, Params, Key[Array, ""]]:
     """(trainable, frozen, key) before the first step; `params` are the base's."""
     seed = job.config.seed
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(job.mesh))()
-    return *job.method.start(params, key), key
+    trainable, frozen = job.method.start(params, key)
+    if job.config.init_adapter:
+        trainable = continued(job, trainable)
+    return trainable, frozen, key
+
+
+def continued(job: Job, trainable: Params) -> Params:
+    """`trainable` with the values of the config's `init_adapter` file.
+
+    Raises:
+        ConfigError: the method trains no adapter, or the file has other modules or ranks.
+    """
+    if job.method.adapter is None:
+        raise ConfigError(
+            f"init_adapter = {job.config.init_adapter!r}: method = {job.config.method!r} trains no adapter"
+        )
+    stored, _ = read_adapter(job.config.init_adapter, job.pipeline.shapes)
+    scales = job.method.adapter(jax.tree.map(jnp.ones_like, trainable))
+    wrong = sorted(trainable.keys() ^ stored.keys())
+    both = trainable.keys() & stored.keys()
+    wrong += [
+        f"{n} {stored[n].shape}, here {trainable[n].shape}" for n in both if stored[n].shape != trainable[n].shape
+    ]
+    if wrong:
+        raise ConfigError(
+            f"init_adapter = {file!r} does not fit lora_targets and lora_rank: {len(wrong)} factors "
+            f"differ: {'; '.join(wrong[:3])}"
+        )
+    return {n: jax.device_put(stored[n] / scales[n], x.sharding) for n, x in trainable.items()}
 
 
 def start_state(job: Job, trainable: Params, manager: ocp.CheckpointManager) -> TrainState:

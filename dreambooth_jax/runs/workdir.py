@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.method import Method
 from dreambooth_jax.devices.sharding import param_sharding, placed_shapes
-from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params
+from dreambooth_jax.families.pipeline import Pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.job import make_method
+from dreambooth_jax.runs.job import make_method, open_base
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -56,7 +56,7 @@ def open_trained(
         FileNotFoundError: no run, or no such checkpoint.
     """
     config = read_config(workdir)
-    pipeline = load_pipeline(config.base, dtype=jnp.dtype(dtype or config.dtype))
+    pipeline = open_base(config, dtype=jnp.dtype(dtype or config.dtype))
     config.resolution = config.resolution or pipeline.resolution
     method = make_method(config, pipeline)
     shapes, _ = method.shapes(pipeline.shapes)

@@ -1,0 +1,355 @@
+"""LDM single files: one safetensors file with denoiser, autoencoder and text encoders.
+
+A1111, ComfyUI, kohya's scripts and Civitai have SD 1.x, SD 2.x and SDXL in this form.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dreambooth_jax.files.ldm_names import open_clip_name, unet_names, vae_names
+from dreambooth_jax.files.safetensors import WeightsError, file_name, to_file_axes
+from dreambooth_jax.files.stream import Tensor, write_tensors
+from dreambooth_jax.models.params import Params, Shapes, under_prefix
+
+SUFFIX = ".safetensors"
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+SD1, SD2, XL = "SD 1.x", "SD 2.x", "SDXL"
+# Layout -> text part -> (prefix in the file, whether the names are open_clip's).
+_TEXT = {
+    SD1: {"text_encoder": ("cond_stage_model.transformer.", False)},
+    SD2: {"text_encoder": ("cond_stage_model.model.", True)},
+    XL: {
+        "text_encoder": ("conditioner.embedders.0.transformer.", False),
+        "text_encoder_2": ("conditioner.embedders.1.model.", True),
+    },
+}
+_SGM = (("conditioner.embedders.0.", "cond_stage_model."),)  # what newer code calls the one text encoder
+_QKV = re.compile(r"^(.*)\.self_attn\.[qkv]_proj\.(kernel|bias)$")
+# Present in many files, read by nobody: constants of the schedule, averages, the optimizer; a head of CLIP; markers.
+_IGNORED = re.compile(
+    r"^(betas|alphas_|sqrt_|log_one|posterior_|model_ema\.|optimizer|lr_sched|v_pred$|ztsnr$|denoiser\.|edm_|cond_stage"
+    r"_model\.model\.(visual|logit_scale|text_projection|attn_mask)|conditioner\.embedders\.\d\.(model\.)?(logit_scale|"
+    r"visual|attn_mask)|first_stage_model\.(loss|model_ema))|position_ids$"
+)
+
+
+class Entry(NamedTuple):
+    """A tensor of the file: our tensors that make it (three for a fused q, k, v), and how it is laid out.
+
+    Attributes:
+        convolution: whether the file has a linear layer as a 1x1 convolution, [out, in, 1, 1].
+        plain: whether the tensor has our axes, not PyTorch's.
+    """
+
+    names: tuple[str, ...]
+    convolution: bool = False
+    plain: bool = False
+
+
+def layout_of(shapes: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which kind of single file a base has.
+
+    Args:
+        shapes: all parameters' names.
+        configs: part -> config.json.
+
+    Raises:
+        ValueError: none of them.
+    """
+    parts = {name.partition(".")[0] for name in shapes}
+    if parts == {"unet", "vae", "text_encoder", "text_encoder_2"}:
+        return XL
+    if parts == {"unet", "vae", "text_encoder"}:
+        return SD2 if configs["text_encoder"].get("hidden_act") == "gelu" else SD1
+    raise ValueError(f"single files hold SD 1.x, SD 2.x or SDXL, not {', '.join(sorted(parts))}; write a folder")
+
+
+def entries(shapes: Mapping[str, Any], layout: str) -> dict[str, Entry]:
+    """Key in the file -> our tensors, for every parameter of `shapes`: the one table that reading and writing share."""
+    table: dict[str, Entry] = {}
+    unet, vae = (under_prefix(f"{part}.", shapes) for part in ("unet", "vae"))
+    rename = unet_names(unet)
+    table |= {UNET + file_name(rename(name)): Entry((f"unet.{name}",)) for name in unet}
+    rename = vae_names(vae)
+    for name, value in vae.items():
+        attention = ".attentions." in name and len(value.shape) == 2
+        table[VAE + file_name(rename(name))] = Entry((f"vae.{name}",), convolution=attention)
+    for part, (prefix, open_clip) in _TEXT[layout].items():
+        names = under_prefix(f"{part}.", shapes)
+        table |= _open_clip_entries(part, prefix, names) if open_clip else {
+            prefix + file_name(name): Entry((f"{part}.{name}",)) for name in names
+        }  # fmt: skip
+    return table
+
+
+def _open_clip_entries(part: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Entry]:
+    table: dict[str, Entry] = {}
+    for name in names:
+        if found := _QKV.match(name):
+            layer, leaf = found.groups()
+            key = f"{open_clip_name(layer)}.attn.in_proj_{'weight' if leaf == 'kernel' else 'bias'}"
+            table[prefix + key] = Entry(tuple(f"{part}.{layer}.self_attn.{x}_proj.{leaf}" for x in "qkv"))
+        elif name.startswith("text_projection."):
+            table[f"{prefix}text_projection"] = Entry((f"{part}.{name}",), plain=True)
+        else:
+            key = open_clip_name(name)
+            table[prefix + (key if key == "positional_embedding" else file_name(key))] = Entry((f"{part}.{name}",))
+    return table
+
+
+def shape_in_file(entry: Entry, shapes: Mapping[str, Any]) -> tuple[int, ...]:
+    parts = [tuple(shapes[name].shape) for name in entry.names]
+    axes = range(len(parts[0])) if entry.plain else to_file_axes(entry.names[0], len(parts[0]))
+    first, *rest = (parts[0][axis] for axis in axes)
+    return (first * len(parts), *rest, *((1, 1) if entry.convolution else ()))
+
+
+def _to_file(entry: Entry, params: Mapping[str, Any]) -> np.ndarray:
+    arrays = [np.asarray(params[name]) for name in entry.names]
+    if not entry.plain:
+        arrays = [x.transpose(to_file_axes(name, x.ndim)) for name, x in zip(entry.names, arrays, strict=True)]
+    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return whole[..., None, None] if entry.convolution else whole
+
+
+def _from_file(entry: Entry, value: np.ndarray, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    found = {}
+    for name, part in zip(entry.names, np.split(value, len(entry.names)), strict=True):
+        shape = shapes[name].shape
+        if not entry.plain:
+            part = part.reshape(part.shape[: len(shape)])  # 1x1 convolutions stand for linear layers and vice versa
+            part = part.transpose(np.argsort(to_file_axes(name, part.ndim)))
+        found[name] = part
+    return found
+
+
+def write_single_file(
+    path: str | os.PathLike, params: Mapping[str, Any], layout: str, *, dtype: Any, metadata: Mapping[str, str]
+) -> None:
+    """Writes all parameters of a base as one file, tensor by tensor.
+
+    Args:
+        params: our names -> arrays of all parts, or of shapes alone.
+        layout: see `layout_of`.
+        dtype: stored precision: float32, float16 or bfloat16.
+        metadata: such as `describe` gives.
+    """
+    tensors = {
+        key: Tensor(shape_in_file(entry, params), lambda entry=entry: _to_file(entry, params))
+        for key, entry in entries(params, layout).items()
+    }
+    write_tensors(path, tensors, dtype=dtype, metadata=metadata)
+
+
+def read_single_file(
+    path: str | os.PathLike,
+    shapes: Shapes,
+    layout: str,
+    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> Params:
+    """Reads a single file as the parameters `shapes`, float32.
+
+    Args:
+        path: a .safetensors file.
+        sharding_of: (our name, shape) -> placement of the tensor; default: the first device.
+
+    Raises:
+        WeightsError: no such file, a pickle, or tensors missing, unexpected or mis-shaped; all of them are named.
+    """
+    path = check_path(path)
+    sharding_of = sharding_of or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    placed: Params = {}
+    try:
+        with safe_open(path, "numpy") as file:
+            stored = {_todays_key(key, layout): key for key in file.offset_keys() if not _IGNORED.search(key)}
+            table = entries(shapes, layout)
+            _check(path, table, shapes, {k: tuple(file.get_slice(v).get_shape()) for k, v in stored.items()}, layout)
+            for key, entry in table.items():
+                for name, value in _from_file(entry, file.get_tensor(stored[key]), shapes).items():
+                    whole = np.ascontiguousarray(value, np.float32)
+                    placed[name] = jax.device_put(whole, sharding_of(name, whole.shape))
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error}). Download it again.") from error
+    return {name: placed[name] for name in shapes}
+
+
+def check_path(path: str | os.PathLike) -> Path:
+    """The path of a safetensors file that is there.
+
+    Raises:
+        WeightsError: it is a pickle (with the command that converts it), or not there.
+    """
+    path = Path(path).expanduser()
+    if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
+        raise WeightsError(
+            f"{path}: a pickle, which can run code when opened and is refused. Convert it once, where PyTorch is:\n"
+            '  python -c "import torch; from safetensors.torch import save_file; '
+            f"x = torch.load('{path}', map_location='cpu', weights_only=True); x = x.get('state_dict', x); "
+            "save_file({k: v.contiguous() for k, v in x.items() if hasattr(v, 'contiguous')}, "
+            f"'{path.with_suffix(SUFFIX)}')\""
+        )
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    return path
+
+
+def _todays_key(key: str, layout: str) -> str:
+    """Keys as `entries` has them: older files leave out "text_model.", newer code calls the text encoder otherwise."""
+    if layout != XL:
+        for new, old in _SGM:
+            key = old + key.removeprefix(new) if key.startswith(new) else key
+    return re.sub(r"(\.transformer\.)(?=embeddings\.|encoder\.|final_layer_norm\.)", r"\1text_model.", key)
+
+
+def _check(path: Path, table: Mapping[str, Entry], shapes: Shapes, stored: Mapping[str, tuple], layout: str) -> None:
+    def last(key: str) -> bool:  # SD 2.x conditions on the penultimate layer; original files have the last one too
+        depth = [int(found[1]) for key in table if (found := re.search(r"resblocks\.(\d+)\.", key))]
+        found = re.match(r"cond_stage_model\.model\.transformer\.resblocks\.(\d+)\.", key)
+        return bool(found) and int(found[1]) > max(depth)
+
+    problems = [f"missing: {key}" for key in sorted(table.keys() - stored.keys())]
+    extra = stored.keys() - table.keys()
+    problems += [f"unexpected: {key}" for key in sorted(extra) if layout != SD2 or not last(key)]
+    for key in sorted(table.keys() & stored.keys()):
+        expected = shape_in_file(table[key], shapes)
+        if _squeezed(stored[key]) != _squeezed(expected):
+            problems.append(f"mis-shaped: {key} is {stored[key]}, expected {expected}")
+    if problems:
+        shown = "\n  ".join(problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else []))
+        raise WeightsError(f"{path} is no {layout} file of these configs: {len(problems)} tensors differ:\n  {shown}")
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:-2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def sniff(path: str | os.PathLike) -> str:
+    """The layout of a file, from its keys.
+
+    Raises:
+        WeightsError: no LDM single file.
+    """
+    with safe_open(check_path(path), "numpy") as file:
+        keys = set(file.keys())
+        if not any(key.startswith(UNET) for key in keys):
+            raise WeightsError(f"{path}: no single file of a Stable Diffusion model: no tensor {UNET}*")
+    if any(key.startswith(("conditioner.embedders.1.", f"{UNET}label_emb.")) for key in keys):
+        return XL
+    return SD2 if any(".resblocks." in key for key in keys) else SD1
+
+
+# Published bases whose configs and tokenizers a file is opened with, where none is named.
+_TEMPLATES = {
+    SD1: "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    SD2: "stabilityai/stable-diffusion-2-1",
+    XL: "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+def split_base(base: str) -> tuple[Path | None, str]:
+    """(single file, base that its configs and tokenizers are taken from) of "model.safetensors", or of
+    "model.safetensors@TEMPLATE" with the folder or hub name of a base; (None, base) for other bases.
+
+    Raises:
+        WeightsError: no such file, a pickle, or no model of these kinds.
+    """
+    path, _, template = base.partition("@")
+    if not path.endswith((SUFFIX, ".ckpt")):
+        return None, base
+    return check_path(path), template or _TEMPLATES[sniff(path)]
+
+
+def describe(layout: str, *, v_prediction: bool, resolution: int, title: str, trigger: str) -> dict[str, str]:
+    """ModelSpec 1.0.1 metadata of a checkpoint."""
+    return {"format": "pt"} | model_spec(
+        layout, v_prediction=v_prediction, title=title, trigger=trigger,
+        implementation="https://github.com/Stability-AI/generative-models",
+    ) | {"modelspec.resolution": f"{resolution}x{resolution}"}  # fmt: skip
+
+
+def model_spec(
+    layout: str, *, v_prediction: bool, title: str, trigger: str, implementation: str = "diffusers", kind: str = ""
+) -> dict[str, str]:
+    """The ModelSpec fields that checkpoints and adapters share; `kind` is "", "/lora" or "/textual-inversion"."""
+    second = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+    names = {SD1: "stable-diffusion-v1", SD2: second, XL: "stable-diffusion-xl-v1-base"}
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": names[layout] + kind,
+        "modelspec.implementation": implementation,
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": trigger,
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+    }
+
+
+V_YAML = """\
+# For A1111 and others that look for a config beside the file: Stable Diffusion 2.x, v-prediction.
+model:
+  base_learning_rate: 1.0e-4
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    parameterization: "v"
+    linear_start: 0.00085
+    linear_end: 0.0120
+    num_timesteps_cond: 1
+    log_every_t: 200
+    timesteps: 1000
+    first_stage_key: "jpg"
+    cond_stage_key: "txt"
+    image_size: 64
+    channels: 4
+    cond_stage_trainable: false
+    conditioning_key: crossattn
+    monitor: val/loss_simple_ema
+    scale_factor: 0.18215
+    use_ema: False
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params:
+        use_checkpoint: True
+        use_fp16: True
+        image_size: 32
+        in_channels: 4
+        out_channels: 4
+        model_channels: 320
+        attention_resolutions: [ 4, 2, 1 ]
+        num_res_blocks: 2
+        channel_mult: [ 1, 2, 4, 4 ]
+        num_head_channels: 64
+        use_spatial_transformer: True
+        use_linear_in_transformer: True
+        transformer_depth: 1
+        context_dim: 1024
+        legacy: False
+    first_stage_config:
+      target: ldm.models.autoencoder.AutoencoderKL
+      params:
+        embed_dim: 4
+        monitor: val/rec_loss
+        ddconfig:
+          double_z: true
+          z_channels: 4
+          resolution: 256
+          in_channels: 3
+          out_ch: 3
+          ch: 128
+          ch_mult: [ 1, 2, 4, 4 ]
+          num_res_blocks: 2
+          attn_resolutions: []
+          dropout: 0.0
+        lossconfig:
+          target: torch.nn.Identity
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder
+      params:
+        freeze: True
+        layer: "penultimate"
+"""

@@ -1,0 +1,264 @@
+"""A trained run as a file that other tools open. Every export proves itself: the file is opened again by this library's
+reader, compared tensor by tensor, and painted with.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dreambooth_jax.adapters.extract import differences, low_rank
+from dreambooth_jax.adapters.factors import FORMS, add, merge
+from dreambooth_jax.adapters.inversion import is_row, rows_of, with_rows
+from dreambooth_jax.devices.sharding import make_mesh, param_sharding
+from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params, save_pipeline
+from dreambooth_jax.files import embeddings, lora_kohya, lora_peft, single_file
+from dreambooth_jax.files.hub import EMBEDDED
+from dreambooth_jax.files.lora_read import read_adapter
+from dreambooth_jax.models.params import Params
+from dreambooth_jax.painting.painter import make_painter
+from dreambooth_jax.painting.sheets import paint_rows
+from dreambooth_jax.runs.config import fill
+from dreambooth_jax.runs.workdir import Trained, open_trained
+
+SUFFIX = ".safetensors"
+
+
+class Subject(NamedTuple):
+    """What is exported.
+
+    Attributes:
+        base: parameters of the base model.
+        tuned: the personalised model's parameters, plain and without new tokens.
+        rows: text part -> rows of its new tokens; empty for most methods.
+    """
+
+    run: Trained
+    base: Params
+    tuned: Params
+    rows: Mapping[str, Any]
+
+    @property
+    def trigger(self) -> str:
+        return f"{self.run.config.identifier} {self.run.config.class_noun}"
+
+    @property
+    def title(self) -> str:
+        return self.trigger.replace(" ", "_").strip("<>")
+
+
+class Written(NamedTuple):
+    """An export.
+
+    Attributes:
+        reopen: () -> plain parameters of the model, read from what was written.
+        tools: what opens it, and how.
+        says: what the person should know of the file.
+    """
+
+    path: Path
+    reopen: Callable[[], Mapping[str, Any]]
+    tools: str
+    says: str = ""
+
+
+def to_folder(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+    """A whole diffusers folder."""
+    pipeline = subject.run.pipeline
+    save_pipeline(pipeline, subject.tuned, path, dtype=dtype)
+    opened = f'{pipeline.family.name}.from_pretrained("{path}")'
+    return Written(path, lambda: read_params(load_pipeline(str(path))), f"{opened} in diffusers; --base {path} here")
+
+
+def to_single_file(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+    """A whole model in one LDM file, and for v-prediction of SD 2.x a .yaml beside it."""
+    pipeline = subject.run.pipeline
+    layout = _layout(subject)
+    v_prediction = _predicts_v(pipeline)
+    metadata = single_file.describe(
+        layout, v_prediction=v_prediction, resolution=subject.run.config.resolution, title=subject.title,
+        trigger=subject.trigger,
+    )  # fmt: skip
+    path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
+    single_file.write_single_file(path, subject.tuned, layout, dtype=dtype, metadata=metadata)
+    if layout == single_file.SD2 and v_prediction:
+        path.with_suffix(".yaml").write_text(single_file.V_YAML)
+    reopen = lambda: single_file.read_single_file(path, pipeline.shapes, layout)  # noqa: E731
+    return Written(path, reopen, _for_all_tools(subject, "a checkpoint", f"from_single_file({str(path)!r})"))
+
+
+def to_kohya(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+    """The adapter alone with kohya's names: for all tools. Of a full fine-tuning the LoRA of `rank`, or with rank 0 all
+    differences."""
+    pipeline, config = subject.run.pipeline, subject.run.config
+    factors, says = _factors(subject, rank)
+    about = lora_kohya.About(
+        _layout(subject), _predicts_v(pipeline), subject.title,
+        subject.trigger, str(config.base),
+        {
+            "learning_rate": config.learning_rate, "max_train_steps": config.steps, "seed": config.seed,
+            "batch_size_per_device": config.batch_size, "optimizer": config.optimizer,
+            "lr_scheduler": config.lr_schedule, "resolution": config.resolution,
+            "prior_loss_weight": config.prior_weight, "mixed_precision": config.dtype,
+        },
+    )  # fmt: skip
+    path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
+    lora_kohya.write_kohya(path, factors, about, dtype=dtype)
+    how = f"load_lora_weights({str(path)!r})"
+    return Written(path, _reopened(subject, path), _for_all_tools(subject, "a LoRA", how), says)
+
+
+def to_peft(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+    """The adapter alone with PEFT's names: for diffusers."""
+    factors, says = _factors(subject, rank)
+    path = path if path.suffix == SUFFIX else path / lora_peft.FILE
+    lora_peft.write_peft(path, factors, dtype=dtype)
+    return Written(path, _reopened(subject, path), f"load_lora_weights({str(path)!r}) in diffusers", says)
+
+
+def to_embedding(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+    """The rows of the new tokens alone: for all tools."""
+    if not subject.rows:
+        raise ValueError(f"method = {subject.run.config.method!r} trains no token: leave out --format embedding")
+    path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
+    word, layout = subject.run.config.identifier, _layout(subject)
+    about = single_file.model_spec(
+        layout, v_prediction=_predicts_v(subject.run.pipeline), title=subject.title, trigger=word,
+        kind="/textual-inversion",
+    )  # fmt: skip
+    embeddings.write_embeddings(path, list(subject.rows.values()), dtype=dtype, metadata={"format": "pt"} | about)
+    how = f"load_textual_inversion({str(path)!r}, token={word!r})"
+    says = f"in A1111 and ComfyUI the file's name, {path.stem}, is the word"
+    return Written(path, lambda: dict(subject.base), _for_all_tools(subject, "an embedding", how), says)
+
+
+FORMATS = {
+    "folder": to_folder, "single": to_single_file, "kohya": to_kohya, "peft": to_peft, "embedding": to_embedding,
+}  # fmt: skip
+
+
+def _factors(subject: Subject, rank: int) -> tuple[Mapping[str, Any], str]:
+    method = subject.run.method
+    if method.adapter is not None:
+        factors = {name: x for name, x in method.adapter(subject.run.trainable).items() if not is_row(name)}
+        if not factors:
+            raise ValueError("this run trained a token alone: write it with --format embedding")
+        return factors, ""
+    changes = differences(subject.base, subject.tuned)
+    if not rank:
+        return changes, "all differences of a full fine-tuning; --rank makes a smaller LoRA of them"
+    factors, error = low_rank(changes, rank)
+    return factors, f"a LoRA of rank {rank} of the full fine-tuning: {error:.1%} of the change is lost (Frobenius norm)"
+
+
+def _reopened(subject: Subject, path: Path) -> Callable[[], Params]:
+    return lambda: add(dict(subject.base), read_adapter(path, subject.run.pipeline.shapes)[0])
+
+
+def _layout(subject: Subject) -> str:
+    return single_file.layout_of(subject.run.pipeline.shapes, subject.run.pipeline.models.configs)
+
+
+def _predicts_v(pipeline: Pipeline) -> bool:
+    return pipeline.models.configs["scheduler"].get("prediction_type") == "v_prediction"
+
+
+def _for_all_tools(subject: Subject, kind: str, opened: str) -> str:
+    if subject.run.config.base == EMBEDDED:
+        return f"this library and diffusers ({opened}) alone: no other tool has the embedded base"
+    return f"{kind} for ComfyUI, A1111, Forge, InvokeAI, kohya's scripts and diffusers ({opened})"
+
+
+def open_subject(workdir: str | os.PathLike, step: int | None) -> Subject:
+    """Reads the run and its base."""
+    mesh = make_mesh()
+    run = open_trained(workdir, mesh, step)
+    base = read_params(run.pipeline, functools.partial(param_sharding, mesh))
+    tuned = merge(run.method.combine(base, run.trainable))
+    tuned = {name: x if x.shape == base[name].shape else x[: len(base[name])] for name, x in tuned.items()}
+    return Subject(run, base, tuned, rows_of(run.trainable))
+
+
+def default_format(config: Any, path: Path) -> str:
+    """kohya for adapters; for whole models a single file if `path` names one, else a folder."""
+    if config.method == "inversion":
+        return "embedding"
+    if config.method in (*FORMS, "pivotal", "custom"):
+        return "kohya"
+    return "single" if path.suffix == SUFFIX else "folder"
+
+
+def export(
+    workdir: str | os.PathLike, output: str | os.PathLike, *, step: int | None, kind: str | None, dtype: Any, rank: int
+) -> str:
+    """Writes a run and proves the file; returns what to print.
+
+    Args:
+        output: folder, or path of a .safetensors file.
+        kind: key of `FORMATS`, None for `default_format`.
+        dtype: stored precision: float32, float16 or bfloat16.
+        rank: of the LoRA that is made of a full fine-tuning; 0 keeps all differences.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, or the format cannot hold it.
+    """
+    subject, path = open_subject(workdir, step), Path(output)
+    kind = kind or ("kohya" if rank else default_format(subject.run.config, path))
+    if rank and (subject.run.method.adapter is not None or kind not in ("kohya", "peft")):
+        raise ValueError("--rank makes a LoRA of a full fine-tuning, in the formats kohya and peft")
+    if kind == "folder" and path.suffix == SUFFIX:
+        raise ValueError(f"--output {path}: the format folder needs a folder")
+    written = FORMATS[kind](subject, path, dtype, rank)
+    token = None
+    if subject.rows and kind != "embedding":  # beside it, in a file of its own
+        token = to_embedding(subject, written.path.with_name(f"{written.path.stem}_token{SUFFIX}"), dtype, 0)
+    about = [line for part in (written, token) if part for line in (f"{part.path}: {part.tools}", part.says)]
+    lines = [*about, prove(subject, written, (token or written).path if subject.rows else None)]
+    return "\n".join(line for line in lines if line)
+
+
+def prove(subject: Subject, written: Written, token: Path | None) -> str:
+    """Opens the export again and compares it with the run: tensors, and pictures of the first prompt.
+
+    Args:
+        token: file of the new tokens' rows, if there are any.
+
+    Raises:
+        ValueError: from the reader, if a tensor of the file has no place or is missing.
+    """
+    found = written.reopen()
+    rows = {}
+    if token:
+        widths = [value.shape[1] for value in subject.rows.values()]
+        rows = dict(zip(subject.rows, embeddings.read_embeddings(token, widths), strict=True))
+    moved = max(_largest(found[name], value) for name, value in subject.tuned.items())
+    config, mesh = subject.run.config, make_mesh()
+    prompt = fill(next(iter(config.sample_prompts), config.instance_prompt), config)
+    painter = make_painter(
+        subject.run.pipeline, mesh, resolution=config.resolution, batch_size=2, sampler=config.sampler,
+        steps=config.sampling_steps, guidance=config.guidance_scale,
+    )  # fmt: skip
+    ours, theirs = (
+        np.stack(paint_rows(painter, params, [prompt], range(2))[0]).astype(np.int32)
+        for params in (
+            with_rows(subject.tuned, subject.rows),
+            with_rows({name: _like(found[name], value) for name, value in subject.tuned.items()}, rows),
+        )
+    )
+    difference = np.abs(ours - theirs)
+    return (
+        f"opened again: {len(found)} tensors, none left over, weights differ by at most {moved:.2g}; pictures of "
+        f"{prompt!r} differ by {difference.mean():.2g} of 255 grey levels on average, {difference.max()} at most"
+    )
+
+
+def _largest(found: Any, value: Any) -> float:
+    return float(np.abs(np.asarray(found, np.float32) - np.asarray(value, np.float32)).max(initial=0.0))
+
+
+def _like(found: Any, value: jax.Array) -> jax.Array:
+    return jax.device_put(np.asarray(found, value.dtype), value.sharding)

@@ -1,0 +1,153 @@
+"""New tokens: only their rows move, they start as the words that are asked for, and other tools paint with the file."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.numpy import load_file, save_file
+from support.painting import painted_by_diffusers, painted_by_sample
+from support.runs import config_of, finish, read_state
+
+from dreambooth_jax import export
+from dreambooth_jax.adapters.inversion import TEMPLATES, is_row, rows_of, stop_after
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.embeddings import read_embeddings
+from dreambooth_jax.files.safetensors import WeightsError
+from dreambooth_jax.runs.job import make_job, open_base
+from dreambooth_jax.runs.setup import with_templates
+from dreambooth_jax.runs.workdir import open_run
+
+TABLE = "text_encoder.text_model.embeddings.token_embedding.embedding"
+FIELDS = {
+    "identifier": "<sks>", "token_vectors": 2, "templates": "object", "prior_preservation": False, "ema_decay": 0.0,
+    "learning_rate": 0.05, "weight_decay": 0.5, "text_encoder_multiplier": 1.0, "lora_rank": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inverted(micro, tmp_path_factory):
+    """The workdir of a textual inversion."""
+    workdir = tmp_path_factory.mktemp("inversion") / "run"
+    finish(workdir, base=micro, method="inversion", **FIELDS | {"steps": 20})
+    return workdir
+
+
+def job_of(micro, tmp_path, **fields):
+    config = config_of(tmp_path, base=micro, **FIELDS | fields)
+    pipeline = open_base(config)
+    job = make_job(config, pipeline, make_mesh(1, 1, jax.devices()[:1]))
+    params = read_params(pipeline)
+    trainable, frozen = job.method.start(params, jax.random.key(0))
+    return job, params, trainable, frozen
+
+
+def test_only_the_new_rows_move(inverted, micro):
+    config, pipeline, params = open_run(inverted, make_mesh())
+    base = read_params(load_pipeline(micro))
+    size = len(base[TABLE])
+    assert params[TABLE].shape == (size + 2, base[TABLE].shape[1])
+    for name, value in base.items():
+        np.testing.assert_array_equal(params[name][:size] if name == TABLE else params[name], value)
+    assert np.abs(params[TABLE][size:] - params[TABLE][size:].mean()).max() > 0
+    ids = pipeline.tokenize([f"a photo of {config.identifier} dog"])["ids"][0].tolist()
+    assert ids.index(size + 1) == ids.index(size) + 1 == 5 or {size, size + 1} <= set(ids)
+    # Neither optimizer nor checkpoint knows more than the rows and their moments.
+    sizes = [value.size for name, value in read_state(inverted, 20).items() if value.ndim]
+    assert sizes and set(sizes) == {2 * base[TABLE].shape[1]}
+
+
+def test_a_new_row_starts_as_the_word_and_does_not_decay(micro, tmp_path):
+    job, params, trainable, frozen = job_of(micro, tmp_path, method="inversion", token_start="dog cat", token_vectors=3)
+    table, tokenizer = np.asarray(params[TABLE]), load_pipeline(micro).tokenizer
+    dog, cat = tokenizer("dog cat", add_special_tokens=False).input_ids
+    ((name, rows),) = trainable.items()
+    assert is_row(name)
+    np.testing.assert_array_equal(rows, table[[dog, cat, dog]])
+    shapes, _ = job.method.shapes(job.pipeline.shapes)
+    assert {n: x.shape for n, x in trainable.items()} == {n: x.shape for n, x in shapes.items()}
+    updates, _ = job.optimizer.update(
+        jax.tree.map(jnp.zeros_like, trainable), job.optimizer.init(trainable), trainable, grad_norm=jnp.ones(())
+    )
+    assert not np.abs(updates[name]).any()
+    assert job.method.combine(frozen, trainable)[TABLE].shape == (len(table) + 3, table.shape[1])
+
+
+def test_pivotal_tuning_has_rows_and_factors_and_its_rows_stop(micro, tmp_path):
+    job, params, trainable, frozen = job_of(micro, tmp_path, method="pivotal", steps=10, pivotal_fraction=0.5)
+    rows = [name for name in trainable if is_row(name)]
+    assert len(rows) == 1 and all(".lora_" in name for name in trainable if name not in rows)
+    assert any(name.startswith("unet.") for name in trainable)
+    ids, x = job.pipeline.tokenize(["a <sks> dog"]), jnp.ones((1, 8, 8, 4))
+    combined = job.method.combine(frozen, trainable)
+    jax.eval_shape(job.pipeline.denoise_tokens, combined, x, jnp.ones(1), ids)
+    state, moved = job.optimizer.init(trainable), []
+    for _ in range(8):
+        ones = jax.tree.map(jnp.ones_like, trainable)
+        updates, state = job.optimizer.update(ones, state, trainable, grad_norm=jnp.ones(()))
+        moved.append({name: bool(np.abs(value).any()) for name, value in updates.items()})
+    assert [step[rows[0]] for step in moved] == [True] * 5 + [False] * 3
+    assert all(value for step in moved for name, value in step.items() if name not in rows)
+    assert params.keys() == frozen.keys()
+    stopped, _ = stop_after(0, is_row).update({"a.new": jnp.ones(2), "b": jnp.ones(2)}, jnp.zeros((), jnp.int32))
+    assert not stopped["a.new"].any() and stopped["b"].all()
+
+
+def test_custom_diffusion_trains_the_token_and_cross_attentions_keys_and_values(micro, tmp_path):
+    _, _, trainable, frozen = job_of(micro, tmp_path, method="custom")
+    kernels = {name for name in trainable if not is_row(name)}
+    assert kernels and all(name.endswith((".attn2.to_k.kernel", ".attn2.to_v.kernel")) for name in kernels)
+    assert TABLE in frozen and list(rows_of(trainable)) == ["text_encoder"]
+
+
+def test_diffusers_paints_with_the_embedding_what_we_paint(inverted, micro, tmp_path, capsys):
+    path = tmp_path / "sks.safetensors"
+    export.main(["--workdir", str(inverted), "--output", str(path)])
+    said = capsys.readouterr().out
+    assert "0 at most" in said and "load_textual_inversion" in said, said
+    assert list(load_file(path)) == ["emb_params"]
+    theirs = StableDiffusionPipeline.from_pretrained(micro)
+    theirs.load_textual_inversion(str(path), token="<sks>")
+    prompt = "a <sks> dog in the snow"
+    ours = painted_by_sample(tmp_path / "run", "--workdir", str(inverted), prompt=prompt)
+    assert np.abs(painted_by_diffusers(theirs, prompt) - ours).max() <= 2e-3 + 0.5 / 255
+    again = painted_by_sample(tmp_path / "file", "--base", micro, f"--embedding=<sks>={path}", prompt=prompt)
+    assert np.abs(again - ours).max() <= 1 / 255
+    assert np.abs(painted_by_sample(tmp_path / "base", "--base", micro, prompt=prompt) - ours).max() > 0.02
+
+
+def test_embedding_files_of_other_tools(tmp_path):
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+    for name, tensors, widths in (
+        ("kohya", {"emb_params": rows}, [4]),
+        ("diffusers", {"<sks>": rows}, [4]),
+        ("one", {"<sks>": rows[0]}, [4]),
+        ("xl", {"clip_l": rows, "clip_g": np.zeros((2, 5), np.float32)}, [4, 5]),
+    ):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        found = read_embeddings(tmp_path / f"{name}.safetensors", widths)
+        np.testing.assert_array_equal(found[0], rows[:1] if name == "one" else rows)
+    with pytest.raises(WeightsError, match=r"rows of width 4, but this base.s text encoders have 9"):
+        read_embeddings(tmp_path / "kohya.safetensors", [9])
+    torch.save({}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match="a pickle"):
+        read_embeddings(tmp_path / "a.pt", [4])
+
+
+def test_a_word_that_is_a_token_is_an_error(micro, tmp_path):
+    with pytest.raises(ValueError, match="identifier = 'sks' is a token of this base already"):
+        open_base(config_of(tmp_path, base=micro, method="inversion", **FIELDS | {"identifier": "sks"}))
+
+
+def test_every_photo_is_shown_with_every_wording(tmp_path):
+    from dreambooth_jax.data.images import Examples
+
+    examples = Examples(images=np.zeros((2, 4, 4, 3), np.uint8), captions=("a", "b"), names=("0.jpg", "1.jpg"))
+    config = config_of(tmp_path, method="inversion", **FIELDS)
+    found = with_templates(examples, config)
+    count = len(TEMPLATES["object"])
+    assert len(set(found.captions)) == count and len(found.images) == len(found.captions) == 2 * count
+    assert "a photo of <sks>" in found.captions
+    assert with_templates(examples, config_of(tmp_path)) == examples
