@@ -1,7 +1,7 @@
 """DreamBooth on five pictures of a dog. Every field of the library is here; override any with --config.FIELD=VALUE.
 
 python -m dreambooth_jax.train --config configs/dog.py           # the embedded base, any laptop, no network
-python -m dreambooth_jax.train --config configs/dog.py:sd15      # Stable Diffusion 1.5; also :sd14, :sd21
+python -m dreambooth_jax.train --config configs/dog.py:sd15      # Stable Diffusion 1.5; also :sd14, :sd21, :sdxl
 python -m dreambooth_jax.train --config configs/dog.py:sd15,lora # LoRA instead of full fine-tuning; also :tiny,dora ...
 python -m dreambooth_jax.train --config configs/dog.py:paper     # the paper's own settings, on Stable Diffusion 1.5
 
@@ -16,6 +16,7 @@ HUB_MODELS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "paper": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 
 
@@ -127,6 +128,14 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         config.sampling_steps = 100
         config.steps = 1000
         config.learning_rate = 5e-6
+    if base == "sdxl":  # 1024 px
+        config.class_batch_size = 4
+        config.learning_rate = 1e-6
+        config.train_text_encoder = False
+        config.moment_dtype = "bfloat16"
+        config.remat = "layers"
+        config.sample_count = 1
+        config.guidance_scale = 5.0
     if method:
         rates = {
             "lora": 1e-4, "dora": 1e-4, "loha": 1e-4, "lokr": 1e-4, "inversion": 5e-3, "pivotal": 1e-4, "custom": 1e-5,

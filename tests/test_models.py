@@ -269,6 +269,12 @@ def test_bfloat16_computes_near_float32_from_float32_parameters(tmp_path):
 # Published numbers of parameters.
 PUBLISHED = {
     "CompVis/stable-diffusion-v1-4": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "stabilityai/stable-diffusion-xl-base-1.0": {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
     "stabilityai/stable-diffusion-2-1": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
 }
 

@@ -30,6 +30,8 @@ class Examples(NamedTuple):
     images: np.ndarray  # uint8[n h w 3], sRGB
     captions: tuple[str, ...]
     names: tuple[str, ...]  # the file name, or NAME:SPLIT#index
+    original: np.ndarray  # int32[n 2], height and width before resizing
+    crop: np.ndarray  # int32[n 2], top and left of the crop in the resized (and mirrored) image
     notes: tuple[str, ...] = ()  # lines for the plan: what the source holds besides
 
 
@@ -76,11 +78,13 @@ def read_examples(
     listing = list_source(source, captions)
     items = listing.items
     texts = _captions(items, captions, template, identifier, class_noun, source)
-    squares = _read_squares(items, resolution, crop, flip, views, seed, source)
+    squares, sizes, corners = zip(*_read_squares(items, resolution, crop, flip, views, seed, source), strict=True)
     return Examples(
         images=np.stack(squares),
         captions=tuple(text for text in texts for _ in range(views)),
         names=tuple(item.name for item in items for _ in range(views)),
+        original=np.array(sizes, np.int32),
+        crop=np.array(corners, np.int32),
         notes=tuple(report(listing)),
     )
 
@@ -122,7 +126,8 @@ def _captions(
 
 def _read_squares(
     items: Sequence[Item], resolution: int, crop: str, flip: bool, views: int, seed: int, source
-) -> list[np.ndarray]:
+) -> list[tuple[np.ndarray, tuple[int, int], tuple[int, int]]]:
+    """(square, size of the image, corner of the square) of every view."""
     squares, bad, small = [], {}, []
     for item in items:
         try:
@@ -200,8 +205,11 @@ def _draw_views(name: str, crop: str, flip: bool, views: int, seed: int) -> list
     return [(float(place), flip and (first + view) % 2 == 1) for view, place in enumerate(places)]
 
 
-def _square(image: Image.Image, resolution: int, place: float, mirrored: bool) -> np.ndarray:
+def _square(
+    image: Image.Image, resolution: int, place: float, mirrored: bool
+) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
     side = min(image.size)
     left, top = (image.width - side) * place, (image.height - side) * place
     square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(ImageOps.mirror(square) if mirrored else square)
+    corner = round(top * resolution / side), round(abs(left - mirrored * (image.width - side)) * resolution / side)
+    return np.asarray(ImageOps.mirror(square) if mirrored else square), (image.height, image.width), corner

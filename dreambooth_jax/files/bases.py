@@ -98,8 +98,41 @@ _SD21 = {
     "scheduler": _SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
     "index": {"_class_name": "StableDiffusionPipeline"},
 }
+_XL_TEXT = _TEXT | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+_SDXL = {
+    "unet": _UNET
+    | {
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+        "attention_head_dim": [5, 10, 20],
+        "transformer_layers_per_block": [1, 2, 10],
+        "cross_attention_dim": 2048,
+        "sample_size": 128,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": _VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "text_encoder": _XL_TEXT | {"hidden_act": "quick_gelu", "projection_dim": 768},
+    "text_encoder_2": _XL_TEXT
+    | {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "hidden_act": "gelu",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_attention_heads": 20,
+        "num_hidden_layers": 32,
+        "projection_dim": 1280,
+    },
+    "scheduler": _SCHEDULER
+    | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "prediction_type": "epsilon"},
+    "index": {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+}
 CONFIGS = {
     "CompVis/stable-diffusion-v1-4": _SD1,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD1,
     "stabilityai/stable-diffusion-2-1": _SD21,
+    "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
 }

@@ -28,6 +28,7 @@ class CLIPTextSpec:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    projection_dim: int = 512  # width of the pooled embedding, where a model has one
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "CLIPTextSpec":
@@ -61,7 +62,6 @@ _WITHOUT_EFFECT = [
     "torch_dtype",
     "initializer_factor",
     "initializer_range",
-    "projection_dim",
     "transformers_version",
     "return_dict",
     "output_attentions",
@@ -135,8 +135,12 @@ class Encoder(nnx.Module):
         self.layers = nnx.List([EncoderLayer(spec, causal, **kw) for _ in range(spec.num_hidden_layers)])
 
     def __call__(self, x: Tokens) -> Tokens:
-        for layer in self.layers:
-            x = layer(x)
+        return self.layers[-1](self.before_last(x))
+
+    def before_last(self, x: Tokens) -> Tokens:
+        """The penultimate hidden states: those that the last layer is given."""
+        for index in range(len(self.layers) - 1):
+            x = self.layers[index](x)
         return x
 
 
@@ -163,3 +167,22 @@ class CLIPTextModel(nnx.Module):
 
     def __call__(self, ids: Int[Array, "b l"]) -> Tokens:
         return self.text_model(ids)
+
+    def penultimate(self, ids: Int[Array, "b l"]) -> Tokens:
+        """Hidden states that the last layer is given, without the final norm."""
+        return self.text_model.encoder.before_last(self.text_model.embeddings(ids))
+
+
+class CLIPTextModelWithProjection(nnx.Module):
+    """Token ids [b, l] and positions of the end tokens [b] -> penultimate hidden states [b, l, hidden_size], without
+    the final norm, and the projected states of the end tokens [b, projection_dim]."""
+
+    def __init__(self, spec: CLIPTextSpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.text_model = TextTransformer(spec, dtype=dtype, rngs=rngs)
+        self.text_projection = Linear(spec.hidden_size, spec.projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: Int[Array, "b l"], end: Int[Array, "b"]) -> tuple[Tokens, Float[Array, "b p"]]:
+        encoder = self.text_model.encoder
+        states = encoder.before_last(self.text_model.embeddings(ids))
+        last = self.text_model.final_layer_norm(encoder.layers[-1](states))
+        return states, self.text_projection(last[jnp.arange(len(ids)), end])

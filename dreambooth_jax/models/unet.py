@@ -1,4 +1,5 @@
-"""UNet2DConditionModel: the denoiser of Stable Diffusion 1.x and 2.x (arXiv 2112.10752, section 3.3 and appendix B)."""
+"""UNet2DConditionModel: the denoiser of Stable Diffusion 1.x and 2.x (arXiv 2112.10752, section 3.3 and appendix B) and
+of SDXL (arXiv 2307.01952, section 2)."""
 
 import dataclasses
 import functools
@@ -40,12 +41,17 @@ class UNetSpec:
     attention_head_dim: int | tuple[int, ...] = 8
     only_cross_attention: bool | tuple[bool, ...] = False  # then self-attention, too, attends to the text
     num_class_embeds: int | None = None
+    mid_block_type: str = "UNetMidBlock2DCrossAttn"  # "" for none
+    addition_embed_type: str | None = None  # "text_time": pooled text and sizes join the time embedding
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     use_linear_projection: bool = False
     upcast_attention: bool = False  # always so here: see attention.attention
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "UNetSpec":
         """Raises UnsupportedConfig, naming the fields, for anything not implemented."""
+        config = dict(config) | {"mid_block_type": config.get("mid_block_type", cls.mid_block_type) or ""}
         spec = read_spec(cls, config, _NEUTRAL, _problems)
         blocks = len(spec.block_out_channels)
         return dataclasses.replace(spec, **{name: per_block(getattr(spec, name), blocks) for name in _PER_BLOCK})
@@ -68,16 +74,24 @@ _PER_BLOCK = (
 
 
 def _problems(spec: UNetSpec) -> list[str]:
-    types = not_among(spec, {"down_block_types": _DOWN_TYPES, "up_block_types": _UP_TYPES})
+    types = not_among(
+        spec,
+        {
+            "down_block_types": _DOWN_TYPES,
+            "up_block_types": _UP_TYPES,
+            "mid_block_type": (UNetSpec.mid_block_type, ""),
+            "addition_embed_type": (None, "text_time"),
+        },
+    )
+    if spec.addition_embed_type and not (spec.addition_time_embed_dim and spec.projection_class_embeddings_input_dim):
+        types.append("addition_embed_type = 'text_time' (its addition_time_embed_dim or input_dim is absent)")
     names = ("down_block_types", "up_block_types", *_PER_BLOCK)
     return types + not_per_block(spec, names, len(spec.block_out_channels))
 
 
 _NEUTRAL = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
     "addition_embed_type_num_heads": (64,),
-    "addition_time_embed_dim": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -92,9 +106,7 @@ _NEUTRAL = {
     "encoder_hid_dim_type": (None,),
     "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1, 1.0),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_attention_heads": (None,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1, 1.0),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -292,6 +304,8 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_in = Conv(spec.in_channels, widths[0], 3, **kw)
         self.time_embedding = TimestepEmbedding(widths[0], temb_dim, **kw)
         self.class_embedding = nnx.Embed(spec.num_class_embeds, temb_dim, **kw) if spec.num_class_embeds else None
+        added = spec.projection_class_embeddings_input_dim
+        self.add_embedding = TimestepEmbedding(added, temb_dim, **kw) if spec.addition_embed_type else None
 
         last = len(widths) - 1
         skips = [widths[0]]
@@ -311,7 +325,8 @@ class UNet2DConditionModel(nnx.Module):
             self.down_blocks.append(block)
 
         middle = transformer(last) | {"only_cross": False}  # as in the reference, whatever the config says
-        self.mid_block = MidBlock(widths[-1], transformer=middle, resnet=resnet, **kw)
+        block = MidBlock(widths[-1], transformer=middle, resnet=resnet, **kw) if spec.mid_block_type else None
+        self.mid_block = block
 
         below = widths[-1]
         self.up_blocks = nnx.List([])
@@ -334,9 +349,12 @@ class UNet2DConditionModel(nnx.Module):
         t: Float[Array, "b"],
         context: Float[Array, "b l e"],
         level: Int[Array, "b"] | None = None,
+        pooled: Float[Array, "b p"] | None = None,
+        sizes: Float[Array, "b s"] | None = None,
     ) -> Float[Array, "b h w out"]:
         """x: noisy latents; t: timesteps in [0, T), whole or fractional; context: text states; level: timestep of the
-        noise on the low-resolution picture, where `spec.num_class_embeds` says that there is one.
+        noise on the low-resolution picture, where `spec.num_class_embeds` says that there is one; pooled, sizes: text
+        embedding and size numbers that join the time embedding, where `spec.addition_embed_type` says so.
 
         Raises:
             ValueError: height or width is no multiple of `spec.downscale`, or `level` is absent.
@@ -354,6 +372,8 @@ class UNet2DConditionModel(nnx.Module):
         temb = self.time_embedding(embedded.astype(self.dtype))
         if self.class_embedding is not None:
             temb = temb + self.class_embedding(level)
+        if self.add_embedding is not None:
+            temb = temb + self._added(pooled, sizes)
         x, context = x.astype(self.dtype), context.astype(self.dtype)
 
         x = self.conv_in(x)
@@ -365,10 +385,21 @@ class UNet2DConditionModel(nnx.Module):
             if block.downsamplers:
                 x = block.downsamplers[0](x)
                 skips.append(x)
-        x = mid(self.mid_block, x, temb, context)
+        if self.mid_block is not None:
+            x = mid(self.mid_block, x, temb, context)
         for block in self.up_blocks:
             for index in range(len(block.resnets)):
                 x = layer(block, index, jnp.concatenate([x, skips.pop()], -1), temb, context)
             if block.upsamplers:
                 x = block.upsamplers[0](x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+    def _added(self, pooled: Float[Array, "b p"], sizes: Float[Array, "b s"]) -> Float[Array, "b e"]:
+        """Embedding of the pooled text and of every size number, as for time (arXiv 2307.01952, section 2.2)."""
+        spec = self.spec
+        embedded = timestep_embedding(
+            sizes.reshape(-1), spec.addition_time_embed_dim,
+            flip_sin_to_cos=spec.flip_sin_to_cos, freq_shift=spec.freq_shift,
+        )  # fmt: skip
+        both = jnp.concatenate([pooled.astype(jnp.float32), embedded.reshape(len(sizes), -1)], -1)
+        return self.add_embedding(both.astype(self.dtype))

@@ -1,0 +1,168 @@
+"""Stable Diffusion XL against PyTorch diffusers, and whole runs with it."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from support.sdxl_folders import write_sdxl
+
+from dreambooth_jax.adapters.method import full
+from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
+from dreambooth_jax.diffusion.optimizer import make_optimizer
+from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
+from dreambooth_jax.families.family import DENOISER, TEXT, Pictures
+from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
+from dreambooth_jax.files.safetensors import file_name
+
+RATE, STEPS, PRIOR, DECAY = 1e-3, 5, 0.7, 1e-2
+PROMPTS = ["a photo of a sks dog", "a photo of a dog", "a dog of a cat"]  # one instance, two of the class
+SIZES = Pictures(
+    None, np.int32([[640, 480], [32, 32], [99, 30]]), np.int32([[4, 0], [0, 0], [17, 3]]), np.full((3, 2), 32)
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    reference = write_sdxl(folder)
+    pipeline = load_pipeline(str(folder))
+    return reference, pipeline, read_params(pipeline)
+
+
+def nchw(x) -> torch.Tensor:
+    return torch.from_numpy(np.moveaxis(np.array(x), -1, 1).copy())
+
+
+def relative(ours, theirs) -> float:
+    theirs = theirs.detach().numpy()
+    return np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
+
+
+def encode_prompts(reference, prompts):
+    """(states, pooled) as diffusers' own `encode_prompt` gives them, differentiable."""
+    states, _, pooled, _ = reference.encode_prompt(prompts, do_classifier_free_guidance=False)
+    return states, pooled
+
+
+def test_prompts_are_encoded_as_diffusers_does(base):
+    reference, pipeline, params = base
+    cond = pipeline.encode_text(params, pipeline.tokenize(PROMPTS))
+    states, pooled = encode_prompts(reference, PROMPTS)
+    assert relative(cond["states"], states) <= 1e-4
+    assert relative(cond["pooled"], pooled) <= 1e-4
+
+
+def test_an_export_paints_in_diffusers_what_it_paints_here(base, tmp_path):
+    """Guidance with an empty negative prompt, which is zeros, and one that is not."""
+    _, pipeline, params = base
+    params = {n: np.float32(1.1) * np.asarray(v) if "attn" in n else v for n, v in params.items()}
+    save_pipeline(pipeline, params, tmp_path)
+    theirs = StableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)
+    theirs.set_progress_bar_config(disable=True)
+    noise = noise_for_seeds(np.arange(2), pipeline.example_shape(32))
+    sample = make_sampler(pipeline.denoise, pipeline.process, sampler="euler", steps=5)
+
+    @jax.jit
+    def paint(params, noise, tokens, negative, empty):
+        sizes = pipeline.of_example(Pictures(None, *(np.full((2, 2), side, np.int32) for side in (32, 0, 32))))
+        cond, uncond = (pipeline.encode_text(params, t) for t in (tokens, negative))
+        return pipeline.decode(
+            params, sample(params, noise, cond | sizes, pipeline.negative(uncond, empty) | sizes, 5.0)
+        )
+
+    for negative in (None, "a cat"):
+        texts = [negative or ""] * 2
+        empty = np.array([negative is None] * 2)
+        ours = paint(params, noise, pipeline.tokenize(PROMPTS[:2]), pipeline.tokenize(texts), empty)
+        expected = theirs(
+            PROMPTS[:2], negative_prompt=negative and texts, latents=nchw(noise), num_inference_steps=5,
+            guidance_scale=5.0, height=32, width=32, output_type="np",
+        ).images  # fmt: skip
+        assert expected.std() > 0.02
+        assert np.abs(np.asarray(ours) - expected).max() <= 2e-3
+
+
+def torch_loss(reference, batch: Batch) -> torch.Tensor:
+    """The DreamBooth loss as diffusers' SDXL script computes it, with each picture's own sizes."""
+    states, pooled = encode_prompts(reference, PROMPTS)
+    x0, eps, t = nchw(batch.x0), nchw(batch.eps), torch.from_numpy(np.array(batch.t, np.int64))
+    alpha_bar = reference.scheduler.alphas_cumprod[t][:, None, None, None]
+    noisy = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+    sizes = torch.from_numpy(np.concatenate(SIZES[1:], -1)).float()
+    prediction = reference.unet(
+        noisy, t, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+    ).sample
+    each = torch.nn.functional.mse_loss(prediction, eps, reduction="none").mean(dim=(1, 2, 3))
+    return each[:1].mean() + PRIOR * each[1:].mean()
+
+
+def test_gradients_and_training_are_those_of_pytorch(base):
+    """Loss, the gradient of every parameter of UNet and both towers, and five AdamW steps. Layers that no result
+    depends on have no gradient and do not move; the key biases of the towers have none but rounding."""
+    reference, pipeline, params = base
+    rng = np.random.default_rng(0)
+    x0, eps = (rng.standard_normal((3, 8, 8, 4), np.float32) for _ in range(2))
+    cond = pipeline.tokenize(PROMPTS) | pipeline.of_example(SIZES)
+    batch = Batch(x0, eps, np.int32([10, 450, 999]), cond)
+    trainable, frozen = full(pipeline.trainable(DENOISER, TEXT)).start(params, None)
+    optimizer = optax.with_extra_args_support(
+        make_optimizer("adamw", optax.constant_schedule(RATE), weight_decay=DECAY, clip_norm=None)
+    )
+
+    @jax.jit
+    def step(trainable, state):
+        def loss(p):
+            return dreambooth_loss(
+                pipeline.denoise_tokens, frozen | p, batch, pipeline.process, num_instance=1, prior_weight=PRIOR
+            ).loss
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        updates, state = optimizer.update(grads, state, trainable, grad_norm=optax.tree.norm(grads))
+        return optax.apply_updates(trainable, updates), state, value, grads
+
+    parts = {name: getattr(reference, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    theirs = {f"{part}.{n}": p for part, model in parts.items() for n, p in model.named_parameters()}
+    ours_to_theirs = {name: torch_name(name, theirs) for name in params if name.partition(".")[0] in parts}
+    torch_optimizer = torch.optim.AdamW(theirs.values(), lr=RATE, weight_decay=DECAY)
+    state = optimizer.init(trainable)
+    for number in range(STEPS):
+        torch_optimizer.zero_grad()
+        expected = torch_loss(reference, batch)
+        expected.backward()
+        trainable, state, value, grads = step(trainable, state)
+        if number == 0:
+            assert abs(float(value) / expected.item() - 1) <= 1e-4
+            idle = {name for name, other in ours_to_theirs.items() if theirs[other].grad is None}
+            assert idle and idle == ours_to_theirs.keys() - trainable.keys()
+            total = np.sqrt(sum(np.square(g).sum() for g in grads.values()))
+            errors = {
+                name: relative(grad, as_ours(name, theirs[ours_to_theirs[name]].grad))
+                for name, grad in grads.items()
+                if not name.endswith("k_proj.bias")
+            }
+            worst = max(errors, key=errors.get)
+            assert errors[worst] <= 1e-3, (worst, errors[worst])
+            assert all(np.linalg.norm(g) < 1e-5 * total for n, g in grads.items() if n not in errors)
+        torch_optimizer.step()
+    errors = {
+        name: relative(value, as_ours(name, theirs[ours_to_theirs[name]]))
+        for name, value in trainable.items()
+        if not name.endswith("k_proj.bias")
+    }
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= 1e-4, (worst, errors[worst])
+
+
+def torch_name(name: str, theirs) -> str:
+    """PyTorch's name: transformers 5 leaves out the wrapper of the text model."""
+    stored = file_name(name)
+    return stored if stored in theirs else stored.replace(".text_model.", ".", 1)
+
+
+def as_ours(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A PyTorch tensor with the axes of our parameter `name`."""
+    if not name.endswith(".kernel"):
+        return tensor.detach()
+    return tensor.detach().permute(2, 3, 1, 0) if tensor.ndim == 4 else tensor.detach().T
