@@ -22,7 +22,6 @@ from kept import kept
 from tqdm import tqdm
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.evaluation import metrics
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.files.hub import EMBEDDED_FOLDER
@@ -83,7 +82,7 @@ def run_one(subject: str, arm: str, seed: int, steps: int, class_folder: Path, e
             class_images=str(class_folder / noun), create_class_images=True, seed=seed, steps=steps,
         )  # fmt: skip
         run = set_up(config)
-        params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
+        params = read_params(run.pipeline, run.mesh)
         trainable, frozen, key = begin(run.job, params)
         data = prepare_data(run, run.job.method.combine(frozen, trainable))
         state = fresh_state(run.job, trainable)

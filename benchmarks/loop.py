@@ -6,7 +6,6 @@ Rounds of the bare call and of the whole loop alternate, so that a machine that 
 """
 
 import contextlib
-import functools
 import io
 import runpy
 import statistics
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.runs.checkpoint import open_checkpoints
 from dreambooth_jax.runs.job import lower_steps
@@ -43,7 +41,7 @@ def main() -> None:
         config.workdir, config.num_class_images = folder, 8
         config.steps = config.save_every = config.sample_every = 10**6
         run = set_up(config)
-        params = read_params(run.pipeline, functools.partial(param_sharding, run.mesh))
+        params = read_params(run.pipeline, run.mesh)
         trainable, frozen, key = begin(run.job, params)
         with contextlib.redirect_stderr(io.StringIO()):
             data = prepare_data(run, run.job.method.combine(frozen, trainable))

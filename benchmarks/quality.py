@@ -9,7 +9,6 @@ Every painted row has its ceilings beside it: other rendered pictures, and the r
 """
 
 import argparse
-import functools
 import time
 import zlib
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from judge import Judge, core_sprites
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import make_mesh, param_sharding
+from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.evaluation import metrics
 from dreambooth_jax.evaluation.features import imagenet_features, lpips_features
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
@@ -120,7 +119,7 @@ def main() -> None:
     mesh = make_mesh()
     table = Table(imagenet_features(CACHE / "efficientnet-lite0", mesh), sprites, held_out)
     pipeline = load_pipeline(options.base)
-    params = read_params(pipeline, functools.partial(param_sharding, mesh))
+    params = read_params(pipeline, mesh)
     painter = make_painter(
         pipeline, mesh, resolution=64, batch_size=BATCH, sampler="dpm++", steps=options.steps, guidance=options.guidance
     )

@@ -5,15 +5,13 @@
 Both read the same folder and paint four pictures in 50 steps of DDIM with guidance, float32. On TPUs: tpu_step.py.
 """
 
-import functools
-
 import jax
 import torch
 from alternate import alternate
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import make_mesh, param_sharding
+from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.painting.painter import Request, make_painter
@@ -23,7 +21,7 @@ PROMPT, BATCH, STEPS, GUIDANCE, ROUNDS = "a dog", 4, 50, 2.5, 7
 
 def ours():
     pipeline, mesh = load_pipeline("tiny"), make_mesh()
-    params = read_params(pipeline, functools.partial(param_sharding, mesh))
+    params = read_params(pipeline, mesh)
     painter = make_painter(
         pipeline, mesh, resolution=64, batch_size=BATCH, sampler="ddim", steps=STEPS, guidance=GUIDANCE
     )

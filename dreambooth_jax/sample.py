@@ -72,11 +72,9 @@ def _finite(text: str) -> float:
 
 def _open(options: argparse.Namespace, mesh):
     """(name of the model, pipeline, params, resolution, guidance) of what the options name."""
-    import functools
 
     import jax.numpy as jnp
 
-    from dreambooth_jax.devices.sharding import param_sharding
     from dreambooth_jax.families.pipeline import load_pipeline, read_params
     from dreambooth_jax.runs.workdir import open_run
 
@@ -84,7 +82,7 @@ def _open(options: argparse.Namespace, mesh):
         config, pipeline, params = open_run(options.workdir, mesh, options.step, dtype=options.dtype)
         return options.workdir, pipeline, params, config.resolution, config.guidance_scale
     pipeline = load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32"))
-    params = read_params(pipeline, functools.partial(param_sharding, mesh))
+    params = read_params(pipeline, mesh)
     return options.base, pipeline, params, pipeline.resolution, pipeline.guidance
 
 

@@ -1,20 +1,34 @@
 """Stable Diffusion XL against PyTorch diffusers, and whole runs with it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from support.runs import assert_same_state, checkpoints, config_of, read_state
 from support.sdxl_folders import write_sdxl
 
+from dreambooth_jax import export
 from dreambooth_jax.adapters.method import full
+from dreambooth_jax.data.encode import make_encoder
+from dreambooth_jax.data.images import read_examples
+from dreambooth_jax.data.sources import list_images
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.diffusion.examples import TrainingData, draw
 from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
 from dreambooth_jax.families.family import DENOISER, TEXT, Pictures
 from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
 from dreambooth_jax.files.safetensors import file_name
+from dreambooth_jax.painting.sheets import save_png
+from dreambooth_jax.runs.preemption import Preemption
+from dreambooth_jax.runs.report import Reporter
+from dreambooth_jax.runs.setup import set_up
+from dreambooth_jax.runs.training import train
 
 RATE, STEPS, PRIOR, DECAY = 1e-3, 5, 0.7, 1e-2
 PROMPTS = ["a photo of a sks dog", "a photo of a dog", "a dog of a cat"]  # one instance, two of the class
@@ -166,3 +180,83 @@ def as_ours(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not name.endswith(".kernel"):
         return tensor.detach()
     return tensor.detach().permute(2, 3, 1, 0) if tensor.ndim == 4 else tensor.detach().T
+
+
+RUN = {
+    "resolution": 16, "num_class_images": 4, "class_batch_size": 4, "steps": 4, "steps_per_call": 2, "batch_size": 2,
+    "save_every": 2, "sample_every": 4, "sampling_steps": 2, "sampler": "euler", "sample_count": 1,
+    "sample_prompts": ("a {identifier} {class_noun}",), "crop": "random",
+}  # fmt: skip
+
+
+def test_class_images_keep_their_own_sizes(base, tmp_path):
+    """Photos are of other sizes than painted class images: each has its own condition."""
+    _, pipeline, params = base
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    config = config_of(tmp_path / "run", **RUN)
+    photos = read_examples(
+        config.instance_images, 16, template="a {identifier} {class_noun}", identifier="sks", class_noun="dog",
+        crop="random", seed=3,
+    )  # fmt: skip
+    save_png(tmp_path / "class" / "0.png", np.zeros((16, 16, 3), np.uint8), {})
+    painted = read_examples(tmp_path / "class", 16, template="a {class_noun}", identifier="sks", class_noun="dog")
+    encode = make_encoder(pipeline, mesh, text_states=True)
+    data = TrainingData(encode(params, photos), encode(params, painted))
+    sizes = {tuple(np.asarray(row)) for row in data.instance.of_example["sizes"]}
+    files = [Image.open(path).size for path in list_images(config.instance_images)]
+    assert {row[:2] for row in sizes} == {(h, w) for w, h in files} and {row[4:] for row in sizes} == {(16, 16)}
+    assert data.prior.of_example["sizes"].tolist() == [[16, 16, 0, 0, 16, 16]]
+    batch = draw(data, pipeline.process, 2, jax.random.key(0), jnp.int32(0), pipeline.example_shape(16))
+    assert batch.cond["sizes"][2:].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    assert {tuple(row.tolist()) for row in batch.cond["sizes"][:2]} <= sizes
+    # The class has another prompt than the subject, in both towers' states and in the pooled embedding.
+    for name in ("states", "pooled"):
+        np.testing.assert_array_equal(batch.cond[name][2], data.prior.cond[name][0])
+        assert np.abs(batch.cond[name][0] - batch.cond[name][2]).max() > 1e-3
+
+
+def test_a_run_trains_resumes_and_exports(base, tmp_path):
+    """LoRA on UNet and both towers in bfloat16, stopped after half of its steps; diffusers loads the factors."""
+    _, pipeline, _ = base
+    fields = RUN | {"base": str(pipeline.folder), "method": "lora", "dtype": "bfloat16", "learning_rate": 1e-2}
+    config = config_of(tmp_path / "run", **fields)
+    with pytest.raises(KeyboardInterrupt):
+        train_to(config, stop_after=2)
+    assert checkpoints(tmp_path / "run") == [2]
+    train_to(config)
+    whole = config_of(tmp_path / "whole", **fields)
+    train_to(whole)
+    assert_same_state(read_state(tmp_path / "run", 4), read_state(tmp_path / "whole", 4))
+    state = read_state(tmp_path / "run", 4)
+    assert {name.split("'")[3].split(".")[0] for name in state if "trainable" in name} == set(TRAINED)
+    assert len(list((tmp_path / "run" / "class_images").glob("*.png"))) == 4
+    assert (tmp_path / "run" / "samples" / "step_000004.png").exists()
+    export.main(["--workdir", str(tmp_path / "run"), "--output", str(tmp_path / "lora"), "--lora"])
+    theirs = StableDiffusionXLPipeline.from_pretrained(pipeline.folder, add_watermarker=False)
+    theirs.load_lora_weights(tmp_path / "lora")
+    assert theirs.get_list_adapters().keys() == set(TRAINED)
+    export.main(["--workdir", str(tmp_path / "run"), "--output", str(tmp_path / "model")])
+    merged = read_params(load_pipeline(str(tmp_path / "model")))
+    theirs.fuse_lora(components=TRAINED)
+    for part in TRAINED:
+        for name, tensor in getattr(theirs, part).named_parameters():
+            if name.endswith(("to_q.base_layer.weight", "out_proj.base_layer.weight")):
+                prefix = "" if part == "unet" or name.startswith("text_model.") else "text_model."
+                ours = merged[f"{part}.{prefix}{name.replace('.base_layer.weight', '.kernel')}"]
+                np.testing.assert_allclose(ours, tensor.detach().numpy().T, atol=1e-5)
+
+
+TRAINED = ["unet", "text_encoder", "text_encoder_2"]
+
+
+def train_to(config, stop_after: int | None = None) -> None:
+    """Runs the command's own function; as if interrupted after the save of step `stop_after`."""
+
+    class Stopping(Reporter):
+        def record(self, first, *rest):
+            super().record(first, *rest)
+            if first == stop_after:
+                raise KeyboardInterrupt
+
+    with Preemption() as guard:
+        train(set_up(config), guard, reporter=Stopping)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices.sharding import replicated
 from dreambooth_jax.diffusion.examples import EncodedExamples
+from dreambooth_jax.families.family import Pictures
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
 
@@ -24,6 +25,7 @@ def make_encoder(
         batch_size: images in the autoencoder at a time.
     """
     encode_images = jax.jit(pipeline.encode_images, out_shardings=replicated(mesh))
+    of_pictures = jax.jit(pipeline.of_example, out_shardings=replicated(mesh))
     encode_text = jax.jit(pipeline.encode_text, out_shardings=replicated(mesh))
 
     def encode(params: Params, examples: Examples) -> EncodedExamples:
@@ -33,9 +35,17 @@ def make_encoder(
         if text_states:
             cond = in_batches(lambda part: encode_text(params, part), cond, batch_size)
         mean, std = (x.reshape(len(x), -1) for x in (mean, std))
-        return jax.device_put(EncodedExamples(mean, std, cond, caption.astype(np.int32)), replicated(mesh))
+        of_example = in_batches(of_pictures, pictures(examples), batch_size) or None
+        encoded = EncodedExamples(mean, std, cond, caption.astype(np.int32), of_example)
+        return jax.device_put(encoded, replicated(mesh))
 
     return encode
+
+
+def pictures(examples: Examples) -> Pictures:
+    """The pictures of the examples with their sizes, to condition on."""
+    target = np.full((len(examples.images), 2), examples.images.shape[1:3], np.int32)
+    return Pictures(examples.images, examples.original, examples.crop, target)
 
 
 def in_batches(function: Callable[[Any], Any], rows: Any, size: int) -> Any:

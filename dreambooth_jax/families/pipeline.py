@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
+from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.families import FAMILIES
 from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Models, Part, Pictures
@@ -90,6 +92,14 @@ class Pipeline:
             part: self.tokenizers[name](text, add_special_tokens=False).input_ids
             for name, part in self.family.tokenizers.items()
         }
+
+    @functools.cached_property
+    def frozen_shapes(self) -> Shapes:
+        """The same for parameters that are not trained: kernels and embeddings in the dtype of their part's
+        computation, to which it rounds them anyway."""
+        rounded = {n: x for n, x in self.shapes.items() if n.endswith((".kernel", ".embedding"))}
+        held = {n: jax.ShapeDtypeStruct(x.shape, self.dtypes[n.partition(".")[0]]) for n, x in rounded.items()}
+        return self.shapes | held
 
     def trainable(self, *roles: str) -> str:
         """A regex for the names of the parameters of these roles that results depend on."""
@@ -206,22 +216,26 @@ def describe_base(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing"
     return load_pipeline(base, dtype=dtype, remat=remat)
 
 
-def read_params(
-    pipeline: Pipeline, sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None
-) -> Params:
-    """Reads all weights, float32, each tensor straight to where `sharding_of(name, shape)` says.
+def read_params(pipeline: Pipeline, mesh: Mesh | None = None, shapes: Shapes | None = None) -> Params:
+    """Reads all weights, each tensor straight to its place.
+
+    Args:
+        mesh: devices that `param_sharding` places the tensors on; default: all on the first device.
+        shapes: name -> shape and dtype of every parameter; default: float32.
 
     Raises:
         WeightsError: see `read_model`.
     """
+    shapes = shapes or pipeline.shapes
     if pipeline.single_file is not None:
+        place = mesh and functools.partial(param_sharding, mesh)
         layout = single_file.layout_of(pipeline.shapes, pipeline.models.configs)
-        return single_file.read_single_file(pipeline.single_file, pipeline.shapes, layout, sharding_of)
+        return single_file.read_single_file(pipeline.single_file, shapes, layout, place)
     params: Params = {}
-    for part, model in pipeline.models.functions.items():
+    for part in pipeline.family.parts:
         prefix = f"{part}."
-        place = sharding_of and (lambda name, shape, prefix=prefix: sharding_of(prefix + name, shape))
-        params |= with_prefix(prefix, read_model(pipeline.folder / part, model.shapes, place))
+        place = mesh and (lambda name, shape, prefix=prefix: param_sharding(mesh, prefix + name, shape))
+        params |= with_prefix(prefix, read_model(pipeline.folder / part, under_prefix(prefix, shapes), place))
     return params
 
 

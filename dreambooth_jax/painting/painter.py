@@ -66,6 +66,10 @@ def make_paint_batch(
         both = pipeline.encode_text(params, tokens)
         uncond, cond = (jax.tree.map(lambda x: jnp.split(x, 2)[half], both) for half in (0, 1))  # noqa: B023
         of_picture = pipeline.of_example(inputs.pictures)
+        if pipeline.family.augment is not None:
+            of_picture = jax.vmap(pipeline.family.augment)(
+                of_picture, jax.vmap(lambda key: jax.random.fold_in(key, 3))(own)
+            )
         uncond = pipeline.negative(uncond, inputs.empty) | of_picture if guidance != 1.0 else None
         encoded = sample(params, noise, cond | of_picture, uncond, guidance, own)
         return jnp.round(pipeline.decode(params, encoded) * 255).astype(jnp.uint8)

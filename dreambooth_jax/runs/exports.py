@@ -2,7 +2,6 @@
 reader, compared tensor by tensor, and painted with.
 """
 
-import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from dreambooth_jax.adapters.extract import differences, low_rank
 from dreambooth_jax.adapters.factors import FORMS, add, merge
 from dreambooth_jax.adapters.inversion import is_row, rows_of, with_rows
-from dreambooth_jax.devices.sharding import make_mesh, param_sharding
+from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params, save_pipeline
 from dreambooth_jax.files import embeddings, lora_kohya, lora_peft, single_file
 from dreambooth_jax.files.hub import EMBEDDED
@@ -177,7 +176,7 @@ def open_subject(workdir: str | os.PathLike, step: int | None) -> Subject:
     """Reads the run and its base."""
     mesh = make_mesh()
     run = open_trained(workdir, mesh, step)
-    base = read_params(run.pipeline, functools.partial(param_sharding, mesh))
+    base = read_params(run.pipeline, mesh)
     tuned = merge(run.method.combine(base, run.trainable))
     tuned = {name: x if x.shape == base[name].shape else x[: len(base[name])] for name, x in tuned.items()}
     return Subject(run, base, tuned, rows_of(run.trainable))

@@ -20,9 +20,9 @@ from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shape
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.diffusion.step import TrainState, init_state, make_step, recomputed, rounded, run_steps
-from dreambooth_jax.families.family import DENOISER, TEXT
+from dreambooth_jax.families.family import DENOISER, TEXT, Pictures
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
-from dreambooth_jax.models.params import Params
+from dreambooth_jax.models.params import Params, Shapes
 from dreambooth_jax.painting.painter import input_shapes, make_paint_batch
 from dreambooth_jax.runs.config import WITH_TOKEN
 
@@ -110,9 +110,17 @@ def initial(job: Job):
     return functools.partial(init_state, optimizer=job.optimizer, ema=job.config.ema_decay > 0)
 
 
+def held_shapes(job: Job) -> Shapes:
+    """Shapes and dtypes in which the base's parameters are held: trained ones in float32, frozen ones as
+    `Pipeline.frozen_shapes`."""
+    _, frozen = job.method.shapes(job.pipeline.shapes)
+    kept = job.pipeline.frozen_shapes
+    return {name: kept[name] if name in frozen else shape for name, shape in job.pipeline.shapes.items()}
+
+
 def split_shapes(job: Job) -> tuple[Params, Params]:
     """(trainable, frozen) shapes, as the mesh holds them."""
-    trainable, frozen = job.method.shapes(job.pipeline.shapes)
+    trainable, frozen = job.method.shapes(held_shapes(job))
     return placed_shapes(job.mesh, trainable), placed_shapes(job.mesh, frozen)
 
 
@@ -145,7 +153,11 @@ def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
 
     def resident(count: int) -> EncodedExamples:
         latents = _everywhere(job, (count, math.prod(pipeline.example_shape(config.resolution))), jnp.float32)
-        return EncodedExamples(latents, latents, cond, _everywhere(job, (count,), jnp.int32))
+        pair = jax.ShapeDtypeStruct((count, 2), jnp.int32)
+        images = jax.ShapeDtypeStruct((count, config.resolution, config.resolution, 3), jnp.uint8)
+        of_example = jax.eval_shape(pipeline.of_example, Pictures(images, pair, pair, pair))
+        of_example = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), of_example) or None
+        return EncodedExamples(latents, latents, cond, _everywhere(job, (count,), jnp.int32), of_example)
 
     count = num_instance if pairs_prior(config) else num_class
     return TrainingData(resident(num_instance), resident(count) if config.prior_preservation else None)
@@ -189,6 +201,7 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
         example_shape=pipeline.example_shape(config.resolution),
         base=(lambda frozen: gather(mesh, frozen, dtype)) if of_base else None,
         paired=pairs_prior(config),
+        augment=pipeline.family.augment,
         constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import jax
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.job import lower_steps
+from dreambooth_jax.runs.job import held_shapes, lower_steps
 from dreambooth_jax.runs.loop import Progress, Store, loop
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
 from dreambooth_jax.runs.preemption import Agreement, Preemption
@@ -32,7 +31,7 @@ def train(
 
     Args:
         guard: answers signals.
-        read: reads the base's weights, (pipeline, sharding of a parameter) -> params.
+        read: reads the base's weights, (pipeline, mesh, shapes) -> params.
         compile_steps: compiles the training steps.
         reporter: opens the reports, see `Reporter`.
     """
@@ -47,7 +46,7 @@ def train(
             print(plan_text(run, done), flush=True)
         if done < config.steps or sheet_is_missing(run, done):
             check_space(run, stored=len(manager.all_steps()))
-            params = read(run.pipeline, functools.partial(param_sharding, run.mesh))
+            params = read(run.pipeline, run.mesh, held_shapes(run.job))
             trainable, frozen, key = begin(run.job, params)
             del params
             # The base still, in the form that the samples' painter takes: painting compiles once.

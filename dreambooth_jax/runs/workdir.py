@@ -1,6 +1,5 @@
 """Opening a training run again: its config, its pipeline, and the weights of a checkpoint."""
 
-import functools
 import json
 import os
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.method import Method
-from dreambooth_jax.devices.sharding import param_sharding, placed_shapes
+from dreambooth_jax.devices.sharding import placed_shapes
 from dreambooth_jax.families.pipeline import Pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
@@ -71,5 +70,5 @@ def open_run(
     """The personalised model of a run: parameters as `Method.combine` joins them, a LoRA's factors beside the base's
     kernels (`adapters.factors.merge` folds them in). Arguments and errors are `open_trained`'s."""
     config, pipeline, method, trainable = open_trained(workdir, mesh, step, dtype=dtype)
-    params = read_params(pipeline, functools.partial(param_sharding, mesh))
+    params = read_params(pipeline, mesh)
     return config, pipeline, method.combine(params, trainable)
