@@ -162,7 +162,10 @@ def describe(plan: Plan, config: ConfigDict) -> str:
     chip, cost = plan.chip, plan.cost
     images = config.batch_size * (1 + config.prior_preservation)
     lines = [
-        ("slice", f"{plan.topology}: {plan.devices} chips of {chip.hbm / GIB:.2f} GiB"),
+        (
+            "slice",
+            f"{plan.topology}: {plan.devices} {'chips' if chip.devices == 1 else 'cores'} of {chip.hbm / GIB:.2f} GiB",
+        ),
         ("batch", f"{images} images a step over all devices"),
         ("parameters", f"{plan.parameters / GIB:7.2f} GiB a device"),
         ("optimizer", f"{plan.optimizer_state / GIB:7.2f} GiB"),
@@ -227,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dreambooth_jax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--topology", default="v5e:2x4", help="TPU slice: v4, v5e, v5p or v6e, and its shape")
+    parser.add_argument("--topology", default="v5e:2x4", help="TPU slice: v4, v5e, v5p, v6e or tpu7x, and its shape")
     parser.add_argument("--sweep", action="store_true", help="compare slices and settings in one table")
     parser.add_argument(
         "--full", action="store_true", help="compile as the TPU will, with cycle estimates: ten times as long"

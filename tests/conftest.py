@@ -3,16 +3,16 @@
 import os
 from pathlib import Path
 
+from dreambooth_jax.devices import workarounds
+
 # Before jax is imported, and inherited by the programs that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling takes most of the tests' time: without optimisation, and with the older code generator, a quarter of it.
-_COMPILE_FAST = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
-# What `runtime.start` sets: tests call much of the library without it.
-_NO_YNNPACK = "--xla_cpu_experimental_ynn_fusion_type="
-_FLAGS = f"--xla_force_host_platform_device_count=8 {_COMPILE_FAST} {_NO_YNNPACK}"
-os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+# Later releases of jaxlib do not know the older one and end the process over its flag.
+_OLDER = "--xla_cpu_use_fusion_emitters=false" if workarounds.version_of("jaxlib") < (0, 11) else ""
+_COMPILE_FAST = f"--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 {_OLDER}"
+_FLAGS = f"--xla_force_host_platform_device_count=8 {_COMPILE_FAST} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = workarounds.with_cpu_flags(_FLAGS)  # as `runtime.start` does
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 

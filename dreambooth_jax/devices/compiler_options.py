@@ -1,6 +1,6 @@
 """Options of the TPU compiler, with the releases that know them."""
 
-import importlib.metadata
+from dreambooth_jax.devices.workarounds import version_of
 
 # The list scheduler needs the least memory for training steps: 2.35 GiB of temporaries instead of 2.90 for SD 1.5.
 TRAINING = {"xla_memory_scheduler": "list"}
@@ -13,14 +13,5 @@ _LEAST_EFFORT = {"optimization_level": 9}  # xla.ExecutionOptions.EffortLevel.EF
 
 def planning(*, quick: bool) -> dict[str, bool | int]:
     """Options for compiling a plan with the installed libtpu; `quick`: with the least effort."""
-    whole = _WHOLE_PRODUCTS if libtpu_version() >= (0, 0, 52) else {}
+    whole = _WHOLE_PRODUCTS if version_of("libtpu") >= (0, 0, 52) else {}
     return whole | (_LEAST_EFFORT if quick else {})
-
-
-def libtpu_version() -> tuple[int, ...]:
-    """The installed libtpu's version, such as (0, 0, 42, 1).
-
-    Raises:
-        ImportError: libtpu is not installed.
-    """
-    return tuple(int(part) for part in importlib.metadata.version("libtpu").split(".") if part.isdecimal())

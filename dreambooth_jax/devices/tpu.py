@@ -1,4 +1,4 @@
-"""TPU chips and slices that are not there: their published figures, and what their compiler says of a program."""
+"""TPU chips and slices without the hardware: published figures, and the TPU compiler's analyses of a program."""
 
 import contextlib
 import dataclasses
@@ -14,19 +14,22 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from dreambooth_jax.devices import compiler_options
+from dreambooth_jax.devices import compiler_options, hlo
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, which is one device.
+    """One JAX device: a chip, of tpu7x one of its two cores with half of the chip's figures.
 
     Attributes:
         hbm: bytes that a program can use.
-        flops: bfloat16 FLOP/s, published.
-        bandwidth: HBM bytes/s, published.
-        interconnect: bytes/s to all neighbours together, published.
+        flops: published peak in bfloat16, FLOP/s.
+        bandwidth: published HBM bandwidth, bytes/s.
+        interconnect: published bandwidth to all neighbours together, bytes/s.
         clock: cycles/s, for the compiler's cycle estimates.
+        axes: number of dimensions of a slice.
+        most: chips of the largest slice.
+        devices: JAX devices of a chip.
     """
 
     hbm: int
@@ -34,59 +37,82 @@ class Chip:
     bandwidth: float
     interconnect: float
     clock: float
+    axes: int
+    most: int
+    devices: int = 1
 
 
 _GIB = 2**30
-# cloud.google.com/tpu/docs/system-architecture; usable HBM as the compiler's out-of-memory check has it.
+# cloud.google.com/tpu/docs/system-architecture; usable HBM as the compiler's out-of-memory check has it. tpu7x: half of
+# the chip's published figures; the clock, which is not published, is that of four arrays of 256 x 256 at the peak.
 CHIPS = {
-    "v4": Chip(int(30.75 * _GIB), 275e12, 1228e9, 300e9, 1.05e9),
-    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9, 1.5e9),
-    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9, 1.75e9),
-    "v6e": Chip(int(31.25 * _GIB), 918e12, 1640e9, 448e9, 1.75e9),
+    "v4": Chip(int(30.75 * _GIB), 275e12, 1228e9, 300e9, 1.05e9, axes=3, most=4096),
+    "v5e": Chip(int(15.75 * _GIB), 197e12, 819e9, 200e9, 1.5e9, axes=2, most=256),
+    "v5p": Chip(int(95.74 * _GIB), 459e12, 2765e9, 600e9, 1.75e9, axes=3, most=8960),
+    "v6e": Chip(int(31.25 * _GIB), 918e12, 1640e9, 448e9, 1.75e9, axes=2, most=256),
+    "tpu7x": Chip(int(94.75 * _GIB), 1153.5e12, 3690e9, 600e9, 2.2e9, axes=3, most=9216, devices=2),
 }
 
 
 def chip_of(topology: str) -> Chip:
-    """Raises ValueError for a generation that is not known."""
-    generation = topology.partition(":")[0]
+    """The device of a slice such as "v5e:2x4".
+
+    Raises:
+        ValueError: unknown generation, or a shape that no slice of it has.
+    """
+    generation, _, shape = topology.partition(":")
     if generation not in CHIPS:
         raise ValueError(f"topology = {topology!r}: expected one of {', '.join(CHIPS)} and a shape, such as v5e:2x4")
-    return CHIPS[generation]
+    chip = CHIPS[generation]
+    # libtpu ends the process on some shapes.
+    sizes = _sizes(shape)
+    if len(sizes) != chip.axes or not 1 <= math.prod(sizes) <= chip.most:
+        example = "2x4" if chip.axes == 2 else "2x2x1"
+        raise ValueError(
+            f"topology = {topology!r}: expected {chip.axes} sizes of at least 1 whose product is at most {chip.most}, "
+            f"such as {generation}:{example}"
+        )
+    return chip
+
+
+def _sizes(shape: str) -> list[int]:
+    """ "2x4" -> [2, 4]; empty for anything else."""
+    return [int(size) for size in shape.split("x")] if re.fullmatch(r"\d{1,4}(x\d{1,4})*", shape) else []
 
 
 @functools.cache
 def devices_of(topology: str) -> Sequence[Any]:
-    """The devices of a slice that is not there, for meshes to compile against. "v5e:1x1" is one chip of a host.
+    """The devices of a slice, for meshes to compile against. "v5e:1x1" is one chip of a host.
 
     Raises:
         ImportError: libtpu, which holds the compiler, is not installed.
         ValueError: no such slice.
     """
-    chip_of(topology)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask nobody what machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a compile takes no chip from others
+    chip = chip_of(topology)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no query of the machine's metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling uses no chip
     generation, _, shape = topology.partition(":")
-    wanted = math.prod(map(int, re.findall(r"\d+", shape))) if shape else 0
-    smallest = {"v4": "2x2x1", "v5p": "2x2x1"}.get(generation, "2x4")
-    name = f"{generation}:{smallest}" if wanted == 1 else topology
+    alone = math.prod(_sizes(shape)) == 1
+    smallest = "2x4" if chip.axes == 2 else "2x2x1"
+    name = f"{generation}:{smallest}" if alone else topology
     try:
         with _without_xla_flags():
-            # Both cores of a v4 chip work as one device, as they do by default on TPU VMs.
+            # The two cores of a v4 chip are one device, as by default on TPU VMs.
             cores = {"chip_config_name": "megacore"} if generation == "v4" else {}
             devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices
-    except Exception as error:  # jaxlib has one type for all that can go wrong
+    except Exception as error:  # jaxlib has one type for all errors
         if "libtpu" in str(error).lower() or "Unable to initialize" in str(error):
             raise ImportError(f'the TPU compiler is not installed ({error}): pip install -e ".[plan]"') from error
         raise ValueError(
-            f"topology = {topology!r}: {error}; such as v5e:2x4, v6e:16x16, v5p:2x2x2, v4:2x2x1"
+            f"topology = {topology!r}: {error}; such as v5e:2x4, v6e:16x16, v5p:2x2x2, v4:2x2x1, tpu7x:2x2x1"
         ) from error
-    return devices[:1] if wanted == 1 else devices
+    return devices[: chip.devices] if alone else devices
 
 
 @contextlib.contextmanager
 def _without_xla_flags():
-    """The TPU compiler reads XLA_FLAGS when it begins and ends the process over a flag that only the CPU's knows."""
-    jax.devices()  # the CPU's compiler has read them then
+    """Hides XLA_FLAGS from the TPU compiler, which ends the process over flags that only the CPU's compiler knows."""
+    jax.devices()  # the CPU's compiler reads them here
     flags = os.environ.pop("XLA_FLAGS", None)
     try:
         yield
@@ -96,7 +122,7 @@ def _without_xla_flags():
 
 
 class OutOfMemory(Exception):
-    """The program does not fit; `missing` is by how many bytes, as the compiler's message has it."""
+    """The program does not fit. `missing`: bytes that it needs beyond the device's, from the compiler's message."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -120,18 +146,18 @@ def _size(number: str, unit: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the compiler says of one program, per device.
+    """The compiler's analysis of one program, per device.
 
     Attributes:
         arguments, temporaries, peak: bytes of HBM.
-        flops, bytes: of one pass; the bodies of loops count once. FLOPs include the attention kernels'.
+        flops, bytes: work of one pass; the bodies of loops count once. FLOPs include the attention kernels'.
         collectives: kind -> (number, bytes that one device receives).
         roofline_seconds: sum over instructions of the longer of compute and memory time: a lower bound.
-        cycle_seconds: the compiler's cycle estimates: the second opinion; None of a quick compile.
-        kernel_seconds: of the attention kernels, which the compiler cannot see into, at the published peak; part of
-            both.
+        cycle_seconds: sum of the compiler's cycle estimates, the second opinion; None after a quick compile.
+        kernel_seconds: time of the attention kernels at the published peak; part of both estimates. The compiler does
+            not analyse kernels.
         interconnect_seconds: bytes of the collectives at full bandwidth.
-        compile_seconds: how long the compiler took.
+        compile_seconds: time of compiling.
         hlo: the optimized program as text.
     """
 
@@ -152,15 +178,17 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """The estimate: what bounds it if everything else overlaps."""
+        """Estimated time of the program if computation and exchange overlap."""
         return max(self.roofline_seconds, self.interconnect_seconds)
 
     @property
     def bound(self) -> str:
-        """What the program waits for most."""
+        """The resource that takes longest."""
         times = {
-            "compute": self.compute_seconds, "HBM": self.memory_seconds, "interconnect": self.interconnect_seconds,
-        }  # fmt: skip
+            "compute": self.compute_seconds,
+            "HBM": self.memory_seconds,
+            "interconnect": self.interconnect_seconds,
+        }
         return max(times, key=times.get)
 
 
@@ -185,7 +213,7 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, *, quick: bool = False)
         raise
     seconds = time.monotonic() - started
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    exchanged, kernels = collectives(text), attention_flops(text)
+    exchanged, kernels = hlo.collectives(text), hlo.attention_flops(text)
     flops, kernel_seconds = cost["flops"] + kernels, kernels / chip.flops
     return Cost(
         arguments=memory.argument_size_in_bytes,
@@ -201,101 +229,17 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, *, quick: bool = False)
         compute_seconds=flops / chip.flops,
         memory_seconds=cost["bytes accessed"] / chip.bandwidth,
         interconnect_seconds=sum(size for _, size in exchanged.values()) / chip.interconnect,
-        # Every call that the cost model cannot see into is counted as -1 second.
+        # The cost model counts every call of a kernel as -1 second.
         roofline_seconds=cost["optimal_seconds"] % 1.0 + kernel_seconds,
-        cycle_seconds=None if quick else _cycles(text) / chip.clock + kernel_seconds,
+        cycle_seconds=None if quick else hlo.cycles(text) / chip.clock + kernel_seconds,
         kernel_seconds=kernel_seconds,
         compile_seconds=seconds,
         hlo=text,
     )
 
 
-def _cycles(hlo: str) -> int:
-    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', hlo)))
-
-
-_ATTENTION = re.compile(r"%splash_mha_(?P<pass>fwd|dkv)\S* = .*operand_layout_constraints=(?P<operands>.*)")
-_TENSOR = re.compile(r"\b(?:bf16|f32)\[(\d+),(\d+),(\d+),(\d+)\]")
-# Matrix products of queries by keys by width: scores and values; backward scores again, and four gradients.
-_PRODUCTS = {"fwd": 2, "dkv": 5}
-
-
-def attention_flops(hlo: str) -> float:
-    """FLOPs of the splash attention kernels in optimized HLO, on padded heads."""
-    total = 0
-    for match in _ATTENTION.finditer(hlo):
-        (batch, heads, queries, width), (_, _, keys, _) = (
-            map(int, shape) for shape in _TENSOR.findall(match["operands"])[:2]
-        )
-        total += _PRODUCTS[match["pass"]] * 2 * batch * heads * queries * keys * width
-    return float(total)
-
-
-_COLLECTIVE = re.compile(
-    r"= (?P<result>\(?(?:/\*index=\d+\*/|[^=])*?) "  # long tuples number their parts
-    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\((?P<rest>.*)"
-)
-# Two groups of four: replica_groups=[2,4]<=[8], or {{0,1,2,3},{4,5,6,7}}, or mesh['a'=2,'b'=4] {'b'}, where 'b':(1)2 is
-# a part of an axis, of size 2.
-_GROUPS = re.compile(
-    r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<first>[\d,]*)\}|mesh\[(?P<mesh>[^\]]*)\] \{(?P<axes>[^}]*)\})"
-)
-_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
-
-
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """Number of the collectives in optimized HLO, and the bytes that one device receives in them, by kind.
-
-    With g devices in a group and a result of s bytes, an all-gather brings (g - 1) / g s, a reduce-scatter (g - 1) s,
-    and an all-reduce, which is both, 2 (g - 1) / g s. TPUs write a reduce-scatter as a fusion of that name, of an
-    all-reduce and the slice that a device keeps.
-    """
-    found: dict[str, list[float]] = {}
-    fused = False
-    for line in hlo.splitlines():
-        if line.endswith("{"):
-            fused = line.lstrip().startswith("%all-reduce-scatter")
-        match = _COLLECTIVE.search(line)
-        if not match:
-            continue
-        sizes = [_bytes_of(kind, dims) for kind, dims in _ARRAY.findall(match["result"])]
-        # A "-start" returns its operands beside its results; the larger half is what is exchanged.
-        size = max(sizes, default=0) if match["start"] else sum(sizes)
-        received = size * _received(match["kind"], _group_size(match["rest"]))
-        if fused:
-            found.setdefault("reduce-scatter", []).append(received / 2)
-        else:
-            found.setdefault(match["kind"], []).append(received)
-    return {kind: (len(sizes), int(sum(sizes))) for kind, sizes in sorted(found.items())}
-
-
-def _group_size(text: str) -> int | None:
-    """Devices that take part in a collective, if its text says so."""
-    groups = _GROUPS.search(text)
-    if not groups:
-        return None
-    if groups["mesh"]:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups["mesh"]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", groups["axes"])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return int(groups["size"]) if groups["size"] else groups["first"].count(",") + 1
-
-
-def _received(kind: str, group: int | None) -> float:
-    """Bytes received for each byte of the result; of a group of unknown size, as of a large one."""
-    share = 1.0 if group is None else (group - 1) / group
-    return {"all-reduce": 2 * share, "reduce-scatter": group - 1 if group else 1.0, "collective-permute": 1.0}.get(
-        kind, share
-    )
-
-
-def _bytes_of(kind: str, dims: str) -> int:
-    bits = {"pred": 8, "bf16": 16}.get(kind) or int(kind[1:])
-    return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
-
-
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays or ShapeDtypeStructs with shardings."""
+    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
