@@ -27,7 +27,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     # What is learnt, from what
     config.base = "tiny"  # "tiny" ships with the package; else a diffusers folder or a model hub name
     config.workdir = "runs/dog"  # checkpoints, class images, samples, metrics; local or gs://
-    config.instance_images = "examples/subjects/dog"  # a folder, or tfds:NAME/CONFIG:SPLIT
+    config.instance_images = "examples/subjects/dog"  # a folder, hub:OWNER/NAME or tfds:NAME:SPLIT (docs/data.md)
     config.identifier = "sks"  # a rare token: python -m dreambooth_jax.identifier proposes some
     config.class_noun = "dog"
     config.instance_prompt = "a photo of {identifier} {class_noun}"
