@@ -1,9 +1,49 @@
-"""The documentation's code runs as it stands."""
+"""The documentation's code runs as it stands, and its commands are ones that exist."""
 
+import itertools
 import re
+import shlex
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
-DOCS = Path(__file__).parent.parent / "docs"
+import pytest
+
+from dreambooth_jax.runs.config import check_config
+from dreambooth_jax.runs.config_file import load, override
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(command, arguments) of every `python -m dreambooth_jax.COMMAND ...` in the page's shell blocks."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = (re.search(r"python -m dreambooth_jax\.(\w+)(.*)", line) for line in lines)
+    return [(match[1], shlex.split(match[2], comments=True)) for match in found if match]
+
+
+@cache
+def help_of(command: str) -> str:
+    done = subprocess.run([sys.executable, "-m", f"dreambooth_jax.{command}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_has_options_and_fields_that_exist(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command, arguments in commands(page):
+        options = [argument for argument in arguments if argument.startswith("--")]
+        for option in (option.partition("=")[0] for option in options if not option.startswith("--config")):
+            assert option in help_of(command), (command, option)
+        files = [value for option, value in itertools.pairwise(arguments) if option == "--config"]
+        fields = [option.removeprefix("--config.").partition("=") for option in options if "--config." in option]
+        if files and command in ("train", "plan"):
+            check_config(override(load(files[0]), [(name, value) for name, _, value in fields]))
 
 
 def test_python_guide_runs_in_order():
