@@ -8,10 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from diffusers.schedulers import scheduling_ddpm
+from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduling_euler_a
 
 from dreambooth_jax.diffusion.process import Process
-from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds, sampler_table
+from dreambooth_jax.diffusion.sampler import SAMPLERS, make_sampler, noise_for_seeds, sampler_table
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 
 THEIRS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
@@ -140,6 +148,81 @@ def test_zero_snr(sampler, noise, tmp_path):
     for steps in (2, 10, 25):
         ours = our_path(process, sampler, noise, steps)
         assert relative(ours, their_path(theirs, noise, COND, steps)) <= 1e-3
+
+
+ANCESTRAL = {"ddpm": scheduling_ddpm.DDPMScheduler, "euler_a": scheduling_euler_a.EulerAncestralDiscreteScheduler}
+KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "zero"])
+@pytest.mark.parametrize("sampler", ANCESTRAL)
+def test_ancestral_paths(sampler, kind, noise, tmp_path, monkeypatch):
+    """Given the same noise at every step, at every spacing."""
+    for (spacing, offset), steps in zip(itertools.product(SPACINGS, [0, 1]), [10, 7, 50, 2, 20, 1], strict=True):
+        kw = {"clip_sample": False} if sampler == "ddpm" else {}
+        given = (ZERO if kind == "zero" else BETAS) | {"timestep_spacing": spacing, "steps_offset": offset}
+        if kind == "zero" and ((sampler == "euler_a" and spacing != "trailing") or steps == 1):
+            continue  # their levels are infinite there
+        theirs = ANCESTRAL[sampler](**given, **kw)
+        numbers = itertools.count()
+
+        def fresh(*_, numbers=numbers, **__):
+            step = next(numbers)
+            draws = [jax.random.normal(jax.random.fold_in(key, step), noise.shape[1:]) for key in KEYS]
+            return torch.from_numpy(np.array(jnp.stack(draws)))
+
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", fresh)
+        monkeypatch.setattr(scheduling_euler_a, "randn_tensor", fresh)
+        sample = jax.jit(make_sampler(predict, read(theirs, tmp_path), sampler=sampler, steps=steps))
+        ours = sample(0.8, noise, COND, None, 1.0, KEYS)
+        assert relative(ours, their_path(theirs, noise, COND, steps)) <= 1e-3, (spacing, offset, steps)
+
+
+@pytest.mark.parametrize("sampler", ANCESTRAL)
+def test_ancestral_noise_is_the_pictures_own(sampler):
+    process, keys = process_from_scheduler(BETAS), jax.vmap(jax.random.key)(jnp.array([3, 8, 7]))
+    noise = jax.vmap(lambda key: jax.random.normal(key, (3, 4, 2)))(keys)
+    sample = jax.jit(make_sampler(predict, process, sampler=sampler, steps=5))
+    cond = np.float32([0.1, 0.2, 0.3])
+    together = sample(0.8, noise, cond, None, 1.0, keys)
+    np.testing.assert_allclose(sample(0.8, noise[2:], cond[2:], None, 1.0, keys[2:])[0], together[2], atol=1e-5)
+    assert np.abs(sample(0.8, noise, cond, None, 1.0, keys[::-1]) - together)[0].max() > 0.1
+    with pytest.raises(ValueError, match=f"sampler = '{sampler}' draws noise at every step: expected keys"):
+        sample(0.8, noise, cond, None, 1.0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_paths(shift, noise, tmp_path):
+    """Euler's and DDIM's step are one on a flow. A static shift is applied twice, as diffusers does."""
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    process = read(theirs, tmp_path)
+    for steps in (2, 7, 28):
+        theirs.set_timesteps(steps)
+        np.testing.assert_allclose(sampler_table(process, "euler", steps).t, theirs.timesteps, rtol=1e-5)
+        x, cond = torch.from_numpy(np.array(noise)), torch.from_numpy(COND)
+        for t in theirs.timesteps:
+            x = theirs.step(torch_predict(x, t, cond), t, x).prev_sample
+        for sampler in ("euler", "ddim"):
+            assert relative(our_path(process, sampler, noise, steps), x) <= 1e-3
+    with pytest.raises(ValueError, match="0 sampling steps"):
+        sampler_table(process, "euler", 0)
+
+
+def test_flow_samplers_reach_the_data():
+    """A model that knows the data, one point, reaches it by any sampler, from any noise."""
+    process, point = process_from_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}), 0.7
+    exact = lambda params, x, t, cond: (x - point) / (t[:, None, None, None] / 1000)  # noqa: E731
+    start = jax.random.normal(jax.random.key(0), (2, 3, 4, 2))
+    for sampler in SAMPLERS:
+        sample = jax.jit(make_sampler(exact, process, sampler=sampler, steps=8))
+        np.testing.assert_allclose(sample(None, start, jnp.zeros(2), None, 1.0, KEYS), point, atol=1e-4)
+
+
+def test_estimates_are_clipped():
+    limit, process = 0.1, process_from_scheduler(BETAS)
+    start = jax.random.normal(jax.random.key(0), (2, 3, 4, 2))
+    sample = make_sampler(predict, process, sampler="ddim", steps=5, clip=lambda x0: jnp.clip(x0, -limit, limit))
+    assert np.abs(jax.jit(sample)(0.8, start, COND, None, 1.0)).max() <= limit + 1e-6  # the last step goes to x0
 
 
 def test_guidance_runs_both_conditions_in_one_batch(noise):

@@ -39,6 +39,7 @@ from jaxtyping import Array, Float, Key, Real
 
 # Integers for a table of noise levels, real numbers for a flow.
 Times = Real[Array, "b"] | Real[np.ndarray, "b"]
+Level = Array | np.ndarray | float
 Values = Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
 
 
@@ -135,10 +136,13 @@ def flow_process(
     def one(t: Times) -> Array:
         return jnp.ones(t.shape, jnp.float32)
 
-    return Process(lambda t: 1 - t / scale, lambda t: t / scale, one, one, draw_t, nodes)
+    def level(t: Times) -> Array:
+        return jnp.asarray(t, jnp.float32) / scale
+
+    return Process(lambda t: 1 - level(t), level, one, one, draw_t, nodes)
 
 
-def shifted(u, shift: float):
+def shifted(u: Level, shift: float) -> Level:
     """k u / (1 + (k - 1) u), which maps [0, 1] to itself (arXiv 2403.03206, equation 23)."""
     return shift * u / (1 + (shift - 1) * u)
 

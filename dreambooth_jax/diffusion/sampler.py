@@ -23,7 +23,7 @@ Primes denote the levels after the step.
   larger variance e^2 = 1 - (alpha / alpha')^2, beta of the step that is taken. The last step adds no noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -184,6 +184,6 @@ def _deviation(row: Table, f: Array | None) -> Array:
     return jnp.where(row.d > 0, jnp.maximum(row.d, 1e-10) ** (1 - f) * row.e**f, 0.0)
 
 
-def noise_for_seeds(seeds, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+def noise_for_seeds(seeds: Sequence[int] | Array | np.ndarray, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Standard normal noise [b, *shape], image i from `seeds[i]` alone: the same in any batch, on any device."""
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds, jnp.uint32))
