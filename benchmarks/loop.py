@@ -70,7 +70,8 @@ def main() -> None:
 
             with Preemption() as guard, contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Enough):
                 loop(
-                    config, Progress(int(state.step), state), advance, store=Store(lambda *_: None, lambda: None),
+                    config, Progress(int(state.step), state), advance,
+                    store=Store(lambda *_: None, lambda: None, lambda: None),
                     sheets=Sheets(lambda _: None, lambda *_: None, lambda _: False),
                     reporter=Reporter(run.workdir, first_step=int(state.step), steps=config.steps),
                     guard=guard, agree=lambda requested: requested,

@@ -86,7 +86,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
 
     # What is kept and shown
     config.save_every = 100  # steps; the last step is always saved
-    config.keep_last = 1  # checkpoints
+    config.keep_last = 2  # newest checkpoints; a damaged one is set aside and the one before it is taken
     config.keep_every = 0  # besides those, every checkpoint at a multiple of this; 0 for none
     config.sample_every = 100
     config.sample_prompts = (

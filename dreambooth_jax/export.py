@@ -7,11 +7,22 @@ python -m dreambooth_jax.export --workdir runs/dog --output dog.safetensors --ra
 """
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from dreambooth_jax.runs.command import one_line_errors
 
 FORMATS = ("folder", "single", "kohya", "peft", "embedding")
+
+
+def check_output(output: str, base: Path) -> None:
+    """Raises ValueError if an export to `output` would write over the base in `base`."""
+    place, base = Path(output).resolve(), base.resolve()
+    if place == base or base in place.parents:
+        raise ValueError(
+            f"--output {output} lies in the run's own base, {base}: the export would overwrite it. Give another folder."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,14 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--rank", type=int, default=0, help="make a LoRA of this rank of a full fine-tuning")
     options = parser.parse_args(arguments)
+    options.workdir, options.output = (os.path.expanduser(path) for path in (options.workdir, options.output))
     with one_line_errors():
         from dreambooth_jax.devices import runtime  # here, so that --help needs no JAX
 
         runtime.start()
         import jax.numpy as jnp
 
+        from dreambooth_jax.families.pipeline import resolve_base
         from dreambooth_jax.runs.exports import export
+        from dreambooth_jax.runs.workdir import read_config
 
+        check_output(options.output, resolve_base(read_config(options.workdir).base))
         settings = {"step": options.step, "kind": options.format, "rank": options.rank}
         print(export(options.workdir, options.output, dtype=jnp.dtype(options.dtype), **settings))
 

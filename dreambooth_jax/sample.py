@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dreambooth_jax.runs.command import one_line_errors
-from dreambooth_jax.runs.config import SAMPLERS
+from dreambooth_jax.runs.config import SAMPLERS, is_text
 
 if TYPE_CHECKING:
     from etils import epath
@@ -26,8 +26,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--workdir", help="folder of a training run")
     model.add_argument("--base", help="base model: 'tiny', a diffusers folder or a hub name")
     parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
-    parser.add_argument("--prompt", action="append", required=True, help="prompt; may be given several times")
-    parser.add_argument("--negative_prompt", default="", help="prompt of what to keep away from")
+    parser.add_argument(
+        "--prompt", action="append", type=_text, required=True, help="prompt; may be given several times"
+    )
+    parser.add_argument("--negative_prompt", type=_text, default="", help="prompt of what to keep away from")
     parser.add_argument("--count", type=_positive, default=4, help="pictures per prompt (default: 4)")
     parser.add_argument(
         "--seed", type=_seed, default=0, help="seed of the first picture; the next have the numbers after it"
@@ -58,9 +60,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _text(text: str) -> str:
+    if not is_text(text):
+        raise argparse.ArgumentTypeError(f"{text!a}: expected text in UTF-8 without null characters")
+    return text
+
+
 def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 2^63 - 1")
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 2^32 - 1")
     return int(text)
 
 
@@ -79,6 +87,7 @@ def _open(options: argparse.Namespace, mesh):
     from dreambooth_jax.runs.workdir import open_run
 
     if options.workdir:
+        options.workdir = os.path.expanduser(options.workdir)
         config, pipeline, params = open_run(options.workdir, mesh, options.step, dtype=options.dtype)
         return options.workdir, pipeline, params, config.resolution, config.guidance_scale
     pipeline = load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32"))
@@ -108,9 +117,9 @@ def paint(options: argparse.Namespace) -> "epath.Path":
         pipeline = pipeline.with_token(word, len(next(iter(rows.values()))))
         params = with_rows(params, rows)
     guidance = guidance if options.guidance is None else options.guidance
-    folder = epath.Path(options.output or os.path.join(options.workdir or ".", "pictures"))
+    folder = epath.Path(os.path.expanduser(options.output or os.path.join(options.workdir or ".", "pictures")))
     prompts = list(dict.fromkeys(options.prompt))
-    seeds = range(options.seed, options.seed + options.count)
+    seeds = [seed % 2**32 for seed in range(options.seed, options.seed + options.count)]
     painter = make_painter(
         pipeline, mesh, resolution=options.resolution or resolution,
         batch_size=min(options.batch_size, len(prompts) * len(seeds)),

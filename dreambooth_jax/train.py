@@ -8,6 +8,7 @@ with code 128 + the signal's number.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import check_config
+from dreambooth_jax.runs.effects import check_effects
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m dreambooth_jax.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     with one_line_errors():
-        _, config, _ = config_file.parse(parser, arguments, "configs/dog.py or configs/dog.py:sd15")
+        _, config, preset = config_file.parse(parser, arguments, "configs/dog.py or configs/dog.py:sd15")
         check_config(config)
+        check_effects(config, preset)
         run(config)
 
 
@@ -34,17 +37,28 @@ def run(config: ConfigDict) -> None:
     import jax  # here, so that a wrong config is refused without it
 
     from dreambooth_jax.devices import runtime
+    from dreambooth_jax.runs import lease
     from dreambooth_jax.runs.preemption import Preemption
     from dreambooth_jax.runs.setup import set_up
     from dreambooth_jax.runs.training import train
 
     runtime.start()
-    with Preemption() as guard:
+    with Preemption() as guard, contextlib.ExitStack() as stack:
         try:
+            if runtime.is_first_process():
+                held = lease.take(os.path.expanduser(config.workdir))
+                stack.callback(held.release)
+                guard.at_exit(held.release)
             train(set_up(config), guard)
         except jax.errors.JaxRuntimeError as error:
             if runtime.is_alone():
-                raise
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                sys.exit(
+                    f"error: the device has too little memory ({str(error).splitlines()[0]}). Lower batch_size, raise "
+                    "accumulate, set remat='layers', or split the model with mesh_fsdp; for TPUs, "
+                    "python -m dreambooth_jax.plan says what fits."
+                )
             print(
                 f"error: process {jax.process_index()} cannot go on without the others ({str(error).splitlines()[0]}). "
                 "See the log of the one that stopped first; the same command on all hosts goes on from the checkpoint.",

@@ -1,8 +1,10 @@
 """Configs: files, overrides, and checks of every field before anything heavy is imported."""
 
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support.runs import ROOT, config_of
@@ -13,7 +15,8 @@ from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
 from dreambooth_jax.diffusion.sampler import SAMPLERS
 from dreambooth_jax.models.unet import REMAT
 from dreambooth_jax.runs import config_file
-from dreambooth_jax.runs.config import FIELDS, ConfigError, check_config
+from dreambooth_jax.runs.config import FIELDS, ConfigError, absolute_paths, check_config
+from dreambooth_jax.runs.effects import check_effects
 
 DOG = str(ROOT / "configs" / "dog.py")
 
@@ -116,6 +119,57 @@ def test_cheap_errors_are_one_line_and_come_at_once(kind):
     )
     assert done.returncode not in (0, None) and message in done.stderr and "Traceback" not in done.stderr
     assert time.monotonic() - began < 10  # under load; 0.3 s alone
+
+
+IDLE = {
+    "lora_rank": ({"lora_rank": 4}, "lora_rank = 4 has no effect with method = 'full'"),
+    "prior": ({"prior_preservation": False, "num_class_images": 7}, "num_class_images = 7 has no effect with prior"),
+    "tower": ({"train_text_encoder": False, "text_encoder_multiplier": 0.5}, "text_encoder_multiplier = 0.5"),
+    "moments": ({"optimizer": "adafactor", "moment_dtype": "bfloat16"}, "moment_dtype = 'bfloat16'"),
+    "sheets": ({"sample_prompts": (), "sample_count": 2}, "sample_count = 2 has no effect without sample_prompts"),
+}
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_a_changed_setting_without_effect_is_an_error(kind):
+    fields, message = IDLE[kind]
+    preset, config = config_file.load(DOG), config_file.load(DOG)
+    config.update(fields)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_effects(config, preset)
+
+
+def test_untouched_defaults_are_silent():
+    for spec in ("", ":sd15", ":sd15,lora"):
+        preset, config = config_file.load(DOG + spec), config_file.load(DOG + spec)
+        config.update(method="full", prior_preservation=False, train_text_encoder=False, sample_prompts=())
+        check_effects(config, preset)
+
+
+def test_paths_become_absolute_and_names_do_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    config = config_of(Path("~/run"), base="~/base", class_images="own", instance_images="~/photos")
+    found = absolute_paths(config)
+    assert (found.workdir, found.base) == (f"{tmp_path}/run", f"{tmp_path}/base")
+    assert (found.class_images, found.instance_images) == (f"{Path.cwd()}/own", f"{tmp_path}/photos")
+    for name in ("tiny", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        assert absolute_paths(config_of(tmp_path, base=name)).base == name
+    for name in ("tfds:a:train", "gs://bucket/photos", "hub:diffusers/dog-example"):
+        assert absolute_paths(config_of(tmp_path, instance_images=name)).instance_images == name
+    monkeypatch.chdir(tmp_path)
+    assert Path(absolute_paths(config_of(tmp_path, instance_images="examples/subjects/dog")).instance_images).is_dir()
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**70, -1])
+def test_seeds_that_would_be_cut_are_refused(tmp_path, seed):
+    with pytest.raises(ConfigError, match=r"seed = .*2\^32 - 1"):
+        check_config(config_of(tmp_path, seed=seed))
+
+
+def test_a_text_encoder_that_trains_at_rate_0_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"text_encoder_multiplier = 0 with train_text_encoder"):
+        check_config(config_of(tmp_path, text_encoder_multiplier=0.0))
 
 
 def test_fields_and_the_shipped_config_agree():

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from support.runs import (
+    ROOT,
     assert_same_run,
     assert_same_state,
     checkpoints,
@@ -34,8 +35,9 @@ def being_saved(workdir) -> bool:
 def test_a_run_says_what_it_does_and_leaves_all_of_it(finished):
     log = log_of(finished).read_text()
     for text in (
-        "base: ", "(16x16, ", "5 images in examples/subjects/dog: 'a photo of sks dog'", "'a photo of dog', weight 1",
-        "UNet and text encoder", "60 of 1 images", "data 1 x fsdp 1", "loss=", "step/s", f"{finished}/checkpoints/60",
+        "base: ", "(16x16, ",
+        f"5 images in {ROOT}/examples/subjects/dog: 'a photo of sks dog'", "'a photo of dog', weight 1",
+        "unet and text_encoder", "60 of 1 images", "data 1 x fsdp 1", "loss=", "step/s", f"{finished}/checkpoints/60",
         f"dreambooth_jax.sample --workdir {finished} --prompt 'a sks dog on a red background'",
     ):  # fmt: skip
         assert text in log, text
@@ -115,7 +117,7 @@ def test_signals_that_come_early_and_often_do_no_harm(finished, micro, tmp_path)
 def test_a_run_goes_on_upon_another_mesh_and_back(finished, micro, tmp_path):
     """Longer than the run was, and with one image for eight devices."""
     workdir = shutil.copytree(finished, tmp_path / "moved")
-    fields = {"base": micro, "sample_prompts": (), "keep_last": 3}
+    fields = {"base": micro, "sample_prompts": (), "sample_count": 6, "keep_last": 3}
     log = finish(workdir, devices=8, mesh_data=4, mesh_fsdp=2, steps=64, remat="layers", **fields)
     assert "data 4 x fsdp 2" in log and "going on from step 60" in log
     assert "warning: 2 images at a time keep 2 of 8 devices busy" in log

@@ -4,7 +4,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).parent.parent
 # A checkout has configs/ and examples/ beside the package; an installed wheel has them inside.
-_HOMES = (_PACKAGE.parent, _PACKAGE / "shipped")
+HOMES = (_PACKAGE.parent, _PACKAGE / "shipped")
 
 
 def shipped(path: str, *folders: str) -> str:
@@ -16,5 +16,5 @@ def shipped(path: str, *folders: str) -> str:
     """
     if Path(path).is_absolute() or Path(path).exists():
         return path
-    candidates = [home / folder / path for home in _HOMES for folder in ("", *folders)]
+    candidates = [home / folder / path for home in HOMES for folder in ("", *folders)]
     return next((str(candidate) for candidate in candidates if candidate.exists()), path)

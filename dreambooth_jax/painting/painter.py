@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, UInt32
 
 from dreambooth_jax.devices.sharding import batch_sharding, gather, replicated
 from dreambooth_jax.diffusion.sampler import make_sampler
-from dreambooth_jax.families.family import Pictures
+from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Pictures
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
 
@@ -46,9 +46,9 @@ class Inputs(NamedTuple):
 
 def make_paint_batch(
     pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size: int, sampler: str, steps: int, guidance: float
-) -> Callable[[Params, Inputs], Array]:
-    """Builds the jitted `paint_batch(params, inputs) -> uint8 images [b, h, w, 3]`, split over the mesh: text encoders,
-    sampler and decoder in one program.
+) -> Callable[[Params, Inputs], tuple[Array, Bool[Array, "3"]]]:
+    """Builds the jitted `paint_batch(params, inputs) -> (uint8 images [b, h, w, 3], finite)`, split over the mesh: text
+    encoders, sampler and decoder in one program. `finite` says of text, denoiser and decoder whether their numbers are.
 
     Raises:
         ValueError: unknown sampler or a number of steps it does not take.
@@ -57,7 +57,7 @@ def make_paint_batch(
     shape = pipeline.example_shape(resolution)
     spread = batch_sharding(mesh, batch_size)
 
-    def paint_batch(params: Params, inputs: Inputs) -> Array:
+    def paint_batch(params: Params, inputs: Inputs) -> tuple[Array, Bool[Array, "3"]]:
         inputs = jax.lax.with_sharding_constraint(inputs, spread)
         params = gather(mesh, params)
         own = jax.random.wrap_key_data(inputs.keys)
@@ -72,9 +72,30 @@ def make_paint_batch(
             )
         uncond = pipeline.negative(uncond, inputs.empty) | of_picture if guidance != 1.0 else None
         encoded = sample(params, noise, cond | of_picture, uncond, guidance, own)
-        return jnp.round(pipeline.decode(params, encoded) * 255).astype(jnp.uint8)
+        pixels = pipeline.decode(params, encoded)
+        finite = jnp.stack([_all_finite(values) for values in (both, encoded, pixels)])
+        return jnp.round(pixels * 255).astype(jnp.uint8), finite
 
-    return jax.jit(paint_batch, out_shardings=spread)
+    return jax.jit(paint_batch, out_shardings=(spread, replicated(mesh)))
+
+
+class NonFinitePicture(FloatingPointError):
+    """A part of the model gave NaN or infinity: there is no picture to show."""
+
+
+def _all_finite(values: Any) -> Bool[Array, ""]:
+    numbers = [x for x in jax.tree.leaves(values) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
+
+
+def check_painted(finite: Bool[Array | np.ndarray, "3"], parts: Sequence[str]) -> None:
+    """Raises NonFinitePicture, naming the first of `parts` whose numbers are not finite."""
+    for part, is_finite in zip(parts, np.asarray(finite), strict=True):
+        if not is_finite:
+            raise NonFinitePicture(
+                f"no picture: {part} gave numbers that are not finite (NaN or infinity). Its weights are damaged, or "
+                "the numbers too large for the dtype: check the base's files, or compute in float32."
+            )
 
 
 def input_shapes(pipeline: Pipeline, batch_size: int) -> Inputs:
@@ -102,6 +123,8 @@ def make_painter(pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size:
     """
     compiled = make_paint_batch(pipeline, mesh, resolution=resolution, batch_size=batch_size, **kw)
     whole = jax.jit(lambda images: images, out_shardings=replicated(mesh))
+    roles = (("the text encoder", TEXT), ("the denoiser", DENOISER), ("the decoder", CODEC))
+    parts = [f"{name} ({', '.join(pipeline.family.names(role))})" for name, role in roles]
 
     def paint(params: Params, requests: Sequence[Request], everywhere: bool = True) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(requests), batch_size):
@@ -115,7 +138,8 @@ def make_painter(pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size:
                 keys=np.stack([jax.random.key_data(r.key) for r in padded]),
             )
             with jax.set_mesh(mesh):  # kernels split their batch over it
-                images = compiled(params, inputs)
+                images, finite = compiled(params, inputs)
+            check_painted(finite, parts)
             rows = enumerate(np.asarray(whole(images))) if everywhere else _local_rows(images)
             for number, image in rows:
                 if number < len(part):

@@ -1,23 +1,44 @@
 """Train states on disk, with Orbax: asynchronous, atomic, restorable on another mesh.
 
 A checkpoint has one item for the trained weights, one for their average if there is one, and one for the optimizer, so
-that sampling and export read no optimizer state.
+that sampling and export read no optimizer state. Beside the items lies `run.json`: a digest of each item, and the
+record of the run that saved it (its config, fingerprints of its data). It is written before the checkpoint becomes
+visible: every checkpoint has it, except those of versions before it.
 """
 
+import contextlib
+import functools
+import hashlib
+import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.step import TrainState
+from dreambooth_jax.files.atomic import sync, write_atomic
+
+RECORD = "run.json"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's bytes are not those that were saved."""
 
 
 def open_checkpoints(
-    folder: str | os.PathLike, *, keep_last: int = 1, keep_every: int | None = None, read_only: bool = False
+    folder: str | os.PathLike,
+    *,
+    keep_last: int = 2,
+    keep_every: int | None = None,
+    read_only: bool = False,
+    record: Mapping[str, Any] | None = None,
 ) -> ocp.CheckpointManager:
     """The checkpoints under `folder` (local or gs://), which is made.
 
@@ -25,19 +46,123 @@ def open_checkpoints(
     that a kill at any moment leaves the newest complete one.
 
     Args:
-        keep_last: how many of the newest to keep.
+        keep_last: number of the newest checkpoints to keep.
         keep_every: besides those, keep every checkpoint whose step is a multiple of this.
         read_only: touch nothing, such as what a training run beside is writing.
+        record: JSON values to store in every checkpoint; read when the checkpoint is complete.
     """
-    options = (
-        ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-        if read_only
-        else ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
-    )
     path = epath.Path(folder)
-    return ocp.CheckpointManager(path if "://" in str(folder) else path.resolve(), options=options)
+    path = path if is_remote(folder) else path.resolve()
+    if read_only:
+        options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    else:
+        seal = functools.partial(_seal, path, {} if record is None else record)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True,
+            enable_async_checkpointing=True, async_options=ocp.AsyncOptions(post_finalization_callback=seal),
+        )  # fmt: skip
+    return ocp.CheckpointManager(path, options=options)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path lies in a bucket."""
+    return "://" in str(path)
+
+
+def _seal(folder: epath.Path, record: Mapping[str, Any]) -> None:
+    """Writes digests and record into the checkpoint that is about to become visible."""
+    for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+        items = sorted(path for path in unfinished.iterdir() if path.is_dir())
+        # Buckets check what they store themselves, and reading it back would cost as much as the save.
+        digests = {} if is_remote(folder) else {path.name: _digest(Path(path), to_disk=True) for path in items}
+        text = json.dumps({"digests": digests, **record}, indent=1)
+        write_atomic(unfinished / RECORD, text.encode())
+
+
+def _digest(item: Path, *, to_disk: bool = False) -> str:
+    """Digest of an item's files, their names and sizes."""
+    total = hashlib.blake2b(digest_size=16)
+    for folder, folders, names in os.walk(item):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder) / name
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "blake2b").digest()
+            total.update(f"{path.relative_to(item)} {path.stat().st_size} ".encode() + content)
+            if to_disk:
+                sync(path)
+        if to_disk:
+            sync(Path(folder))
+    return total.hexdigest()
+
+
+def steps_of(folder: str | os.PathLike) -> list[int]:
+    """Steps of the complete checkpoints under `folder`, ascending."""
+    folder = epath.Path(folder)
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+
+
+def read_record(folder: str | os.PathLike, step: int) -> dict[str, Any]:
+    """What the run stored in the checkpoint of `step`; empty for versions that stored nothing.
+
+    Raises:
+        DamagedCheckpoint: it is not JSON.
+    """
+    path = epath.Path(folder) / str(step) / RECORD
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("digests"), dict):
+        raise DamagedCheckpoint(f"{path}: no digests in it")
+    return found
+
+
+def verify(folder: str | os.PathLike, step: int, items: tuple[str, ...] = ()) -> None:
+    """Compares the bytes of a checkpoint's items (default: all) with the digests that were saved with them.
+
+    Raises:
+        DamagedCheckpoint: naming the items that differ.
+    """
+    place = epath.Path(folder) / str(step)
+    digests = read_record(folder, step).get("digests", {})
+    wrong = [
+        name
+        for name, digest in digests.items()
+        if (not items or name in items) and (not (place / name).is_dir() or _digest(Path(place / name)) != digest)
+    ]
+    if wrong:
+        raise DamagedCheckpoint(f"{place} is damaged: the bytes of {', '.join(wrong)} are not those that were saved")
+
+
+def set_aside_damaged(folder: str | os.PathLike) -> list[str]:
+    """Renames damaged checkpoints, the newest first, until the newest is whole. Nothing is deleted.
+
+    Call it before `open_checkpoints`. With several processes the first one does it; the others wait.
+
+    Returns:
+        Lines that say what was found and where it is now.
+    """
+    lines = []
+    if runtime.is_first_process() and not is_remote(folder):
+        for step in reversed(steps_of(folder)):
+            try:
+                verify(folder, step)
+                break
+            except (DamagedCheckpoint, OSError) as error:
+                place = _free_name(Path(folder).parent / "damaged_checkpoints" / str(step))
+                place.parent.mkdir(exist_ok=True)
+                os.rename(Path(folder) / str(step), place)
+                lines.append(f"{error}. It is set aside as {place}; the run goes on from the checkpoint before it")
+    runtime.wait_for_all("checkpoints are verified")
+    return lines
+
+
+def _free_name(path: Path) -> Path:
+    names = (path, *(path.with_name(f"{path.name}_{number}") for number in range(2, 10_000)))
+    return next(name for name in names if not name.exists())
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -50,11 +175,66 @@ def nbytes(state: TrainState) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(_items(state)))
 
 
+class SaveFailed(OSError):
+    """A checkpoint could not be written."""
+
+
+@contextlib.contextmanager
+def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Whatever a save fails with becomes one line that names the folder and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if re.search(r"(?i)no space|RESOURCE_EXHAUSTED|ENOSPC|quota", str(error)):
+            reason = "no space left on the disk"
+        last = max(steps_of(manager.directory), default=None)
+        rest = "from the beginning: nothing was saved before" if last is None else f"from step {last}"
+        raise SaveFailed(
+            f"{manager.directory}: the checkpoint could not be saved: {reason[:300]}. Make room or mend the folder; "
+            f"the same command then goes on {rest}."
+        ) from error
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
-    """Begins to save `state` as `step`; the arrays are copied off the device before this returns."""
-    if step not in manager.all_steps():
-        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-        manager.save(step, args=ocp.args.Composite(**items))
+    """Begins to save `state` as `step`; the arrays are copied off the device before this returns.
+
+    Raises:
+        SaveFailed: this save or the one before it.
+    """
+    with _told(manager):
+        if step not in manager.all_steps():
+            items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+            manager.save(step, args=ocp.args.Composite(**items))
+
+
+def check(manager: ocp.CheckpointManager) -> None:
+    """Raises SaveFailed if a save in the background has failed by now."""
+    with _told(manager):
+        manager.check_for_errors()
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Returns when every save that was begun is on the disk.
+
+    Raises:
+        SaveFailed: one of them was not.
+    """
+    with _told(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Closes the manager at the end; what is being saved becomes complete, after an error too."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            manager.close()
+        raise
+    wait(manager)
+    manager.close()
 
 
 def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None = None) -> TrainState | None:
@@ -64,12 +244,12 @@ def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None =
         like: arrays or ShapeDtypeStructs with shardings: what to restore, and where to, whatever mesh saved it.
 
     Raises:
-        ValueError: the checkpoint has another structure or other shapes (from Orbax, naming them).
+        ValueError: the checkpoint has another structure or other shapes, or cannot be read.
     """
     step = manager.latest_step() if step is None else step
     if step is None:
         return None
-    found = manager.restore(step, args=ocp.args.Composite(**_targets(_items(like))))
+    found = _restore(manager, step, _items(like))
     return TrainState(found.optimizer["step"], found.trainable, found.optimizer["opt_state"], found.get("ema"))
 
 
@@ -87,7 +267,24 @@ def restore_weights(
         there = f"there are {', '.join(map(str, found))}" if found else "none was saved yet"
         raise FileNotFoundError(f"{manager.directory}: no checkpoint{wanted}; {there}")
     item = "ema" if average else "trainable"
-    return manager.restore(step, args=ocp.args.Composite(**_targets({item: dict(like)})))[item]
+    if not is_remote(manager.directory):
+        try:
+            verify(manager.directory, step, (item,))
+        except DamagedCheckpoint as error:
+            others = ", ".join(str(other) for other in sorted(manager.all_steps()) if other != step)
+            raise DamagedCheckpoint(f"{error}. Other checkpoints: {others or 'none'} (--step)") from error
+    return _restore(manager, step, {item: dict(like)})[item]
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The items of a checkpoint; whatever Orbax trips over becomes one error that names the checkpoint."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**_targets(items)))
+    except Exception as error:
+        place = manager.directory / str(step)
+        what = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        remedy = f"Move {place} away to go on from the checkpoint before it"
+        raise ValueError(f"{place} cannot be restored: {what[:400]}. {remedy}.") from error
 
 
 def _targets(items: Mapping[str, Any]) -> dict[str, ocp.args.StandardRestore]:

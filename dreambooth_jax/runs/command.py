@@ -1,6 +1,7 @@
 """What all commands share: errors as one line, and no noise of libraries."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -12,14 +13,12 @@ def one_line_errors() -> Iterator[None]:
     # transformers says that PyTorch was not found, or that it is too old: neither is used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("USE_TORCH", "0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {_text(error)}")
-
-
-def _text(error: BaseException) -> str:
-    """The message, with what surrogates of a file name stand for escaped."""
-    return str(error).encode(errors="backslashreplace").decode()
+        sys.exit(f"error: {str(error).encode(errors='backslashreplace').decode()}")

@@ -7,6 +7,7 @@ them.
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data import captions
+from dreambooth_jax.files.shipped import shipped
 
 ADAPTERS = ("lora", "dora", "loha", "lokr")
 WITH_TOKEN = ("inversion", "pivotal", "custom")  # methods that add a token to the base
@@ -86,7 +88,7 @@ FIELDS: dict[str, Field] = {
     "crop": _one_of("center", "random"),
     "flip": Field(bool),
     "views": _positive(),
-    "seed": _not_negative(int),
+    "seed": Field(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
     "prior_preservation": Field(bool),
     "prior_weight": _not_negative(float),
     "prior_target": _one_of("noise", "base"),
@@ -164,15 +166,27 @@ def _problem(field: Field, value: Any) -> str | None:
     number = field.kind is float and isinstance(value, int) and not isinstance(value, bool)
     if not number and type(value) is not field.kind:
         return f"expected {field.kind.__name__}"
+    if isinstance(value, str) and not is_text(value):
+        return "expected text in UTF-8 without null characters"
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
     return None if field.check(value) else f"expected {field.expected}"
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written to files: no null characters, no bytes that are not UTF-8 (as surrogates)."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _contradictions(config: ConfigDict) -> list[str]:
     problems = []
     if config.batch_size % config.accumulate:
         problems.append(f"accumulate = {config.accumulate} does not divide batch_size = {config.batch_size}")
+    if config.train_text_encoder and config.text_encoder_multiplier == 0:
+        problems.append("text_encoder_multiplier = 0 with train_text_encoder = True: set train_text_encoder=False")
     if config.lr_warmup_steps >= config.steps:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
     if config.prior_target == "base" and config.method in ("full", "custom"):
@@ -192,9 +206,39 @@ def fill(template: str, config: ConfigDict, where: str = "prompt") -> str:
     return captions.fill(template, config.identifier, config.class_noun, where)
 
 
+def absolute_paths(config: ConfigDict) -> ConfigDict:
+    """The config with absolute paths: `~` expanded, examples that ship with the package found."""
+    changed = ConfigDict(dict(config))
+    with changed.ignore_type():
+        changed.update(_absolute(config))
+    return changed
+
+
+def _absolute(config: Mapping[str, Any]) -> dict[str, str]:
+    """Field -> absolute path; names of hubs and data sets, and buckets, stay as they are."""
+    paths = {}
+    for name in ("workdir", "instance_images", "class_images", "base"):
+        text = config[name]
+        if not text or re.match(r"[a-z]+:", text) or (name == "base" and (text == "tiny" or not _exists(text))):
+            continue
+        path = os.path.expanduser(text)
+        paths[name] = os.path.abspath(shipped(path) if name == "instance_images" else path)
+    return paths
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
+
+
+_ATTENTION = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"
+
+
 def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
     """Raises ConfigError, naming the fields, if `config` describes another run than `earlier`, its config.json."""
     now = json.loads(config.to_json())
+    earlier = {**earlier, **_absolute(earlier)}
+    if earlier["lora_targets"] == _ATTENTION:  # as versions without names for targets wrote it
+        earlier["lora_targets"] = "attention"
     fields = {name for name, field in FIELDS.items() if field.identity}
     if not config.prior_preservation:
         fields -= {*_PAINTING, "prior_weight", "prior_target"}

@@ -7,16 +7,20 @@ config is refused at once.
 import argparse
 import ast
 import difflib
+import json
 import runpy
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
-from dreambooth_jax.files.shipped import shipped
+from dreambooth_jax.files.shipped import HOMES, shipped
 from dreambooth_jax.runs.config import ConfigError
+
+DOG = next(path for home in HOMES if (path := home / "configs" / "dog.py").exists())
 
 
 def parse(
@@ -92,6 +96,32 @@ def load(spec: str) -> ConfigDict:
     if "instance_images" in config:
         config.instance_images = shipped(config.instance_images)
     return config
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        ConfigError: it is not JSON, or no object; names the file.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return found
+
+
+def complete(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(config of an earlier run with every field of today, names of the fields that it lacked).
+
+    Those have the values of configs/dog.py, which leave everything as it was before the field existed.
+    """
+    today = json.loads(load(str(DOG)).to_json())
+    added = sorted(today.keys() - earlier.keys())
+    return {**earlier, **{name: today[name] for name in added}}, added
 
 
 def _in_file(path: Path, run) -> Any:

@@ -48,10 +48,12 @@ class Store(NamedTuple):
 
     Attributes:
         save: (step, state) -> begins to save; the arrays are copied before it returns.
+        check: raises an error if a save in the background has failed.
         wait: returns when everything that was begun is on the disk.
     """
 
     save: Callable[[int, TrainState], None]
+    check: Callable[[], None]
     wait: Callable[[], None]
 
 
@@ -65,6 +67,7 @@ def loop(
     reporter: Reporter,
     guard: Preemption,
     agree: Callable[[bool], bool],
+    inspect: Callable[[TrainState, int], None] = lambda state, steps: None,
 ) -> None:
     """Calls `advance(state, count)` until all steps are done; reports, saves and paints in between.
 
@@ -73,6 +76,7 @@ def loop(
     Args:
         progress: changed in place.
         agree: whether to leave after this call, given whether this process was asked to.
+        inspect: called once with the state after the first two or more steps, and their number.
 
     Raises:
         NonFiniteLoss: a loss, a gradient or the weights are not finite; the checkpoint before is kept.
@@ -94,6 +98,7 @@ def loop(
             save()
         store.wait()
 
+    first, inspected = progress.step, False
     guard.before_leaving(save_and_wait)
     if progress.step == 0:
         sheets.before(progress.state)
@@ -106,8 +111,12 @@ def loop(
                 count = min(config.steps_per_call, until - progress.step)
                 progress.state, metrics = advance(progress.state, np.int32(count))
                 report_late()
+                store.check()
                 progress.late = (progress.step, metrics, count)
                 progress.step += count
+                if not inspected and progress.step >= first + 2:
+                    inspect(progress.state, progress.step - first)
+                    inspected = True
                 if agree(guard.requested):
                     guard.leave()
             if progress.step % config.save_every == 0 or progress.step == config.steps:

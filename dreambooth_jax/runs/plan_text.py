@@ -16,8 +16,12 @@ from dreambooth_jax.runs.job import initial, pairs_prior
 from dreambooth_jax.runs.setup import Run
 
 
-def plan_text(run: Run, done: int) -> str:
-    """The plan of a run that goes on from step `done`, and warnings."""
+def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
+    """The plan of a run that goes on from step `done`, and warnings.
+
+    Args:
+        compared: whether photos, captions and base were compared with those of the checkpoint.
+    """
     config, shapes = run.config, run.pipeline.shapes
     trained, _ = run.job.method.shapes(shapes)
     images = len(set(run.examples.names))
@@ -35,7 +39,9 @@ def plan_text(run: Run, done: int) -> str:
         "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), {axes}",
         "workdir": config.workdir,
     }
-    notes = [f"  photos: {note}" for note in run.examples.notes]
+    notes = [f"  photos: {note}" for note in run.examples.notes] + [f"    note: {note}" for note in run.notes]
+    if done and not compared:
+        notes.append("    note: the checkpoint stores no fingerprints: photos and base were not compared with its own")
     return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *notes, *_warnings(run)])
 
 
@@ -44,6 +50,11 @@ def _warnings(run: Run) -> list[str]:
     warnings = list(check_identifier(run.pipeline.tokenizer, config.identifier))
     warnings += contradictions(config, run.examples.captions)
     warnings += too_long(run.examples.captions, config.identifier, run.pipeline.tokenizer)
+    if config.keep_last == 1:
+        size = checkpoint_size(run)
+        warnings.append(
+            f"keep_last = 1: if the only checkpoint is damaged, nothing is left; 2 would take {size / 1e9:.2g} GB more"
+        )
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
     used = batch // batch_sharding(run.mesh, batch).shard_shape((batch,))[0]
     if used < run.mesh.size:
@@ -52,6 +63,12 @@ def _warnings(run: Run) -> list[str]:
             f"a multiple of {run.mesh.size} keeps all"
         )
     return [f"warning: {warning}" for warning in warnings]
+
+
+def checkpoint_size(run: Run) -> int:
+    """Bytes of one checkpoint, before compression."""
+    trained, _ = run.job.method.shapes(run.pipeline.shapes)
+    return checkpoint.nbytes(jax.eval_shape(initial(run.job), trained))
 
 
 def check_space(run: Run, *, stored: int, free: int | None = None) -> None:
@@ -67,8 +84,7 @@ def check_space(run: Run, *, stored: int, free: int | None = None) -> None:
     config = run.config
     if "://" in config.workdir:
         return
-    trained, _ = run.job.method.shapes(run.pipeline.shapes)
-    size = checkpoint.nbytes(jax.eval_shape(initial(run.job), trained))
+    size = checkpoint_size(run)
     kept = config.keep_last + (config.steps // config.keep_every if config.keep_every else 0)
     # A new checkpoint is complete before an old one goes.
     need = size * max(1, kept + 1 - stored)

@@ -37,6 +37,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._finish: Callable[[], None] = lambda: None
+        self._release: Callable[[], None] = lambda: None
         self._signal: signal.Signals | None = None
         # Held by the thread that leaves: the main thread then stops here instead of changing what is being saved.
         self._lock = threading.Lock()
@@ -51,6 +52,10 @@ class Preemption:
         """Sets what must still reach the disk from now on; outside `in_loop` another thread calls it."""
         with self._lock:
             self._finish = finish
+
+    def at_exit(self, release: Callable[[], None]) -> None:
+        """Sets what is given back when the process leaves, after the save or its failure."""
+        self._release = release
 
     def __enter__(self) -> "Preemption":
         self._read, self._write = socket.socketpair()
@@ -118,6 +123,7 @@ class Preemption:
             text = f"leaving with exit code {code}; the same command goes on from here"
         except BaseException as error:
             code, text = 1, f"not saved: {error}. The same command goes on from the checkpoint before"
+        self._release()
         if not runtime.is_alone() and runtime.is_first_process():
             time.sleep(1)  # the others end with an error of their own when the coordinator is gone before them
         with contextlib.suppress(OSError, ValueError):  # nobody reads our output any more

@@ -1,8 +1,8 @@
 """From a config to a run that is ready to train: checks, data, the state to begin with."""
 
 import json
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, make_painter
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.config import ConfigError, check_config, check_resumable, fill
+from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
+from dreambooth_jax.runs.config_file import complete, read_json
 from dreambooth_jax.runs.job import Job, fresh_state, make_job, open_base, pairs_prior, reads_tokens, state_shapes
 
 
@@ -40,6 +41,8 @@ class Run(NamedTuple):
         examples: of the subject.
         digest: of the base's weights.
         to_paint: number of class images that are missing.
+        given: the config as JSON values, before what it leaves open is taken from the base.
+        notes: lines for the plan: what was found in the workdir.
     """
 
     job: Job
@@ -48,6 +51,8 @@ class Run(NamedTuple):
     examples: Examples
     digest: str
     to_paint: int
+    given: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> ConfigDict:
@@ -72,8 +77,10 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> R
         ValueError, OSError: something that the config names cannot be used; says what, and the remedy.
     """
     check_config(config)
+    config = absolute_paths(config)
+    given = json.loads(config.to_json())
     workdir = epath.Path(config.workdir)
-    claim(workdir, config)
+    notes = claim(workdir, config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
     pipeline = open_base(config, dtype=jnp.dtype(config.dtype), remat=config.remat)
     job = make_job(config, pipeline, mesh)
@@ -91,7 +98,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> R
     digest = weights_digest(pipeline.single_file or pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
     paints = config.prior_preservation and not pairs_prior(config)
     to_paint = class_images_to_paint(config, digest) if paints else []
-    return Run(job, workdir, paint, examples, digest, len(to_paint))
+    return Run(job, workdir, paint, examples, digest, len(to_paint), given, tuple(notes))
 
 
 def with_templates(examples: Examples, config: ConfigDict) -> Examples:
@@ -110,27 +117,61 @@ def with_templates(examples: Examples, config: ConfigDict) -> Examples:
     return examples._replace(**by_row, captions=everyone, names=examples.names * len(captions))
 
 
-def claim(workdir: epath.Path, config: ConfigDict) -> None:
-    """Makes the workdir and writes the config into it.
+def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
+    """Makes the workdir, sets damaged checkpoints aside and writes the config.
+
+    Returns:
+        Lines for the person: damaged checkpoints, settings that older versions did not have.
 
     Raises:
         ConfigError: the workdir cannot be written, or holds a run trained with another config.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        earlier = workdir / "config.json"
-        if earlier.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-            check_resumable(config, json.loads(earlier.read_text()))
+        notes = checkpoint.set_aside_damaged(workdir / "checkpoints")
+        if steps := checkpoint.steps_of(workdir / "checkpoints"):
+            earlier, added = complete(earlier_config(workdir, steps[-1]))
+            check_resumable(config, earlier)
+            if added:
+                notes.append(
+                    f"step {steps[-1]} was saved by an older version, without {', '.join(added)}: the values of "
+                    "configs/dog.py, with which nothing changes, stand for them"
+                )
         if runtime.is_first_process():
-            write_atomic(earlier, (json.dumps(json.loads(config.to_json()), indent=2) + "\n").encode())
+            text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+            write_atomic(workdir / "config.json", text.encode())
     except OSError as error:
         raise ConfigError(
             f"workdir = {config.workdir!r} cannot be written ({error}); give another --config.workdir"
         ) from error
+    return notes
 
 
-def prepare_data(run: Run, params: Params) -> TrainingData:
-    """Paints what class images are missing, then encodes all examples."""
+def earlier_config(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """The config of the run that saved the checkpoint of `step`: the checkpoint's copy, else config.json.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    if config := checkpoint.read_record(workdir / "checkpoints", step).get("config"):
+        return config
+    try:
+        return read_json(workdir / "config.json")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{workdir} holds checkpoints, and the config they were trained with cannot be read ({error}). Restore "
+            "config.json, or give another --config.workdir."
+        ) from error
+
+
+def prepare_data(
+    run: Run, params: Params, inspect: Callable[[Examples], None] = lambda class_images: None
+) -> TrainingData:
+    """Paints what class images are missing, then encodes all examples.
+
+    Args:
+        inspect: called with the class images before anything is encoded.
+    """
     config = run.config
     encode = make_encoder(run.pipeline, run.mesh, text_states=not reads_tokens(config))
     if not config.prior_preservation:
@@ -140,7 +181,9 @@ def prepare_data(run: Run, params: Params) -> TrainingData:
         return TrainingData(encode(params, run.examples), encode(params, of_class))
     if numbers := agreed(class_images_to_paint(config, run.digest)):
         paint_missing(config, numbers, run.paint, params, run.digest)
-    return TrainingData(encode(params, run.examples), encode(params, read_class_images(config)))
+    class_images = read_class_images(config)
+    inspect(class_images)
+    return TrainingData(encode(params, run.examples), encode(params, class_images))
 
 
 def begin(job: Job, params: Params) -> tuple[Params, Params, Key[Array, ""]]:

@@ -3,15 +3,22 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
+from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.diffusion.optimizer import learning_rate
+from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_pixels
 from dreambooth_jax.runs.job import held_shapes, lower_steps
 from dreambooth_jax.runs.loop import Progress, Store, loop
+from dreambooth_jax.runs.moved import check_moved, checksums
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
 from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import Reporter
@@ -36,33 +43,70 @@ def train(
         reporter: opens the reports, see `Reporter`.
     """
     config = run.config
+    folder = run.workdir / "checkpoints"
+    record: dict[str, Any] = {"config": run.given, "fingerprints": fingerprints(run)}
     manager = checkpoint.open_checkpoints(
-        run.workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None
+        folder, keep_last=config.keep_last, keep_every=config.keep_every or None, record=record
     )
-    with contextlib.closing(manager):  # also after an error: what is being saved becomes complete
-        guard.before_leaving(manager.wait_until_finished)
+    with checkpoint.closing(manager):
+        guard.before_leaving(functools.partial(checkpoint.wait, manager))
         done = manager.latest_step() or 0
+        earlier = checkpoint.read_record(folder, done).get("fingerprints", {}) if done else {}
         if runtime.is_first_process():
-            print(plan_text(run, done), flush=True)
+            print(plan_text(run, done, compared=bool(earlier)), flush=True)
+        check_same(config.workdir, earlier, record["fingerprints"])
+
+        def inspect(class_images: Examples) -> None:
+            record["fingerprints"]["class images"] = of_pixels(class_images)
+            check_same(config.workdir, earlier, record["fingerprints"])
+
         if done < config.steps or sheet_is_missing(run, done):
             check_space(run, stored=len(manager.all_steps()))
             params = read(run.pipeline, run.mesh, held_shapes(run.job))
             trainable, frozen, key = begin(run.job, params)
             del params
             # The base still, in the form that the samples' painter takes: painting compiles once.
-            data = prepare_data(run, run.job.method.combine(frozen, trainable))
+            data = prepare_data(run, run.job.method.combine(frozen, trainable), inspect)
             state = start_state(run.job, trainable, manager)
             del trainable
             steps = compile_steps(lower_steps(run.job, state, frozen, data, key))
             progress = Progress(int(state.step), state)
+            look = moved_check(run, progress)
             del state
             with contextlib.nullcontext() if runtime.is_alone() else guard.deferred():
                 loop(
                     config, progress, lambda state, count: steps(state, frozen, data, key, count),
-                    store=Store(functools.partial(checkpoint.save, manager), manager.wait_until_finished),
-                    sheets=sheets_of(run, frozen),
+                    store=store_of(manager), sheets=sheets_of(run, frozen),
                     reporter=reporter(run.workdir, first_step=progress.step, steps=config.steps),
-                    guard=guard, agree=Agreement(run.mesh),
+                    guard=guard, agree=Agreement(run.mesh), inspect=look,
                 )  # fmt: skip
     if runtime.is_first_process():
         print(farewell(run, max(done, config.steps)), flush=True)
+
+
+def moved_check(run: Run, progress: Progress) -> Callable[[TrainState, int], None]:
+    """Builds the check that every part that should train has changed since `progress`."""
+    config, first = run.config, progress.step
+    before = checksums(progress.state.trainable)
+    rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
+
+    def check(state: TrainState, steps: int) -> None:
+        if any(float(rate(step)) > 0 for step in range(first, first + steps)):
+            text = check_moved(before, checksums(state.trainable), steps)
+            if runtime.is_first_process():
+                print(text, flush=True)
+
+    return check
+
+
+def store_of(manager: ocp.CheckpointManager) -> Store:
+    """The checkpoints of a manager, for the loop."""
+    return Store(
+        *(functools.partial(function, manager) for function in (checkpoint.save, checkpoint.check, checkpoint.wait))
+    )
+
+
+def fingerprints(run: Run) -> Fingerprints:
+    """Of everything but the class images, which may not be painted yet."""
+    photos, captions = of_pixels(run.examples), of_captions(run.examples)
+    return {"photos": photos, "captions": captions, "base": {"weights": run.digest}}

@@ -1,6 +1,5 @@
 """Opening a training run again: its config, its pipeline, and the weights of a checkpoint."""
 
-import json
 import os
 from typing import NamedTuple
 
@@ -14,19 +13,23 @@ from dreambooth_jax.devices.sharding import placed_shapes
 from dreambooth_jax.families.pipeline import Pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.config_file import complete, read_json
 from dreambooth_jax.runs.job import make_method, open_base
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
     """The config that `train` wrote into its workdir.
 
+    Fields that older versions did not have are filled in, see `config_file.complete`.
+
     Raises:
         FileNotFoundError: nothing was trained there.
+        ConfigError: config.json is damaged.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file. Give the --workdir of a run of dreambooth_jax.train.")
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(complete(read_json(path))[0])
 
 
 class Trained(NamedTuple):

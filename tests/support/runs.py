@@ -47,6 +47,7 @@ SMALL = {
     "flip": True,
     "views": 2,
     "save_every": 10,
+    "keep_last": 1,
     "sample_every": 20,
     "sampling_steps": 4,
     "sample_prompts": ("a {identifier} {class_noun} in the snow", "a {class_noun}"),

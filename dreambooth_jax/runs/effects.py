@@ -1,0 +1,58 @@
+"""Settings without effect: changing one of them from its preset is an error, since it would do nothing in silence."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from dreambooth_jax.runs.config import ADAPTERS, ConfigError
+
+
+class Idle(NamedTuple):
+    """Fields that have no effect where `when` holds, and the reason in words."""
+
+    fields: tuple[str, ...]
+    when: Callable[[ConfigDict], bool]
+    reason: str
+
+
+IDLE = (
+    Idle(
+        ("lora_rank", "lora_alpha", "lora_targets", "lora_ranks", "lora_scaling", "lora_plus_ratio"),
+        lambda c: c.method not in ADAPTERS,
+        "with method = {method}, which trains no factors",
+    ),
+    Idle(
+        ("prior_weight", "class_prompt", "class_images", "create_class_images", "num_class_images"),
+        lambda c: not c.prior_preservation,
+        "with prior_preservation = False",
+    ),
+    Idle(("text_encoder_multiplier",), lambda c: not c.train_text_encoder, "with train_text_encoder = False"),
+    Idle(("moment_dtype",), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
+    Idle(("sample_count", "negative_prompt", "sample_every"), lambda c: not c.sample_prompts, "without sample_prompts"),
+    Idle(
+        ("sampler", "sampling_steps", "guidance_scale", "class_batch_size"),
+        lambda c: not (c.sample_prompts or c.prior_preservation),
+        "where nothing is painted: no sample_prompts, and prior_preservation = False",
+    ),
+    Idle(("negative_prompt",), lambda c: c.guidance_scale == 1, "with guidance_scale = 1"),
+)
+
+
+def check_effects(config: ConfigDict, preset: ConfigDict) -> None:
+    """Compares a config with its preset.
+
+    Raises:
+        ConfigError: a field was changed and has no effect in this run; names all of them.
+    """
+    problems = []
+    for fields, when, reason in IDLE:
+        changed = [name for name in fields if config[name] != preset[name]]
+        if changed and when(config):
+            why = reason.format(**{name: repr(config[name]) for name in ("method", "optimizer")})
+            problems += [f"{name} = {config[name]!r} has no effect {why}" for name in changed]
+    if problems:
+        raise ConfigError(
+            "these settings would do nothing; leave them at their preset's values, or change what makes them idle:\n  "
+            + "\n  ".join(problems)
+        )

@@ -1,0 +1,157 @@
+"""One run per workdir: a lease that the run holds, for a disk or a bucket.
+
+`lease.json` names the holder and the time of its last sign. Where holder and newcomer are on one machine, whether the
+holder's process lives decides; elsewhere its last sign does. A stale lease is taken over without a question.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from dreambooth_jax.files.atomic import write_atomic
+
+SIGN_SECONDS, STALE_SECONDS = 10.0, 60.0
+
+
+class Held(ValueError):
+    """Another run holds the workdir."""
+
+
+def _machine() -> str:
+    """Name of the host, its start, and the container's process numbers."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """Start time of a process, which tells it from a later one of the same number; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_alive(holder: dict[str, Any], now: float) -> bool:
+    if holder.get("machine") == _machine() and holder.get("started"):
+        return _started(int(holder["pid"])) == holder["started"]
+    return now - float(holder.get("time", 0)) < STALE_SECONDS
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    """The lease, or an empty one if there is none or it cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) and {"token", "pid", "time"} <= found.keys() else {}
+    except (OSError, ValueError):
+        return {}
+
+
+class Lease:
+    """The lease of a workdir; `take` makes one.
+
+    Attributes:
+        release: gives it back; called twice it does nothing.
+    """
+
+    def __init__(self, path: epath.Path, sign_seconds: float, lost: Callable[[str], None]) -> None:
+        self._path, self._sign_seconds, self._lost = path, sign_seconds, lost
+        self._token, self._stop = secrets.token_hex(8), threading.Event()
+        pid = os.getpid()
+        self._holder = {
+            "token": self._token, "host": socket.gethostname(), "pid": pid, "machine": _machine(),
+            "started": _started(pid),
+        }  # fmt: skip
+
+    def _sign(self) -> None:
+        write_atomic(self._path, json.dumps(self._holder | {"time": time.time()}).encode())
+
+    def start(self) -> None:
+        """Takes the lease and signs it again and again, in a thread of its own."""
+        self._sign()
+        threading.Thread(target=self._keep, daemon=True, name="lease").start()
+
+    def _keep(self) -> None:
+        while not self._stop.wait(self._sign_seconds):
+            holder = _read(self._path)
+            if holder and holder["token"] != self._token:
+                self._lost(f"another run, process {holder['pid']} on {holder.get('host')}, has taken {self._path} over")
+                return
+            with contextlib.suppress(OSError):  # a full disk or a network that comes back
+                self._sign()
+
+    def release(self) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            with contextlib.suppress(OSError):
+                if _read(self._path).get("token") == self._token:
+                    self._path.unlink()
+
+
+def _leave(reason: str) -> None:
+    """Two runs must not write into one workdir: this one ends at once."""
+    print(f"\nerror: {reason}; this run ends without saving", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def take(
+    workdir: str | os.PathLike, *, sign_seconds: float = SIGN_SECONDS, lost: Callable[[str], None] = _leave
+) -> Lease:
+    """Takes the lease of a workdir, which is made.
+
+    Args:
+        sign_seconds: time between two signs of life.
+        lost: called with a sentence if another run takes the lease over, as it may if this one was suspended.
+
+    Raises:
+        Held: another run holds it; says which.
+        OSError: the workdir cannot be written.
+    """
+    folder = epath.Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"workdir = {str(workdir)!r} cannot be written ({error}); give another --config.workdir"
+        ) from error
+    path = folder / "lease.json"
+    with _alone(folder):
+        holder = _read(path)
+        if holder and _is_alive(holder, time.time()):
+            raise Held(
+                f"{workdir} is held by process {holder['pid']} on {holder.get('host')}, whose last sign is "
+                f"{max(0, time.time() - holder['time']):.0f} s old. Stop that run, or give another --config.workdir; "
+                f"the lease of a process that is gone ends after {STALE_SECONDS:.0f} s."
+            )
+        lease = Lease(path, sign_seconds, lost)
+        lease.start()
+    if "://" in str(workdir) and _read(path).get("token") != lease._token:  # buckets have no locks: the last one wins
+        raise Held(f"{workdir}: another run was started at the same moment; give another --config.workdir")
+    return lease
+
+
+@contextlib.contextmanager
+def _alone(folder: epath.Path) -> Iterator[None]:
+    """Inside, no other process of this disk looks at the lease."""
+    if "://" in str(folder):
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

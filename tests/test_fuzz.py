@@ -1,0 +1,141 @@
+"""Folders of random files, random captions and random config values: one line that names the thing, or a plan; never a
+traceback, and nothing that exists is changed."""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from support.runs import ROOT
+
+from dreambooth_jax import train
+from dreambooth_jax.data.images import read_examples
+from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.config import FIELDS, check_config
+from dreambooth_jax.runs.config_file import complete
+
+DOG = str(ROOT / "configs" / "dog.py")
+FAST = settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+
+
+def picture(kind: str, size: tuple[int, int], mode: str) -> bytes:
+    data = io.BytesIO()
+    Image.new(mode, size).save(data, kind)
+    return data.getvalue()
+
+
+pictures = st.builds(
+    picture, st.sampled_from(["PNG", "JPEG", "WEBP"]), st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.sampled_from(["RGB", "L"]),
+)  # fmt: skip
+damaged = st.builds(lambda data, share: data[: int(len(data) * share)], pictures, st.floats(0, 1))
+contents = st.one_of(pictures, damaged, st.binary(max_size=60), st.text(max_size=40).map(str.encode))
+names = st.one_of(
+    st.sampled_from(
+        ["a.png", "b.jpg", "c.webp", "A.PNG", "a.txt", "b.caption", "metadata.jsonl", "metadata.csv", ".DS_Store", "d",
+         "a-masklabel.png", "e.heic", "f.gif", "10_sks dog", "README.md"]
+    ),
+    st.builds(lambda stem, end: stem + end, st.text("abé狗 {}%_-", min_size=1, max_size=8),
+              st.sampled_from([".png", ".jpg", ".txt", ""])),
+)  # fmt: skip
+lines = st.lists(
+    st.one_of(
+        st.builds(lambda n, t: json.dumps({"file_name": n, "text": t}), names, st.text(max_size=20)),
+        st.text(max_size=20), st.just('{"file_name": 1}'), st.just("[]"),
+    ), max_size=4,
+).map(lambda rows: "\n".join(rows).encode())  # fmt: skip
+folders = st.dictionaries(names, st.one_of(contents, lines), max_size=6)
+
+
+def listing(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        if (folder / name).is_dir() or not name.strip("."):
+            continue
+        (folder / name).write_bytes(data)
+
+
+@FAST
+@given(files=folders, captions=st.sampled_from(["auto", "template"]))
+def test_any_folder_is_read_or_refused_by_name(tmp_path_factory, files, captions):
+    folder = tmp_path_factory.mktemp("photos")
+    write(folder, files)
+    before = listing(folder)
+    try:
+        examples = read_examples(
+            folder, 16, template="a photo of {identifier} {class_noun}", identifier="sks", class_noun="dog",
+            captions=captions,
+        )  # fmt: skip
+        assert examples.images.dtype == np.uint8 and len(examples.images) == len(examples.captions) > 0
+    except (ValueError, OSError) as error:
+        assert str(folder) in str(error) or any(name in str(error) for name in files)
+    assert listing(folder) == before
+
+
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=12), st.just(()),
+    st.lists(st.text(max_size=5), max_size=2).map(tuple),
+)  # fmt: skip
+
+
+@FAST
+@given(changes=st.dictionaries(st.sampled_from(sorted(FIELDS)), values, min_size=1, max_size=4))
+def test_any_value_is_taken_or_refused_by_the_name_of_its_field(changes):
+    config = config_file.load(DOG)
+    with config.ignore_type():
+        config.update(changes)
+    try:
+        check_config(config)
+    except ValueError as error:
+        assert any(name in str(error) for name in changes)
+
+
+@FAST
+@given(name=st.sampled_from([*sorted(FIELDS), "stepz", "a.b", ""]), text=st.text(max_size=12))
+def test_any_word_of_the_command_line_is_taken_or_refused(name, text):
+    try:
+        config_file.override(config_file.load(DOG), [(name, text)])
+    except ValueError as error:
+        assert name in str(error)
+
+
+@FAST
+@given(data=st.one_of(st.binary(max_size=30), st.recursive(st.none() | st.integers(), st.lists).map(json.dumps)))
+def test_any_config_json_is_read_or_refused_by_name(tmp_path_factory, data):
+    from etils import epath
+
+    path = epath.Path(tmp_path_factory.mktemp("run")) / "config.json"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    try:
+        complete(config_file.read_json(path))
+    except ValueError as error:
+        assert "config.json" in str(error)
+
+
+def outcome(capsys, *arguments: str) -> str:
+    """What the command says when it is refused before it starts."""
+    try:
+        train.main(list(arguments))
+    except SystemExit as end:
+        assert end.code not in (0, None)
+        return f"{end.code}{capsys.readouterr().err}"
+    raise AssertionError("it was not refused")
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.py")
+    assert "not a regular file" in outcome(capsys, "--config", str(tmp_path / "pipe.py"))
+    odd = os.fsencode(tmp_path) + b"/\xff.py"
+    text = outcome(capsys, "--config", os.fsdecode(odd))
+    assert "no such file" in text and text.encode()
