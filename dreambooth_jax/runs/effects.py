@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from dreambooth_jax.runs.config import ADAPTERS, ConfigError
+from dreambooth_jax.runs.config import ADAPTERS, WITH_TOKEN, ConfigError
 
 
 class Idle(NamedTuple):
@@ -19,15 +19,29 @@ class Idle(NamedTuple):
 IDLE = (
     Idle(
         ("lora_rank", "lora_alpha", "lora_targets", "lora_ranks", "lora_scaling", "lora_plus_ratio"),
-        lambda c: c.method not in ADAPTERS,
+        lambda c: c.method not in (*ADAPTERS, "pivotal"),
         "with method = {method}, which trains no factors",
     ),
     Idle(
-        ("prior_weight", "class_prompt", "class_images", "create_class_images", "num_class_images"),
+        ("token_vectors", "token_start"), lambda c: c.method not in WITH_TOKEN, "with method = {method}: no new token"
+    ),
+    Idle(("pivotal_fraction",), lambda c: c.method != "pivotal", "with method = {method}"),
+    Idle(("instance_prompt", "captions"), lambda c: bool(c.templates), "with templates, which give the captions"),
+    Idle(
+        ("prior_weight", "prior_target", "class_prompt", "class_images", "create_class_images", "num_class_images"),
         lambda c: not c.prior_preservation,
         "with prior_preservation = False",
     ),
-    Idle(("text_encoder_multiplier",), lambda c: not c.train_text_encoder, "with train_text_encoder = False"),
+    Idle(
+        ("create_class_images", "num_class_images"),
+        lambda c: c.prior_target == "base" and not c.class_images,
+        "with prior_target = 'base' and no class_images: nothing is painted",
+    ),
+    Idle(
+        ("text_encoder_multiplier",),
+        lambda c: not (c.train_text_encoder or c.method in WITH_TOKEN),
+        "with train_text_encoder = False",
+    ),
     Idle(("moment_dtype",), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
     Idle(("sample_count", "negative_prompt", "sample_every"), lambda c: not c.sample_prompts, "without sample_prompts"),
     Idle(
