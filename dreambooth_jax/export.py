@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runtime.start()
         import jax.numpy as jnp
 
-        from dreambooth_jax.families.pipeline import resolve_base
+        from dreambooth_jax.files.hub import resolve_base
         from dreambooth_jax.runs.exports import export
         from dreambooth_jax.runs.workdir import read_config
 
