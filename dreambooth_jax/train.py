@@ -10,14 +10,17 @@ with code 128 + the signal's number.
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from dreambooth_jax.data.sources import list_folder
+from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
-from dreambooth_jax.runs.config import check_config
+from dreambooth_jax.runs.config import absolute_paths, check_config
 from dreambooth_jax.runs.effects import check_effects
 
 
@@ -29,7 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _, config, preset = config_file.parse(parser, arguments, "configs/dog.py or configs/dog.py:sd15")
         check_config(config)
         check_effects(config, preset)
+        config = absolute_paths(config)
+        check_places(config)
         run(config)
+
+
+def check_places(config: ConfigDict) -> None:
+    """Checks that photos and base are there, as far as this machine can tell at once.
+
+    Raises:
+        ValueError, OSError: they are not; says what was expected.
+    """
+    if not re.match(r"[a-z]+:", config.instance_images):
+        list_folder(config.instance_images, config.captions)
+    if config.base.startswith(("/", ".")):
+        resolve_base(config.base)
 
 
 def run(config: ConfigDict) -> None:

@@ -105,6 +105,9 @@ WRONG = {
     "unknown field": (["--config", DOG, "--config.stepz=3"], "stepz: unknown field"),
     "unknown preset": (["--config", DOG + ":sd99"], "sd99"),
     "infinite rate": (["--config", DOG, "--config.learning_rate=inf"], "finite"),
+    "no photos": (["--config", DOG, "--config.instance_images=/no/photos"], "/no/photos"),
+    "no base": (["--config", DOG, "--config.base=/no/base"], "/no/base"),
+    "idle": (["--config", DOG, "--config.lora_rank=3"], "lora_rank = 3 has no effect"),
     "stray word": (["--config", DOG, "steps=3"], "unrecognized argument: steps=3"),
     "no value": (["--config", DOG, "--config.steps"], "expected a value"),
 }
