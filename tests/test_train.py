@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import optax
 import pytest
 from etils import epath
 from PIL import Image
-from support.runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state
+from support.runs import assert_same_state, checkpoints, config_of, finish, get_config, log_of, read_state, start, wait
 
 from dreambooth_jax.devices.sharding import make_mesh, state_shardings
 from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state
@@ -302,6 +304,23 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk):
     jax.tree.map(np.testing.assert_array_equal, found, state(1))
     assert not [path for path in (small_disk / "checkpoints").iterdir() if "tmp" in path.name]
     again.close()
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(micro, small_disk, tmp_path):
+    workdir, log = small_disk / "run", tmp_path / "full"
+    fields = {"steps": 100_000, "save_every": 20, "sample_every": 100_000, "sample_prompts": (), "sample_count": 6}
+    process = start(workdir, log=log, base=micro, **fields)
+    deadline = time.monotonic() + 200
+    while not checkpoints(workdir) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    code, text = wait(process, 60), log_of(log).read_text()
+    assert code == 1 and "Traceback" not in text, text[-3000:]
+    (line,) = [line for line in text.splitlines() if "error:" in line]
+    assert re.search(r"(?i)no space left", line) and "ake room" in line and str(small_disk) in line
+    assert checkpoints(workdir)  # the one before
 
 
 # --- the loop

@@ -20,8 +20,19 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     if "://" in str(path):
         epath.Path(path).write_bytes(data)  # object stores show an object when it is complete
         return
-    with replacing(path) as partial:
+    with naming(path), replacing(path) as partial:
         partial.write_bytes(data)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Names the file in an OSError that does not say which it is about: a full disk's, when data are written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What all commands share: errors as one line, and no noise of libraries."""
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -21,4 +22,5 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {str(error).encode(errors='backslashreplace').decode()}")
+        remedy = ". Make room on that disk." if getattr(error, "errno", None) == errno.ENOSPC else ""
+        sys.exit(f"error: {str(error).encode(errors='backslashreplace').decode()}{remedy}")

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from etils import epath
 
+from dreambooth_jax.files.atomic import naming
+
 
 def _table() -> list[int]:
     table = []
@@ -83,6 +85,6 @@ class Events:
             self._path.write_bytes(self._written)
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
+            with naming(self._path), open(self._path, "ab") as file:
                 file.write(self._new)
         self._new = b""
