@@ -7,27 +7,43 @@ together with the text tower (its equation 3); and a ViT for subject fidelity. P
 twice. Every part is checkpointed, and the same command resumes after a kill at any moment.
 """
 
+import argparse
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.files.safetensors import WEIGHT_FILES, save_model
-from dreambooth_jax.files.tokenizer import load_tokenizer
-from dreambooth_jax.models.params import count
-from dreambooth_jax.tiny import parts, world
-from dreambooth_jax.tiny.world.atlas import make_atlas
+from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.command import one_line_errors
 
 
-def main(_) -> None:
-    logging.getLogger().setLevel(logging.INFO)
-    config = flags.FLAGS.config
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dreambooth_jax.pretrain", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    with one_line_errors():
+        example = "configs/tiny_base.py"
+        _, config, _ = config_file.parse(parser, arguments, example, default=example)
+        pretrain(config)
+
+
+def pretrain(config: ConfigDict) -> None:
+    """Trains every part and writes the base."""
+    import jax  # here, so that --help needs no JAX
+    import numpy as np
+
+    from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.files.safetensors import WEIGHT_FILES, save_model
+    from dreambooth_jax.files.tokenizer import load_tokenizer
+    from dreambooth_jax.models.params import count
+    from dreambooth_jax.tiny import parts, world
+    from dreambooth_jax.tiny.world.atlas import make_atlas
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     jax.set_mesh(make_mesh())  # attention splits its batch over it
     output = Path(config.output)
     sprites = world.load_sprites(config.world or None)
@@ -60,6 +76,8 @@ def main(_) -> None:
 def write_index(folder: Path, scheduler: dict) -> None:
     """Makes the models in `folder` a StableDiffusionPipeline; `clip/` and `vit/` lie beside it, and the licences of
     the pictures."""
+    from dreambooth_jax.tiny import world
+
     shutil.copyfile(Path(world.__file__).with_name("LICENSES.md"), folder / "LICENSES.md")
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
@@ -79,5 +97,4 @@ def write_index(folder: Path, scheduler: dict) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", "configs/tiny_base.py", "what to train")
-    app.run(main)
+    main()
