@@ -177,6 +177,7 @@ def test_another_base_in_the_same_place_is_named(micro, workdir, tmp_path):
     weights = load_file(path)
     weights["conv_out.bias"] = weights["conv_out.bias"] + 1e-6
     save_file(weights, path, metadata={"format": "pt"})
+    shutil.rmtree(workdir / "class_images")  # they are bound to their base as well
     with pytest.raises(ConfigError, match="base: changed: weights"):
         go_on(workdir, base=str(base))
 
