@@ -131,7 +131,7 @@ def damaged_class_images(folder: str | os.PathLike, prompt: str, digest: str) ->
             damaged.append(int(match[1]))
         elif about.get("prompt", prompt) != prompt:
             others.setdefault(f"of {about['prompt']!r}", path.name)
-        elif "prompt" in about and about.get("model_digest") != digest:
+        elif about.get("model_digest", digest) != digest:  # versions without digests wrote none
             others.setdefault(f"of another base, {about.get('model', 'unknown')}", path.name)
     if others:
         found = ", ".join(f"{name} {what}" for what, name in others.items())
