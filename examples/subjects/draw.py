@@ -143,14 +143,16 @@ def main() -> None:
     parser.add_argument("--source", help="folder that holds both packages; left out, npm fetches them")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
     args = parser.parse_args()
-    known = (s for held_out in (True, False) for s in load_sprites(args.source, longest=SIZE, held_out=held_out))
+    known = [s for held_out in (True, False) for s in load_sprites(args.source, longest=SIZE, held_out=held_out)]
     by_name = {sprite.name: sprite for sprite in known}
     for number, (subject, (name, coat, places)) in enumerate(SUBJECTS.items()):
-        sprite = dataclasses.replace(by_name[name], rgba=coat(by_name[name].rgba))
+        frames = [by_name[name], *(s for s in known if s.individual == name and s.pose)]
         folder = args.out / subject
         folder.mkdir(parents=True, exist_ok=True)
         for i, (where, pose) in enumerate(zip(places, POSES, strict=True)):
             rng = np.random.default_rng((number, i))
+            frame = frames[i % len(frames)]
+            sprite = dataclasses.replace(frame, rgba=coat(frame.rgba))
             Image.fromarray(picture(rng, sprite, where, *pose)).save(folder / f"{i:02d}.jpg", quality=92)
 
 
