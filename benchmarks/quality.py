@@ -29,7 +29,7 @@ from dreambooth_jax.tiny import world
 from dreambooth_jax.tiny.world.names import with_article
 
 CACHE = Path("~/.cache/dreambooth_jax").expanduser()
-COUNT, BATCH, TRAINING = 100, 20, 1000
+COUNT, BATCH, TRAINING = 100, 20, 300
 # The classes of DreamBooth's data set, as this world calls them (its "stuffed animal" is the teddy bear).
 CLASSES = (
     "dog", "cat", "backpack", "teddy bear", "bowl", "can", "candle", "clock", "sneaker", "boot", "teapot", "glasses",
@@ -90,7 +90,7 @@ class Table:
         if noun not in self._known:
             images = rendered(reference_sprites(self.sprites, self.held_out, noun), COUNT, "reference")
             members = [s for s in self.sprites if s.noun == noun]
-            training = self.features.of(list(rendered(members, TRAINING if noun == "dog" else COUNT, "train")))
+            training = self.features.of(list(rendered(members, TRAINING, "train")))
             unit = training / np.linalg.norm(training, axis=1, keepdims=True)
             self._known[noun] = images, self.features.of(list(images)), unit
         return self._known[noun]
