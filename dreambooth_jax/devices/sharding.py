@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh with axes ("data", "fsdp"), parameters placed by (regex, rule) lists over their names.
+"""Placement of arrays: one mesh with axes ("data", "fsdp"), parameters placed by (regex, rule) lists over their names.
 
 Batches are split over both axes, parameters and everything shaped like them (optimizer moments, EMA) over "fsdp".
 """
@@ -17,7 +17,7 @@ Rule = Callable[[tuple[int, ...], int], PartitionSpec]
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; -1 for one of the axes takes what the other leaves.
+    """A mesh over all devices; an axis of -1 takes the devices that the other axis leaves.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices; names the sizes that would.
@@ -39,7 +39,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
 
 
 def replicate(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """Every device holds all of it."""
+    """Every device holds the whole array."""
     return PartitionSpec()
 
 
@@ -60,7 +60,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
 
 
 def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], rules=RULES) -> NamedSharding:
-    """Where the parameter `name` of `shape` lives, by the first rule whose regex is found in the name."""
+    """Sharding of the parameter `name` of `shape`, by the first rule whose regex is found in the name."""
     rule = next(rule for pattern, rule in rules if re.search(pattern, name))
     return NamedSharding(mesh, rule(shape, mesh.shape["fsdp"]))
 
@@ -89,43 +89,46 @@ def state_shardings(mesh: Mesh, params: dict[str, Any], tree: Any, rules=RULES) 
 def gather(mesh: Mesh, params: dict[str, Any], dtype=None) -> dict[str, Any]:
     """Makes parameters whole before a computation uses them, inside a jitted function.
 
-    Without it the compiler lets the activations follow the way in which the parameters are split: hundreds of exchanges
-    of activations per step in place of one exchange per parameter. Gradients go back the way the parameters came: every
-    device gets the sum of its share alone (ZeRO, arXiv 1910.02054, section 5).
+    Without it, the compiler shards activations like the parameters and exchanges activations hundreds of times per
+    step. Gradients are reduced and scattered: every device gets the sum of its share alone (ZeRO, arXiv 1910.02054,
+    section 5).
 
     Args:
-        dtype: of the computation. Kernels and embeddings, which it rounds anyway, are rounded before they travel. Where
-            nothing travels they stay as they are: rounded ones would have to be held for the backward pass.
+        dtype: dtype of the computation. Sharded parameters are cast before the all-gather, which halves its traffic.
+            Replicated ones are not: the cast copy would be kept for the backward pass.
     """
     homes = {name: param_sharding(mesh, name, x.shape) for name, x in params.items()}
 
     def whole(x: jax.Array, home: NamedSharding) -> jax.Array:
-        rounded = jax.lax.with_sharding_constraint(x.astype(dtype or x.dtype), home)  # before it travels, not after
-        return _everywhere(rounded, home)
+        rounded = jax.lax.with_sharding_constraint(
+            x.astype(dtype or x.dtype), home
+        )  # the cast comes before the all-gather
+        return _gathered(rounded, home)
 
     return {name: x if homes[name].is_fully_replicated else whole(x, homes[name]) for name, x in params.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _everywhere(x: jax.Array, home: NamedSharding) -> jax.Array:
-    """On all devices, forward; the gradient only at `home`, where autodiff would have it on all devices too."""
+def _gathered(x: jax.Array, home: NamedSharding) -> jax.Array:
+    """x on all devices. Its gradient is placed at `home` alone; autodiff would place it on all devices."""
     return jax.lax.with_sharding_constraint(x, replicated(home.mesh))
 
 
-_everywhere.defvjp(
-    lambda x, home: (_everywhere(x, home), None),
+_gathered.defvjp(
+    lambda x, home: (_gathered(x, home), None),
     lambda home, _, grad: (jax.lax.with_sharding_constraint(grad, home),),
 )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_axes(sizes: Mapping[str, int], batch: int) -> tuple[str, ...]:
     """The mesh axes over which a leading axis of size `batch` is split: both, one of them, or none, so that it divides.
 
-    A batch smaller than the mesh is thus computed by several devices alike: wasteful, never wrong.
+    A batch smaller than the mesh is computed on several devices redundantly: wasteful, never wrong.
     """
     choices = [AXES, AXES[:1], AXES[1:], ()]
     fitting = [axes for axes in choices if batch % math.prod(sizes[axis] for axis in axes) == 0]
@@ -139,8 +142,8 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
 
 
 def on_each_part(function: Callable, *batches: jax.Array) -> jax.Array:
-    """`function` of arrays that share their leading axis, and of nothing across it: under `jax.set_mesh` every device
-    computes its own part, which the compiler does not see by itself in kernels and loops."""
+    """Applies `function`, which treats batch elements independently, to arrays that share their leading axis. Under
+    `jax.set_mesh` every device computes its own part; the compiler does not divide kernels and loops by itself."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if mesh.empty else batch_axes(mesh.shape, len(batches[0]))
     if not axes:

@@ -25,7 +25,7 @@ def learning_rate(kind: str, peak: float, *, warmup: int, steps: int) -> optax.S
         "linear": optax.linear_schedule(peak, 0.0, steps - warmup),
         "cosine": optax.cosine_decay_schedule(peak, steps - warmup),
     }[kind]
-    # The first update already moves: 1/warmup of the peak.
+    # The first update has 1/warmup of the peak, not 0.
     return (
         optax.join_schedules([lambda count: peak * (count + 1) / max(warmup, 1), after], [warmup]) if warmup else after
     )
@@ -43,8 +43,8 @@ def scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformatio
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     """Scales updates whose norm over everything exceeds `limit` down to it (arXiv 1211.5063, algorithm 1).
 
-    A norm that is known already can be given as `grad_norm`, a scalar: computed where the gradients come about it costs
-    nothing, while for optax's own all of them are read once more.
+    The keyword `grad_norm` gives a norm that is already known. Fusing the norm with the backward pass is free; optax's
+    own clipping reads every gradient again.
     """
 
     def update(updates, state, params=None, *, grad_norm: jax.Array | None = None, **extra):
@@ -73,11 +73,14 @@ def make_optimizer(
     Args:
         name: "adamw" or "adafactor".
         rate: update count -> learning rate.
-        weight_decay: decoupled; multiplied by the learning rate in both.
-        b1, b2, eps: AdamW's.
-        clip_norm: of the gradient over everything trained; None for no clipping.
-        moment_dtype: of AdamW's first moment; "bfloat16" saves two bytes per trained parameter.
+        weight_decay: decoupled decay, multiplied by the learning rate in both.
+        b1, b2, eps: constants of AdamW.
+        clip_norm: limit of the gradient's global norm; None for no clipping.
+        moment_dtype: dtype of AdamW's first moment; "bfloat16" saves two bytes per trainable parameter.
         multiplier: parameter name -> factor on its learning rate.
+
+    Raises:
+        ValueError: unknown name.
         decays: parameter name -> whether weight decay applies; None for all.
     """
     if name not in OPTIMIZERS:
@@ -86,7 +89,7 @@ def make_optimizer(
     core = (
         optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, mu_dtype=moment_dtype)
         if name == "adamw"
-        # Adafactor adds its decay after the learning rate; scaling it here keeps the field's meaning the same.
+        # optax's Adafactor does not multiply its decay by the learning rate; this chain does.
         else optax.chain(
             optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0),
             optax.scale(-1.0),

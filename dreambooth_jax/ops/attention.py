@@ -80,7 +80,7 @@ def _backward(saved, d_out: Float[Array, "q d"]):
         query, out, normaliser, d_out = inputs
         weights = jnp.exp(query @ key.T - normaliser)
         d_scores = weights * (d_out @ value.T - (d_out * out).sum(-1, keepdims=True))
-        # Not d_scores.T @ query: that turns over what is large.
+        # d_scores.T @ query would transpose the larger operand.
         return (sums[0] + query.T @ d_scores, sums[1] + d_out.T @ weights), d_scores @ key
 
     sums = jnp.zeros_like(key.T), jnp.zeros_like(value.T)

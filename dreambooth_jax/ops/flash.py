@@ -1,9 +1,8 @@
-"""Attention that never holds its scores, for TPUs: the splash kernel that ships with JAX (in the manner of
-FlashAttention, arXiv 2205.14135).
+"""Attention without stored scores, for TPUs: the splash kernel that ships with JAX (FlashAttention, arXiv 2205.14135).
 
 At 64x64 latents the scores of one self-attention are 4096 x 4096 for every head: 1 GiB in float32 for two images. The
-kernel keeps one tile of them in the chip's own memory. Heads narrower than 128 are padded with zeros, which changes
-nothing: a TPU computes on 128 lanes whatever their number.
+kernel keeps one tile of them in the chip's vector memory. Heads narrower than 128 are padded with zeros at no cost: a
+TPU always computes on 128 lanes.
 """
 
 import functools
@@ -16,18 +15,18 @@ from jaxtyping import Array, Float
 from dreambooth_jax.devices.sharding import on_each_part
 
 LANES = 128
-# Tiles of queries and keys; of a tile of keys, how much is computed at once.
+# Size of a tile of queries or keys, and of the part of a tile of keys that is computed at once.
 BLOCK, BLOCK_COMPUTE = 1024, 512
-# Tiles of keys in the backward pass, which writes gradients of all queries for each and adds them up: larger is less to
-# write, but twice this no longer fits beside larger batches, nor on v4 and v5p.
+# Size of a tile of keys in the backward pass, which writes and adds gradients of all queries once per tile. Twice this
+# size does not fit beside larger batches, nor on v4 and v5p.
 BLOCK_BACKWARD = 2048
-# How policies of recomputing (jax.checkpoint_policies) know what the backward kernel needs of the forward one.
+# Name by which jax.checkpoint_policies find the residuals of the forward kernel.
 RESIDUALS = "flash_attention"
 
 
 def worthwhile(query: Float[Array, "b q n d"], key: Float[Array, "b k n d"]) -> bool:
-    """Whether the scores are large enough for the kernel to pay, and of a size that it takes. The one wide head of the
-    autoencoder has few scores, and its tiles would not fit into the chip's own memory."""
+    """Whether the scores are large enough for the kernel to be faster, and of a size that it supports. The one wide
+    head of the autoencoder has few scores, and its tiles would not fit into the chip's vector memory."""
     lengths = query.shape[1], key.shape[1]
     return query.shape[-1] <= LANES and min(lengths) >= BLOCK and all(length % BLOCK == 0 for length in lengths)
 
