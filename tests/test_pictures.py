@@ -1,5 +1,7 @@
 """PNGs are whole or absent and carry their story; sheets show every picture unchanged."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -92,3 +94,18 @@ def test_prompts_that_differ_in_punctuation_have_files_of_their_own():
     names = file_names(["a dog", "a dog!", "a cat", "?"])
     assert len(set(names.values())) == 4
     assert names["a cat"] == "a_cat" and names["a dog"].startswith("a_dog_")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\u4e00\u53ea\u53ef\u7231\u7684\u5c0f\u72d7" * 12, "e\u0301" * 200, "\N{DOG FACE}" * 80, "...", ""]
+)
+def test_any_prompt_gives_a_name_that_file_systems_take(prompt, tmp_path):
+    name = file_names([prompt])[prompt]
+    assert name and len(name.encode()) <= 100
+    save_png(tmp_path / f"{name}_0.png", flat(1), {})
+
+
+def test_prompts_that_differ_give_names_that_differ():
+    prompts = ["a dog", "a dog!", "A dog?", "a dog_1", "a dog 2", "caf\u00e9", "cafe\u0301", "a" * 300, "a" * 301]
+    names = [unicodedata.normalize("NFC", name).casefold() for name in file_names(prompts).values()]
+    assert len(set(names)) == len(prompts)

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from dreambooth_jax import sample
 
@@ -82,6 +83,28 @@ def test_prompts_of_one_name_do_not_replace_each_other(micro, tmp_path, monkeypa
         assert image.text["prompt"] == "A cat!" and image.text["model"] == micro
 
 
+BROKEN = {
+    "the text encoder (text_encoder)": ("text_encoder/model.safetensors", "final_layer_norm.bias"),
+    "the denoiser (unet)": ("unet/diffusion_pytorch_model.safetensors", "conv_out.bias"),
+    "the decoder (vae)": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_no_picture_is_written_of_numbers_that_are_not_finite(micro, tmp_path, part):
+    file, ending = BROKEN[part]
+    base = shutil.copytree(micro, tmp_path / "base")
+    weights = load_file(base / file)
+    (name,) = [name for name in weights if name.endswith(ending)]
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, base / file, metadata={"format": "pt"})
+    output = tmp_path / "pictures"
+    with pytest.raises(SystemExit) as end:
+        run("--base", base, "--prompt=a dog", "--count=1", "--steps=2", "--guidance=1", "--output", output)
+    assert f"no picture: {part} gave numbers that are not finite" in str(end.value.code)
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,6 +117,9 @@ def test_prompts_of_one_name_do_not_replace_each_other(micro, tmp_path, monkeypa
         (["--prompt=a", "--workdir={unsaved}"], "no checkpoint; none was saved yet"),
         (["--prompt=a", "--base=./nowhere"], "nowhere': no such folder"),
         (["--prompt=a", "--base={micro}", "--resolution=17"], "resolution = 17"),
+        (["--prompt=a", "--base={micro}", "--guidance=nan"], "nan: expected a finite number"),
+        (["--prompt=a", "--base={micro}", f"--seed={2**32}"], "expected a whole number from 0 to 2^32 - 1"),
+        (["--prompt=a\udcff", "--base={micro}"], "expected text in UTF-8"),
     ],
 )
 def test_errors_name_the_remedy(micro, finished, tmp_path, capsys, arguments, message):
