@@ -43,7 +43,7 @@ IDLE = (
         "with train_text_encoder = False",
     ),
     Idle(("moment_dtype",), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
-    Idle(("sample_count", "negative_prompt", "sample_every"), lambda c: not c.sample_prompts, "without sample_prompts"),
+    Idle(("sample_count", "negative_prompt"), lambda c: not c.sample_prompts, "without sample_prompts"),
     Idle(
         ("sampler", "sampling_steps", "guidance_scale", "class_batch_size"),
         lambda c: not (c.sample_prompts or c.prior_preservation),
