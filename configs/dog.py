@@ -98,6 +98,9 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         "a {class_noun}",
     )
     config.sample_count = 6  # pictures per prompt
+    config.evaluate_every = 0  # steps between scores of the sample pictures, a multiple of sample_every; 0 for none
+    config.judge_dino = "facebook/dino-vits16"  # folders or hub names of the models that score; the embedded base is
+    config.judge_clip = "openai/clip-vit-base-patch32"  # scored by the models beside it
     config.sampler = "dpm++"  # or "ddim", "euler"; also paints the class images
     config.sampling_steps = 20
     config.guidance_scale = 2.5

@@ -136,6 +136,9 @@ FIELDS: dict[str, Field] = {
     "sample_every": _positive(identity=False),
     "sample_prompts": Field(tuple, lambda v: all(isinstance(p, str) for p in v), "a tuple of prompts", identity=False),
     "sample_count": _positive(identity=False),
+    "evaluate_every": _not_negative(int, identity=False),
+    "judge_dino": _text(identity=False),
+    "judge_clip": _text(identity=False),
     "sampler": _one_of(*SAMPLERS),
     "sampling_steps": _positive(),
     "guidance_scale": _not_negative(float),
@@ -191,6 +194,13 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
     if config.prior_target == "base" and config.method in ("full", "custom"):
         problems.append(f'prior_target = "base" needs the frozen base, which method = {config.method!r} does not keep')
+    if config.evaluate_every % config.sample_every:
+        problems.append(
+            f"evaluate_every = {config.evaluate_every} is no multiple of sample_every = {config.sample_every}: sample "
+            "pictures are scored"
+        )
+    if config.evaluate_every and not any("{identifier}" in prompt for prompt in config.sample_prompts):
+        problems.append("evaluate_every: no sample prompt has {identifier}; there is nothing to score")
     prompts = {name: config[name] for name in ("instance_prompt", "class_prompt")}
     prompts |= {f"sample_prompts[{i}]": text for i, text in enumerate(config.sample_prompts)}
     for name, text in prompts.items():

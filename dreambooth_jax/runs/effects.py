@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.runs.config import ADAPTERS, WITH_TOKEN, ConfigError
 
 
@@ -48,6 +49,12 @@ IDLE = (
         ("sampler", "sampling_steps", "guidance_scale", "class_batch_size"),
         lambda c: not (c.sample_prompts or c.prior_preservation),
         "where nothing is painted: no sample_prompts, and prior_preservation = False",
+    ),
+    Idle(("evaluate_every",), lambda c: not c.sample_prompts, "without sample_prompts, whose pictures are scored"),
+    Idle(
+        ("judge_dino", "judge_clip"),
+        lambda c: not c.evaluate_every or c.base == EMBEDDED,
+        "without evaluate_every, or for the embedded base, which the models beside it score",
     ),
     Idle(("negative_prompt",), lambda c: c.guidance_scale == 1, "with guidance_scale = 1"),
 )

@@ -10,14 +10,15 @@ from dreambooth_jax.painting.sheets import file_names, paint_rows, save_png, sav
 from dreambooth_jax.runs.config import fill
 from dreambooth_jax.runs.loop import Sheets, is_painted
 from dreambooth_jax.runs.setup import Run
+from dreambooth_jax.runs.watch import Watch, is_scored, record, score_samples
 
 
-def sheets_of(run: Run, frozen: Params) -> Sheets:
-    """The sheets of a run whose frozen parameters are `frozen`."""
+def sheets_of(run: Run, frozen: Params, watch: Watch | None = None) -> Sheets:
+    """The sheets of a run whose frozen parameters are `frozen`; `watch` scores their pictures."""
     combine = run.job.method.combine
     return Sheets(
         before=lambda state: paint_before(run, combine(frozen, state.trainable)),
-        paint=lambda state, step: paint_samples(run, combine(frozen, state.ema or state.trainable), step),
+        paint=lambda state, step: paint_samples(run, combine(frozen, state.ema or state.trainable), step, watch),
         is_missing=lambda step: sheet_is_missing(run, step),
     )
 
@@ -51,21 +52,26 @@ def _before(run: Run, prompt: str, seed: int) -> epath.Path:
     return run.workdir / "samples" / "before" / f"{names[prompt]}_{seed}.png"
 
 
-def paint_samples(run: Run, params: Params, step: int) -> None:
+def paint_samples(run: Run, params: Params, step: int, watch: Watch | None = None) -> None:
     """Paints the fixed prompts and seeds into samples/: the training images first, then a row per prompt; above a
-    prompt without identifier stand the base's pictures of it."""
+    prompt without identifier stand the base's pictures of it. Scores stand beside the prompts."""
     config = run.config
     prompts = [fill(prompt, config) for prompt in config.sample_prompts]
     painted = paint_rows(run.paint, params, prompts, range(config.sample_count), negative=config.negative_prompt)
+    means, scores = {}, [""] * len(prompts)
+    if watch is not None and is_scored(step, config):
+        means, scores = score_samples(watch, config, painted)
     if not prompts or not runtime.is_first_process():
         return
+    if means:
+        record(run.workdir, step, means)
     labels, rows = ["training images"], [list(run.examples.images[: config.sample_count])]
-    for prompt, row in zip(prompts, painted, strict=True):
+    for prompt, row, score in zip(prompts, painted, scores, strict=True):
         before = [_before(run, prompt, seed) for seed in range(config.sample_count)]
         if all(path.exists() for path in before):
             labels.append(f"{prompt}: before training")
             rows.append([np.asarray(decode_image(path.read_bytes())) for path in before])
-        labels.append(prompt)
+        labels.append(f"{prompt}: {score}" if score else prompt)
         rows.append(row)
     about = {"model": config.base, "step": str(step), "seeds": f"0 to {config.sample_count - 1}"}
     save_sheet(sheet_path(run, step), rows, labels, about)

@@ -24,6 +24,7 @@ from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import Reporter
 from dreambooth_jax.runs.samples import sheet_is_missing, sheets_of
 from dreambooth_jax.runs.setup import Run, begin, prepare_data, start_state
+from dreambooth_jax.runs.watch import make_watch
 
 
 def train(
@@ -61,6 +62,7 @@ def train(
             check_same(config.workdir, earlier, record["fingerprints"])
 
         if done < config.steps or sheet_is_missing(run, done):
+            watch = make_watch(config, run.mesh)  # before anything slow: its models may be absent
             check_space(run, stored=len(manager.all_steps()))
             params = read(run.pipeline, run.mesh, held_shapes(run.job))
             trainable, frozen, key = begin(run.job, params)
@@ -76,7 +78,7 @@ def train(
             with contextlib.nullcontext() if runtime.is_alone() else guard.deferred():
                 loop(
                     config, progress, lambda state, count: steps(state, frozen, data, key, count),
-                    store=store_of(manager), sheets=sheets_of(run, frozen),
+                    store=store_of(manager), sheets=sheets_of(run, frozen, watch),
                     reporter=reporter(run.workdir, first_step=progress.step, steps=config.steps),
                     guard=guard, agree=Agreement(run.mesh), inspect=look,
                 )  # fmt: skip

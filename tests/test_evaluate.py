@@ -1,0 +1,86 @@
+"""The evaluate command on a finished run: a table, JSON, pictures, and a page that needs no network."""
+
+import json
+import re
+import shutil
+
+import pytest
+from etils import epath
+from support.runs import config_of
+
+from dreambooth_jax import evaluate
+from dreambooth_jax.evaluation.judge import embedded_judge
+from dreambooth_jax.evaluation.scores import MEASURES
+from dreambooth_jax.runs import scoring, watch
+from dreambooth_jax.runs.config import ConfigError, check_config
+from dreambooth_jax.runs.preemption import Preemption
+from dreambooth_jax.runs.setup import set_up
+from dreambooth_jax.runs.training import train
+
+
+@pytest.fixture(scope="module")
+def scored(finished, tmp_path_factory):
+    """A copy of the finished run after `evaluate`, and what was printed."""
+    workdir = tmp_path_factory.mktemp("scored") / "run"
+    shutil.copytree(finished, workdir)
+    return workdir, arguments(workdir)
+
+
+def arguments(workdir, *more):
+    return ["--workdir", str(workdir), "--judge", "embedded", "--count", "2", "--class_count", "2", *more]
+
+
+def test_it_scores_every_kept_checkpoint(scored, capsys):
+    workdir, command = scored
+    evaluate.main(command)
+    printed = capsys.readouterr().out
+    assert "| step 60 |" in printed and "beside the embedded base" in printed
+    folder = workdir / "evaluation"
+    assert {path.name for path in folder.iterdir()} == {
+        "index.html", "table.md", "table.json", "step_000060.json", "step_000060.png", "step_000060_copies.png",
+    }  # fmt: skip
+    row = json.loads((folder / "table.json").read_text())["rows"][0]
+    assert row["label"] == "step 60" and row["values"].keys() == MEASURES.keys()
+    numbers = json.loads((folder / "step_000060.json").read_text())
+    assert "ViT" in numbers["protocol"] or "vit@" in numbers["protocol"]
+    page = (folder / "index.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script""", page)
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "num_class_images" in page and "dreambooth_jax.evaluate" in page
+
+
+def test_what_is_scored_is_not_painted_again(scored, capsys, monkeypatch):
+    _, command = scored
+    monkeypatch.setattr(scoring, "open_run", lambda *_: pytest.fail("painted again"))
+    evaluate.main(command)
+    assert "| step 60 |" in capsys.readouterr().out
+
+
+def test_what_cannot_be_scored_says_why(tmp_path, scored):
+    workdir, _ = scored
+    with pytest.raises(SystemExit, match="Give the --workdir of a run"):
+        evaluate.main(arguments(tmp_path))
+    with pytest.raises(SystemExit, match="no such folder"):
+        evaluate.main(["--workdir", str(workdir), "--judge", "published", "--dino", str(tmp_path / "none")])
+
+
+def test_sample_pictures_are_scored_while_a_run_trains(micro, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "published_judge", lambda mesh, **models: embedded_judge(mesh))
+    fields = {"steps": 4, "sample_every": 2, "save_every": 2, "num_class_images": 2, "train_text_encoder": False}
+    config = config_of(tmp_path / "run", base=micro, evaluate_every=2, **fields)
+    with Preemption() as guard:
+        train(set_up(config), guard)
+    lines = (tmp_path / "run" / "scores.csv").read_text().splitlines()
+    assert lines[0] == "step,DINO,CLIP-I,CLIP-T,copy"
+    assert [line.split(",")[0] for line in lines[1:]] == ["2", "4"]
+    assert all(-1 <= float(value) <= 1.0001 for line in lines[1:] for value in line.split(",")[1:])
+    watch.record(epath.Path(tmp_path / "run"), 4, dict.fromkeys(watch.COLUMNS[1:], 0.5))
+    again = (tmp_path / "run" / "scores.csv").read_text().splitlines()
+    assert again == [*lines[:2], "4,0.5,0.5,0.5,0.5"]
+
+
+def test_scores_need_pictures_to_score(tmp_path):
+    with pytest.raises(ConfigError, match="no multiple of sample_every"):
+        check_config(config_of(tmp_path, evaluate_every=30))
+    with pytest.raises(ConfigError, match="nothing to score"):
+        check_config(config_of(tmp_path, evaluate_every=20, sample_prompts=("a {class_noun}",)))
