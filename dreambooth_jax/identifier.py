@@ -1,7 +1,8 @@
-"""Proposes rare tokens to name a subject with.
+"""Proposes rare tokens to name a subject with, and class nouns for its photos.
 
 python -m dreambooth_jax.identifier --base tiny
 python -m dreambooth_jax.identifier --base path/to/stable-diffusion-v1-5 --count 20
+python -m dreambooth_jax.identifier --base tiny --photos examples/subjects/dog
 """
 
 import argparse
@@ -16,9 +17,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--count", type=int, default=10, help="number of proposals (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    parser.add_argument("--photos", help="folder of the subject's photos: class nouns are proposed too")
+    parser.add_argument(
+        "--clip", help="folder or hub name of the CLIP that looks at them; default: that beside the embedded base for "
+        "--base tiny, else openai/clip-vit-base-patch32",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
         print(propose(options))
+        if options.photos:
+            print(propose_nouns(options))
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -45,6 +53,32 @@ def propose(options: argparse.Namespace) -> str:
         "Paint 'a photo of TOKEN' with the base before you choose: some rare tokens do mean something (sks is a rifle)."
     )
     return "\n".join(lines)
+
+
+def propose_nouns(options: argparse.Namespace) -> str:
+    """Names what the photos show, in words that the base knows; returns the text to print.
+
+    Raises:
+        FileNotFoundError: photos, base or CLIP are not there.
+    """
+    from dreambooth_jax.devices import runtime
+    from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.evaluation import judge, nouns
+    from dreambooth_jax.evaluation.dataset import read_photos
+    from dreambooth_jax.files.hub import EMBEDDED, resolve_base
+    from dreambooth_jax.files.tokenizer import load_tokenizer
+
+    photos = read_photos(options.photos)
+    known = nouns.known_nouns(nouns.read_nouns(), load_tokenizer(resolve_base(options.base)))
+    runtime.start()
+    if options.clip is None and options.base == EMBEDDED:
+        images, texts = judge.embedded_clip(make_mesh())
+    else:
+        images, texts = judge.published_clip(make_mesh(), options.clip or judge.CLIP)
+    found = nouns.probabilities(images, texts, photos, list(known))
+    proposals = nouns.propose(known, dict(zip(known, found.tolist(), strict=True)))
+    lines = [f"{len(photos)} photos, {len(known)} nouns that the base knows; most probable class nouns:"]
+    return "\n".join([*lines, *(f"  {name:<16} {share:.0%}" for name, share in proposals)])
 
 
 def _parse_ranks(text: str) -> tuple[int, int]:

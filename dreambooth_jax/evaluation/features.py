@@ -27,6 +27,7 @@ from dreambooth_jax.models.params import Functional, functional
 from dreambooth_jax.models.spec import UnsupportedConfig
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
 
+TRANSFORMS = {"official": transforms.dino_official, "hub": transforms.dino_hub, "square": transforms.square}
 BATCH = 32  # pictures a call; VGG's feature maps of as many take 0.8 GB
 
 
@@ -55,15 +56,16 @@ def subject_features(
     """DINO or DINOv2 as transformers saves it.
 
     Args:
-        transform: "official", that of the models' authors, or "hub", that of the hub's preprocessor.
+        transform: "official", that of the models' authors; "hub", that of the hub's preprocessor; "square", values in
+            [-1, 1] of a square picture, for the ViT beside the embedded base.
         size: of the crop in pixels; 0 for 224, or the model's own if that is smaller.
 
     Raises:
         UnsupportedConfig: neither a ViT nor a DINOv2.
         WeightsError: see `read_model`.
     """
-    if transform not in ("official", "hub"):
-        raise ValueError(f"transform = {transform!r}: expected 'official' or 'hub'")
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform = {transform!r}: expected one of {', '.join(TRANSFORMS)}")
     folder = Path(folder)
     config = _config(folder)
     kinds = {"vit": (ViTSpec, ViTModel), "dinov2": (Dinov2Spec, Dinov2Model)}
@@ -72,19 +74,18 @@ def subject_features(
     spec_of, build = kinds[config["model_type"]]
     spec = spec_of.from_config(config)
     model = functional(lambda rngs: build(spec, rngs=rngs))
-    size = size or min(224, spec.image_size)
-    pixels = transforms.dino_hub(size) if transform == "hub" else transforms.dino_official(size)
+    pixels = TRANSFORMS[transform](size or min(224, spec.image_size))
     return _image_features(folder, model, pixels, mesh, "features")
 
 
 def clip_features(
-    folder: str | os.PathLike, mesh: Mesh, tokenizer, *, transform: Transform | None = None
+    folder: str | os.PathLike, mesh: Mesh, tokenizer: Any, *, transform: str = "official"
 ) -> tuple[ImageFeatures, TextFeatures]:
     """Both towers of a CLIP as transformers saves it.
 
     Args:
         tokenizer: of transformers.
-        transform: default: that of CLIP's authors, at the model's own size.
+        transform: "official", that of CLIP's authors, or "square", see `subject_features`; at the model's own size.
     """
     folder = Path(folder)
     config = _config(folder)
@@ -95,7 +96,7 @@ def clip_features(
     clip = functional(lambda rngs: CLIPModel(text, vision, config["projection_dim"], rngs=rngs))
     params = read_model(folder, clip.shapes, lambda name, shape: replicated(mesh))
     says = _name(folder)
-    towards = transform or transforms.clip_official(vision.image_size)
+    towards = (transforms.square if transform == "square" else transforms.clip_official)(vision.image_size)
     images = ImageFeatures(f"{says}, {towards}", _over_pictures(clip, params, towards, mesh, "image_features"))
     length, end = text.max_position_embeddings, tokenizer.eos_token_id
     run = jax.jit(lambda params, ids: clip.apply(params, ids, end, method="text_features"))
@@ -125,8 +126,12 @@ def lpips_features(folder: str | os.PathLike, backbone: str, mesh: Mesh, *, size
     return _image_features(Path(folder), vectors, transforms.square(size), mesh, "maps")
 
 
-def vit_states(folder: str | os.PathLike, mesh: Mesh, transform: Transform) -> ImageFeatures:
-    """Vectors whose squared Euclidean distance is the weight-free perceptual distance of `metrics`, by a ViT."""
+def vit_states(folder: str | os.PathLike, mesh: Mesh, *, transform: str = "official") -> ImageFeatures:
+    """Vectors whose squared Euclidean distance is the weight-free perceptual distance of `metrics`, by a ViT.
+
+    Args:
+        transform: see `subject_features`.
+    """
     spec = ViTSpec.from_config(_config(Path(folder)))
     model = functional(lambda rngs: ViTModel(spec, rngs=rngs))
 
@@ -135,7 +140,8 @@ def vit_states(folder: str | os.PathLike, mesh: Mesh, transform: Transform) -> I
         units = [state / jnp.linalg.norm(state, axis=-1, keepdims=True) for state in states]
         return _joined([unit[:, :, None] / np.sqrt(len(units)) for unit in units])
 
-    return _image_features(Path(folder), model._replace(apply=apply), transform, mesh, "hidden_states")
+    pixels = TRANSFORMS[transform](min(224, spec.image_size))
+    return _image_features(Path(folder), model._replace(apply=apply), pixels, mesh, "hidden_states")
 
 
 def imagenet_features(folder: str | os.PathLike, mesh: Mesh) -> ImageFeatures:

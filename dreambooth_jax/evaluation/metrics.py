@@ -164,7 +164,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(values: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> Interval:
+def bootstrap(values: Sequence[float] | Float[np.ndarray, "n"], *, draws: int = 10_000, seed: int = 0) -> Interval:
     """The mean of values and its 95 % percentile bootstrap interval (Efron); one value has no interval.
 
     Args:

@@ -65,7 +65,7 @@ def prepare(transform: Transform, pictures: Sequence[Picture]) -> Float[np.ndarr
     if not len(pictures):
         raise ValueError("no pictures to prepare")
     pixels = np.stack([_resized(transform, picture) for picture in pictures]).astype(np.float32) / 255
-    return (pixels - np.float32(transform.mean)) / np.float32(transform.std)
+    return (pixels - np.asarray(transform.mean, np.float32)) / np.asarray(transform.std, np.float32)
 
 
 def _resized(transform: Transform, picture: Picture) -> Picture:

@@ -41,3 +41,20 @@ def resolve_base(base: str, *, weights: bool = True) -> Path:
             "Check the name and the network, or give a local folder with --config.base=/path."
         ) from error
     return Path(folder)
+
+
+def resolve_model(name: str) -> Path:
+    """The local folder of a single model, such as DINO's: a folder, or a model hub name, which is fetched.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub name that can be fetched.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+    except Exception as error:  # offline, unknown or gated: the hub client has a type for each
+        raise FileNotFoundError(
+            f"{name!r}: no such folder, and the model hub did not give it ({error}). Check the name and the network, "
+            "or give a local folder."
+        ) from error

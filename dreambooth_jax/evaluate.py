@@ -1,0 +1,155 @@
+"""Scores a run's checkpoints, or a data set of subjects, with the paper's metrics: a table, JSON, and one page that
+needs no network.
+
+python -m dreambooth_jax.evaluate --workdir runs/dog
+python -m dreambooth_jax.evaluate --workdir runs/dog --prompts paper --lpips ~/.cache/dreambooth_jax/lpips-alex
+python -m dreambooth_jax.evaluate --config configs/protocol.py:sd15 --config.dataset=dreambooth/dataset
+"""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.evaluation.judge import CLIP, DINO, Judge, embedded_judge, published_judge
+from dreambooth_jax.evaluation.page import page
+from dreambooth_jax.evaluation.scores import MEASURES, best
+from dreambooth_jax.evaluation.table import as_json, markdown
+from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.files.hub import EMBEDDED
+from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.command import one_line_errors
+from dreambooth_jax.runs.preemption import Preemption
+from dreambooth_jax.runs.protocol import check_protocol, run_protocol
+from dreambooth_jax.runs.scoring import kept_steps, questions_of, score_run
+from dreambooth_jax.runs.setup import set_up
+from dreambooth_jax.runs.training import train
+from dreambooth_jax.runs.workdir import read_config
+
+JUDGES = ("auto", "embedded", "published")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dreambooth_jax.evaluate", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", help="of a training run")
+    what.add_argument(
+        "--config", help="a protocol, such as configs/protocol.py:sd15; --config.FIELD=VALUE overrides it"
+    )
+    parser.add_argument(
+        "--prompts", choices=["run", "paper", "world"], default="run",
+        help="the run's own sample prompts, the data set's 25, or 25 in the words of the embedded base (default: run)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_prompt_loss", type=float, default=0.02,
+        help="CLIP-T that the best checkpoint may lose against the highest (default: 0.02)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_copy", type=float, default=0.0,
+        help="largest similarity to a photo of the best checkpoint's pictures (default: that of two different photos)",
+    )  # fmt: skip
+    parser.add_argument("--count", type=int, default=4, help="pictures per prompt (default: 4)")
+    parser.add_argument("--class_count", type=int, default=16, help="pictures of the bare class (default: 16)")
+    parser.add_argument(
+        "--judge", choices=JUDGES, default="auto",
+        help="auto: the models beside the embedded base for runs of it, else the published ones",
+    )  # fmt: skip
+    parser.add_argument("--dino", default=DINO, help=f"folder or hub name of DINO or DINOv2 (default: {DINO})")
+    parser.add_argument("--clip", default=CLIP, help=f"folder or hub name of CLIP (default: {CLIP})")
+    parser.add_argument(
+        "--transform", choices=["official", "hub"], default="official", help="of DINO's pictures (default: official)"
+    )
+    parser.add_argument("--lpips", default="", help="folder of benchmarks/convert_weights.py, for DIV")
+    parser.add_argument("--backbone", choices=["alex", "vgg"], default="alex", help="of LPIPS (default: alex)")
+    options, rest = parser.parse_known_args(arguments)
+    options.overrides = [text for text in rest if options.config and re.match(r"--config\.[\w.]+=", text)]
+    if unknown := [text for text in rest if text not in options.overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.count < 2 or options.class_count < 2:
+        parser.error("diversity and drift need two pictures or more: --count and --class_count")
+    return options
+
+
+def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: Mesh) -> Judge:
+    """The judge that the options or the protocol name for a run of `base`."""
+    if options.judge == "embedded" or (options.judge == "auto" and base == EMBEDDED):
+        return embedded_judge(mesh)
+    return published_judge(
+        mesh, dino=options.dino, clip=options.clip, transform=options.transform, lpips=options.lpips,
+        backbone=options.backbone,
+    )  # fmt: skip
+
+
+def evaluate_run(options: argparse.Namespace, command: str) -> str:
+    """Scores every kept checkpoint of a run into workdir/evaluation; returns the table and where the page is."""
+    workdir, mesh = options.workdir, make_mesh()
+    config = read_config(workdir)
+    steps = kept_steps(workdir)  # before models are read
+    questions = questions_of(config, options.prompts, options.count, options.class_count)
+    judge = make_judge(options, config.base, mesh)
+    sections = score_run(workdir, judge, questions, mesh, steps)
+    rows = [section.row for section in sections]
+    text = markdown(rows, list(MEASURES))
+    folder = epath.Path(workdir) / "evaluation"
+    notes = {"Config": config.to_json(indent=1), "Repeat": command}
+    title = f"{config.identifier} {config.class_noun}: {workdir}"
+    if runtime.is_first_process():
+        write_atomic(folder / "table.md", (text + "\n").encode())
+        write_atomic(folder / "table.json", (json.dumps(as_json(rows), indent=1) + "\n").encode())
+        write_atomic(folder / "index.html", page(title, judge.title, sections, notes=notes).encode())
+    scores = {section.step: section.scores for section in sections}
+    chosen = best(scores, max_prompt_loss=options.max_prompt_loss, max_copy=options.max_copy)
+    advice = "no checkpoint follows prompts without copying" if chosen is None else f"step {chosen}"
+    return f"{text}\n\nBest: {advice}.\nJudged by {judge.title}.\nPage: {folder}/index.html"
+
+
+def evaluate_protocol(spec: str, overrides: Sequence[str], command: str) -> str:
+    """Trains and scores every subject of a protocol; returns the table and where the page is."""
+    config = read_protocol(spec, overrides)
+    check_protocol(config)  # before models are read
+    mesh = make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
+    judge = make_judge(config, config.train.base, mesh)
+
+    def train_one(one: ConfigDict) -> None:
+        with Preemption() as guard:
+            train(set_up(one), guard)
+
+    text = run_protocol(config, judge, mesh, train_one, command)
+    return f"{text}\n\nJudged by {judge.title}.\nPage: {config.workdir}/index.html"
+
+
+def read_protocol(spec: str, overrides: Sequence[str]) -> ConfigDict:
+    """The config of FILE[:PRESET] with --config.FIELD=VALUE in their places.
+
+    Raises:
+        ConfigError: the file or an override cannot be used.
+    """
+    pairs = [text.removeprefix("--config.").partition("=") for text in overrides]
+    return config_file.override(config_file.load(spec), [(name, value) for name, _, value in pairs])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    command = shlex.join(["python", "-m", "dreambooth_jax.evaluate", *arguments])
+    with one_line_errors():
+        runtime.start()
+        if options.config:
+            print(evaluate_protocol(options.config, options.overrides, command))
+        else:
+            print(evaluate_run(options, command))
+
+
+if __name__ == "__main__":
+    main()

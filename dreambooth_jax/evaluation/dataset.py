@@ -1,0 +1,55 @@
+"""Photos of subjects: a folder of them, or google/dreambooth's data set (NAME/*.jpg and prompts_and_classes.txt)."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dreambooth_jax.data.images import decode_image
+from dreambooth_jax.data.sources import list_images, list_source
+from dreambooth_jax.evaluation.transforms import Picture
+
+CLASSES_FILE = "prompts_and_classes.txt"
+
+
+class Subject(NamedTuple):
+    """A subject of the data set: its name, its class noun and the folder of its photos."""
+
+    name: str
+    class_noun: str
+    folder: Path
+
+
+def read_photos(source: str | os.PathLike) -> list[Picture]:
+    """Every photo of a source of `data.sources` once, upright, uint8[h w 3], whole.
+
+    Raises:
+        FileNotFoundError, ValueError: see `list_source`.
+    """
+    items = {item.name: item for item in list_source(source, "template").items}  # kohya's folders repeat them
+    return [np.asarray(decode_image(item.read())) for item in items.values()]
+
+
+def read_dataset(folder: str | os.PathLike) -> list[Subject]:
+    """The subjects in google/dreambooth's layout, in the order of the classes file; folders that are absent are left
+    out.
+
+    Raises:
+        FileNotFoundError: no classes file, or no subject's folder.
+        ValueError: a folder of photos that the classes file does not name.
+    """
+    path = Path(folder)
+    classes = path / CLASSES_FILE
+    if not classes.is_file():
+        raise FileNotFoundError(f"{classes} is not there: give the folder `dataset` of google/dreambooth")
+    pairs = re.findall(r"^(\w+),([a-z][a-z ]*)$", classes.read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name: noun for name, noun in pairs if (name, noun) != ("subject_name", "class")}
+    there = sorted(child.name for child in path.iterdir() if child.is_dir() and list_images(child))
+    unnamed = [name for name in there if name not in named]
+    if unnamed:
+        raise ValueError(f"{classes} has no class for {', '.join(unnamed)}: add a line NAME,CLASS for each")
+    if not there:
+        raise FileNotFoundError(f"{path} holds no folder of photos; expected one per subject of {classes}")
+    return [Subject(name, noun, path / name) for name, noun in named.items() if name in there]

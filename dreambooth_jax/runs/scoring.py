@@ -1,0 +1,193 @@
+"""Scoring the checkpoints of a run: paints the prompts, judges, keeps the results beside the run."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps
+
+from dreambooth_jax.data.images import decode_image
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.evaluation import prompts as prompt_sets
+from dreambooth_jax.evaluation.dataset import read_photos
+from dreambooth_jax.evaluation.judge import Judge
+from dreambooth_jax.evaluation.page import Section
+from dreambooth_jax.evaluation.scores import Copy, Painted, Scores, read_scores, score
+from dreambooth_jax.evaluation.table import Row
+from dreambooth_jax.evaluation.transforms import Picture
+from dreambooth_jax.families.pipeline import Pipeline, read_params
+from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.models.params import Params
+from dreambooth_jax.painting.painter import Painter, make_painter
+from dreambooth_jax.painting.sheets import contact_sheet, paint_rows, save_png
+from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.workdir import open_run, read_config
+
+CLASS_PROMPT = "a {class_noun}"  # of the paper's PRES
+
+
+class Questions(NamedTuple):
+    """What is painted for scores.
+
+    Attributes:
+        name: of the prompts.
+        templates: prompts with the fields of a config.
+        count, class_count: pictures of each prompt, and of the bare class.
+    """
+
+    name: str
+    templates: tuple[str, ...]
+    count: int
+    class_count: int
+
+    @property
+    def says(self) -> str:
+        """The part of a protocol that names the prompts."""
+        return f"{self.name} x {self.count} pictures, {self.class_count} of the class"
+
+
+def questions_of(config: ConfigDict, kind: str, count: int, class_count: int) -> Questions:
+    """The prompts to score a run with.
+
+    Args:
+        kind: "run", the run's own sample prompts with the identifier; "paper", the data set's 25 for the class;
+            "world", 25 in the words of the embedded base.
+
+    Raises:
+        ValueError: the run has no such prompts.
+    """
+    own = tuple(prompt for prompt in config.sample_prompts if "{identifier}" in prompt)
+    digest = hashlib.sha256("\n".join(own).encode()).hexdigest()[:6]
+    name, templates = {
+        "run": (f"the run's {len(own)} prompts (#{digest})", own),
+        "paper": ("the data set's 25 prompts of the class", prompt_sets.paper_prompts(config.class_noun)),
+        "world": ("25 prompts of the embedded base's world", prompt_sets.WORLD),
+    }[kind]
+    if not templates:
+        raise ValueError(f"{config.workdir}: no sample prompt has {{identifier}}; score with --prompts paper")
+    return Questions(name, templates, count, class_count)
+
+
+def kept_steps(workdir: str | epath.Path) -> list[int]:
+    """The steps of a run's checkpoints.
+
+    Raises:
+        FileNotFoundError: nothing was saved there.
+    """
+    read_config(workdir)
+    steps = sorted(checkpoint.open_checkpoints(epath.Path(workdir) / "checkpoints", read_only=True).all_steps())
+    if not steps:
+        raise FileNotFoundError(f"{workdir}/checkpoints: no checkpoint yet")
+    return steps
+
+
+def score_run(
+    workdir: str | epath.Path, judge: Judge, questions: Questions, mesh: Mesh, steps: Sequence[int]
+) -> list[Section]:
+    """Scores the checkpoints of `steps`; what an earlier call of the same protocol has kept is read."""
+    folder, sections, before = epath.Path(workdir) / "evaluation", [], None
+    for step in steps:
+        known = read_section(folder, step, protocol_of(judge, questions))
+        if known is None:
+            config, pipeline, params = open_run(workdir, mesh, step)
+            paint = _painter(config, pipeline, mesh)
+            if before is None:
+                base = read_params(pipeline, mesh)
+                before = paint_all(paint, base, [CLASS_PROMPT], questions.class_count, config)[0]
+            painted = _painted(config, paint, params, questions, before)
+            known = _keep(folder, step, protocol_of(judge, questions), painted, score(judge, painted))
+        sections.append(known)
+    return sections
+
+
+def protocol_of(judge: Judge, questions: Questions) -> str:
+    """The protocol of a run's numbers."""
+    return f"{judge.protocol}; {questions.says}"
+
+
+def _painter(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Painter:
+    return make_painter(
+        pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
+        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
+    )  # fmt: skip
+
+
+def paint_all(
+    paint: Painter, params: Params, templates: Sequence[str], count: int, config: ConfigDict
+) -> list[list[Picture]]:
+    """A row of `count` pictures per template; picture i of every row has the noise of seed i."""
+    texts = [prompt_sets.filled(template, config.identifier, config.class_noun) for template in templates]
+    return paint_rows(paint, params, texts, range(count), negative=config.negative_prompt)
+
+
+def _painted(
+    config: ConfigDict, paint: Painter, params: Params, questions: Questions, before: Sequence[Picture]
+) -> Painted:
+    rows = paint_all(paint, params, questions.templates, questions.count, config)
+    return Painted(
+        photos=read_photos(config.instance_images),
+        rows=rows,
+        texts=[prompt_sets.class_only(template, config.class_noun) for template in questions.templates],
+        of_class=paint_all(paint, params, [CLASS_PROMPT], questions.class_count, config)[0],
+        of_class_before=before,
+        class_text=prompt_sets.class_only(CLASS_PROMPT, config.class_noun),
+    )
+
+
+def sheet_of(painted: Painted) -> Picture:
+    """All pictures with their prompts, those of the class before and after training last."""
+    count = len(painted.rows[0])
+    rows = [*painted.rows, painted.of_class_before[:count], painted.of_class[:count]]
+    return contact_sheet(rows, [*painted.texts, f"{painted.class_text}: base", f"{painted.class_text}: trained"])
+
+
+def copies_sheet(painted: Painted, copies: Sequence[Copy]) -> Picture:
+    """Pairs of a generated picture and its most similar photo."""
+    side = painted.rows[0][0].shape[0]
+    rows = [[painted.rows[c.prompt][c.picture], _square(painted.photos[c.photo], side)] for c in copies]
+    pairs = [picture for row in rows for picture in row]
+    labels = [label for c in copies for label in (f"{c.similarity:.3f}", f"photo {c.photo + 1}")]
+    return contact_sheet([pairs], [f"generated, photo ({painted.texts[copies[0].prompt]} first)"], labels)
+
+
+def _square(photo: Picture, side: int) -> Picture:
+    return np.asarray(ImageOps.fit(Image.fromarray(photo), (side, side), Image.Resampling.LANCZOS))
+
+
+def _files(folder: epath.Path, step: int) -> tuple[epath.Path, epath.Path, epath.Path]:
+    name = f"step_{step:06d}"
+    return folder / f"{name}.json", folder / f"{name}.png", folder / f"{name}_copies.png"
+
+
+def _keep(folder: epath.Path, step: int, protocol: str, painted: Painted, scores: Scores) -> Section:
+    """Writes scores and sheets; the scores last, as they say that all is there."""
+    numbers, sheet, copies = _files(folder, step)
+    section = _section(step, protocol, scores, sheet_of(painted), copies_sheet(painted, scores.copies))
+    if runtime.is_first_process():
+        save_png(sheet, section.sheet, {"protocol": protocol})
+        save_png(copies, section.copies, {"protocol": protocol})
+        content: dict[str, Any] = {"protocol": protocol, "step": step, "prompts": list(painted.texts), **scores.json()}
+        write_atomic(numbers, (json.dumps(content, indent=1) + "\n").encode())
+    return section
+
+
+def read_section(folder: epath.Path, step: int, protocol: str) -> Section | None:
+    """What an earlier call has kept of a step, if it is of this protocol."""
+    numbers, sheet, copies = _files(folder, step)
+    if not numbers.exists():
+        return None
+    content = json.loads(numbers.read_text())
+    if content["protocol"] != protocol:
+        return None
+    scores = read_scores({name: content[name] for name in Scores._fields})
+    pictures = [np.asarray(decode_image(path.read_bytes())) for path in (sheet, copies)]
+    return _section(step, protocol, scores, *pictures)
+
+
+def _section(step: int, protocol: str, scores: Scores, sheet: Picture, copies: Picture) -> Section:
+    return Section(Row(f"step {step}", protocol, scores.values), scores, step, sheet, copies)

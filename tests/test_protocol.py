@@ -1,0 +1,70 @@
+"""The protocol over a small data set: trained, scored, resumed, its table beside the paper's quoted rows."""
+
+import json
+import shutil
+
+import pytest
+from support.runs import SMALL
+
+from dreambooth_jax import evaluate
+from dreambooth_jax.runs import scoring
+from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.protocol import check_protocol, train_config
+
+
+def overrides(workdir, dataset, base, **fields):
+    train = SMALL | {"steps": 2, "num_class_images": 2, "base": base, "train_text_encoder": False}
+    named = {"workdir": workdir, "dataset": dataset, "judge": "embedded", "count": 2, "class_count": 2} | fields
+    named |= {f"train.{name}": value for name, value in train.items() if name not in ("sample_prompts", "sample_count")}
+    return [f"--config.{name}={value}" for name, value in named.items()]
+
+
+@pytest.fixture(scope="module")
+def command(micro, tmp_path_factory):
+    """The arguments of a protocol of two subjects of one class."""
+    folder = tmp_path_factory.mktemp("protocol")
+    for name in ("dog", "cat"):
+        shutil.copytree(f"examples/subjects/{name}", folder / "photos" / name)
+    (folder / "photos" / "prompts_and_classes.txt").write_text("subject_name,class\ncat,pet\ndog,pet\n")
+    return folder / "run", ["--config", "configs/protocol.py", *overrides(folder / "run", folder / "photos", micro)]
+
+
+def test_every_subject_is_trained_and_scored(command, capsys):
+    workdir, arguments = command
+    evaluate.main(arguments)
+    table = json.loads((workdir / "table.json").read_text())
+    labels = [row["label"] for row in table["rows"]]
+    assert labels[0] == "Real images (2 subjects)" and labels[1].endswith("ours (2 subjects)")
+    assert labels[2:] == ["cat", "dog"]
+    values = [row["values"]["DINO"]["mean"] for row in table["rows"]]
+    assert values[1] == pytest.approx((values[2] + values[3]) / 2)
+    assert table["quoted"]["rows"]["DreamBooth (Imagen)"]["DINO"] == 0.696
+    assert len(list((workdir / "class_images" / "pet").glob("*.png"))) == 2
+    assert (workdir / "index.html").read_text().count("<h2>") == 4  # two subjects, config, command
+
+
+def test_scored_subjects_are_neither_trained_nor_painted_again(command, capsys, monkeypatch):
+    workdir, arguments = command
+    monkeypatch.setattr(evaluate, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(scoring, "open_run", lambda *_: pytest.fail("painted again"))
+    before = (workdir / "table.md").read_text()
+    evaluate.main([*arguments, "--config.keep_checkpoints=False"])
+    assert (workdir / "table.md").read_text() == before
+    assert not (workdir / "dog" / "checkpoints").exists()
+
+
+def test_mistakes_are_named_before_anything_is_trained(command):
+    _, arguments = command
+    with pytest.raises(SystemExit, match=r"subjects: rex not in .*; there are cat, dog"):
+        evaluate.main([*arguments, '--config.subjects=("rex",)'])
+    config = evaluate.read_protocol(arguments[1], arguments[2:])
+    subjects = check_protocol(config)
+    assert train_config(config, subjects[1]).class_noun == "pet"
+    config.count = 1
+    with pytest.raises(ConfigError, match="two pictures or more"):
+        check_protocol(config)
+    del config.count
+    with pytest.raises(ConfigError, match="count: missing"):
+        check_protocol(config)
+    with pytest.raises(ConfigError, match=r"configs/none\.py"):
+        evaluate.read_protocol("configs/none.py", [])
