@@ -28,13 +28,11 @@ from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.preemption import Preemption
-from dreambooth_jax.runs.protocol import check_protocol, run_protocol
-from dreambooth_jax.runs.scoring import kept_steps, questions_of, score_run
+from dreambooth_jax.runs.protocol import BACKBONES, JUDGES, TRANSFORMS, check_protocol, run_protocol
+from dreambooth_jax.runs.scoring import PROMPTS, kept_steps, questions_of, score_run
 from dreambooth_jax.runs.setup import set_up
 from dreambooth_jax.runs.training import train
 from dreambooth_jax.runs.workdir import read_config
-
-JUDGES = ("auto", "embedded", "published")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -48,7 +46,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--config", help="a protocol, such as configs/protocol.py:sd15; --config.FIELD=VALUE overrides it"
     )
     parser.add_argument(
-        "--prompts", choices=["run", "paper", "world"], default="run",
+        "--prompts", choices=PROMPTS, default="run",
         help="the run's own sample prompts, the data set's 25, or 25 in the words of the embedded base (default: run)",
     )  # fmt: skip
     parser.add_argument(
@@ -68,10 +66,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dino", default=DINO, help=f"folder or hub name of DINO or DINOv2 (default: {DINO})")
     parser.add_argument("--clip", default=CLIP, help=f"folder or hub name of CLIP (default: {CLIP})")
     parser.add_argument(
-        "--transform", choices=["official", "hub"], default="official", help="of DINO's pictures (default: official)"
+        "--transform", choices=TRANSFORMS, default="official", help="of DINO's pictures (default: official)"
     )
     parser.add_argument("--lpips", default="", help="folder of benchmarks/convert_weights.py, for DIV")
-    parser.add_argument("--backbone", choices=["alex", "vgg"], default="alex", help="of LPIPS (default: alex)")
+    parser.add_argument("--backbone", choices=BACKBONES, default="alex", help="of LPIPS (default: alex)")
     options, rest = parser.parse_known_args(arguments)
     options.overrides = [text for text in rest if options.config and re.match(r"--config\.[\w.]+=", text)]
     if unknown := [text for text in rest if text not in options.overrides]:

@@ -63,6 +63,9 @@ def test_mistakes_are_named_before_anything_is_trained(command):
     config.count = 1
     with pytest.raises(ConfigError, match="two pictures or more"):
         check_protocol(config)
+    config.prompts = "world3"
+    with pytest.raises(ConfigError, match="expected one of run, paper, world"):
+        check_protocol(config)
     del config.count
     with pytest.raises(ConfigError, match="count: missing"):
         check_protocol(config)

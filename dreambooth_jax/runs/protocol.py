@@ -16,13 +16,15 @@ from dreambooth_jax.evaluation.scores import MEASURES
 from dreambooth_jax.evaluation.table import Row, as_json, markdown
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.runs.config import ConfigError, check_config
-from dreambooth_jax.runs.scoring import protocol_of, questions_of, read_section, score_run
+from dreambooth_jax.runs.scoring import PROMPTS, protocol_of, questions_of, read_section, score_run
 
 _KINDS = {
     "dataset": str, "subjects": tuple, "workdir": str, "keep_checkpoints": bool, "prompts": str, "count": int,
     "class_count": int, "judge": str, "dino": str, "clip": str, "transform": str, "lpips": str, "backbone": str,
     "train": ConfigDict,
 }  # fmt: skip
+JUDGES, TRANSFORMS, BACKBONES = ("auto", "embedded", "published"), ("official", "hub"), ("alex", "vgg")
+_CHOICES = {"prompts": PROMPTS, "judge": JUDGES, "transform": TRANSFORMS, "backbone": BACKBONES}
 
 
 def check_protocol(config: ConfigDict) -> list[Subject]:
@@ -38,6 +40,11 @@ def check_protocol(config: ConfigDict) -> list[Subject]:
         f"{name} = {config[name]!r}: expected {kind.__name__}"
         for name, kind in _KINDS.items()
         if name in config and type(config[name]) is not kind
+    ]
+    problems += [
+        f"{name} = {config[name]!r}: expected one of {', '.join(choices)}"
+        for name, choices in _CHOICES.items()
+        if name in config and config[name] not in choices
     ]
     if not problems and min(config.count, config.class_count) < 2:
         problems.append("count, class_count: diversity and drift need two pictures or more")

@@ -29,6 +29,7 @@ from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.workdir import open_run, read_config
 
 CLASS_PROMPT = "a {class_noun}"  # of the paper's PRES
+PROMPTS = ("run", "paper", "world")
 
 
 class Questions(NamedTuple):
@@ -90,15 +91,15 @@ def score_run(
     workdir: str | epath.Path, judge: Judge, questions: Questions, mesh: Mesh, steps: Sequence[int]
 ) -> list[Section]:
     """Scores the checkpoints of `steps`; what an earlier call of the same protocol has kept is read."""
-    folder, sections, before = epath.Path(workdir) / "evaluation", [], None
+    folder, sections, paint, before = epath.Path(workdir) / "evaluation", [], None, None
     for step in steps:
         known = read_section(folder, step, protocol_of(judge, questions))
         if known is None:
             config, pipeline, params = open_run(workdir, mesh, step)
-            paint = _painter(config, pipeline, mesh)
+            paint = paint or _painter(config, pipeline, mesh)
             if before is None:
-                base = read_params(pipeline, mesh)
-                before = paint_all(paint, base, [CLASS_PROMPT], questions.class_count, config)[0]
+                count = questions.class_count
+                before = paint_all(paint, read_params(pipeline, mesh), [CLASS_PROMPT], count, config)[0]
             painted = _painted(config, paint, params, questions, before)
             known = _keep(folder, step, protocol_of(judge, questions), painted, score(judge, painted))
         sections.append(known)
