@@ -28,6 +28,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.base = "tiny"  # "tiny" ships with the package; else a diffusers folder or a model hub name
     config.workdir = "runs/dog"  # checkpoints, class images, samples, metrics; local or gs://
     config.instance_images = "examples/subjects/dog"  # a folder, hub:OWNER/NAME or tfds:NAME:SPLIT (docs/data.md)
+    config.subjects = ""  # many subjects in one program: a folder of folders of images, or a table (configs/many.py)
     config.identifier = "sks"  # a rare token: python -m dreambooth_jax.identifier proposes some
     config.class_noun = "dog"
     config.instance_prompt = "a photo of {identifier} {class_noun}"

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ".safetensors file, folder for a folder",
     )  # fmt: skip
     parser.add_argument("--rank", type=int, default=0, help="make a LoRA of this rank of a full fine-tuning")
+    parser.add_argument("--push_to_hub", default="", metavar="OWNER/NAME", help="upload it with a model card")
     options = parser.parse_args(arguments)
     options.workdir, options.output = (os.path.expanduser(path) for path in (options.workdir, options.output))
     with one_line_errors():
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from dreambooth_jax.runs.workdir import read_config
 
         check_output(options.output, resolve_base(read_config(options.workdir).base))
-        settings = {"step": options.step, "kind": options.format, "rank": options.rank}
+        settings = {"step": options.step, "kind": options.format, "rank": options.rank, "hub": options.push_to_hub}
         print(export(options.workdir, options.output, dtype=jnp.dtype(options.dtype), **settings))
 
 

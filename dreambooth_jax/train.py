@@ -1,6 +1,7 @@
 """Fine-tunes a text-to-image model on a subject (arXiv 2208.12242).
 
     python -m dreambooth_jax.train --config configs/dog.py
+    python -m dreambooth_jax.train --config configs/many.py
     python -m dreambooth_jax.train --config configs/dog.py:sd15 --config.workdir=runs/rex --config.steps=400
 
 Running the same command again goes on from the last checkpoint. SIGTERM, Ctrl-C and a closed terminal save and exit
@@ -55,6 +56,7 @@ def run(config: ConfigDict) -> None:
 
     from dreambooth_jax.devices import runtime
     from dreambooth_jax.runs import lease
+    from dreambooth_jax.runs.many import train_many
     from dreambooth_jax.runs.preemption import Preemption
     from dreambooth_jax.runs.setup import set_up
     from dreambooth_jax.runs.training import train
@@ -66,7 +68,10 @@ def run(config: ConfigDict) -> None:
                 held = lease.take(os.path.expanduser(config.workdir))
                 stack.callback(held.release)
                 guard.at_exit(held.release)
-            train(set_up(config), guard)
+            if config.subjects:
+                train_many(config, guard)
+            else:
+                train(set_up(config), guard)
         except jax.errors.JaxRuntimeError as error:
             if runtime.is_alone():
                 if "RESOURCE_EXHAUSTED" not in str(error):

@@ -9,12 +9,14 @@ from diffusers import StableDiffusionPipeline
 from safetensors.numpy import load_file, save_file
 from support.painting import painted_by_diffusers, painted_by_sample
 from support.runs import config_of, finish, read_state
+from support.sdxl_folders import write_sdxl
 
 from dreambooth_jax import export
-from dreambooth_jax.adapters.inversion import TEMPLATES, is_row, rows_of, stop_after
+from dreambooth_jax.adapters.inversion import TEMPLATES, inversion, is_row, rows_of, stop_after, widths
 from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.family import TEXT
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
-from dreambooth_jax.files.embeddings import read_embeddings
+from dreambooth_jax.files.embeddings import read_embeddings, write_embeddings
 from dreambooth_jax.files.safetensors import WeightsError
 from dreambooth_jax.runs.job import make_job, open_base
 from dreambooth_jax.runs.setup import with_templates
@@ -118,16 +120,38 @@ def test_diffusers_paints_with_the_embedding_what_we_paint(inverted, micro, tmp_
     assert np.abs(painted_by_sample(tmp_path / "base", "--base", micro, prompt=prompt) - ours).max() > 0.02
 
 
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_new_word_that_starts_as_dog_is_read_as_dog(kind, micro, tmp_path):
+    """In SDXL's pooled embedding too, at the first end token; transformers would pool at the new word."""
+    if kind == "sdxl":
+        write_sdxl(tmp_path)
+    plain = load_pipeline(micro if kind == "sd" else str(tmp_path))
+    params, pipeline = read_params(plain), plain.with_token("<sks>", 1)
+    method = inversion(pipeline.trainable(TEXT), 1, lambda: pipeline.ids_of("dog"))
+    trainable, frozen = method.start(params, jax.random.key(0))
+    assert len(trainable) == (1 if kind == "sd" else 2)
+    found = pipeline.encode_text(method.combine(frozen, trainable), pipeline.tokenize(["a <sks> in the snow"]))
+    expected = plain.encode_text(params, plain.tokenize(["a dog in the snow"]))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-6, err_msg=name)
+    write_embeddings(tmp_path / "sks.safetensors", list(rows_of(trainable).values()))
+    assert set(load_file(tmp_path / "sks.safetensors")) == ({"emb_params"} if kind == "sd" else {"clip_l", "clip_g"})
+    again = read_embeddings(tmp_path / "sks.safetensors", list(widths(plain.shapes).values()))
+    for row, value in zip(again, trainable.values(), strict=True):
+        np.testing.assert_array_equal(row, value)
+
+
 def test_embedding_files_of_other_tools(tmp_path):
     rows = np.arange(8, dtype=np.float32).reshape(2, 4)
-    for name, tensors, widths in (
+    for name, tensors, sizes in (
         ("kohya", {"emb_params": rows}, [4]),
         ("diffusers", {"<sks>": rows}, [4]),
         ("one", {"<sks>": rows[0]}, [4]),
         ("xl", {"clip_l": rows, "clip_g": np.zeros((2, 5), np.float32)}, [4, 5]),
     ):
         save_file(tensors, tmp_path / f"{name}.safetensors")
-        found = read_embeddings(tmp_path / f"{name}.safetensors", widths)
+        found = read_embeddings(tmp_path / f"{name}.safetensors", sizes)
         np.testing.assert_array_equal(found[0], rows[:1] if name == "one" else rows)
     with pytest.raises(WeightsError, match=r"rows of width 4, but this base.s text encoders have 9"):
         read_embeddings(tmp_path / "kohya.safetensors", [9])
@@ -144,10 +168,12 @@ def test_a_word_that_is_a_token_is_an_error(micro, tmp_path):
 def test_every_photo_is_shown_with_every_wording(tmp_path):
     from dreambooth_jax.data.images import Examples
 
-    examples = Examples(images=np.zeros((2, 4, 4, 3), np.uint8), captions=("a", "b"), names=("0.jpg", "1.jpg"))
+    corners = np.arange(4, dtype=np.int32).reshape(2, 2)
+    examples = Examples(np.zeros((2, 4, 4, 3), np.uint8), ("a", "b"), ("0.jpg", "1.jpg"), corners, corners)
     config = config_of(tmp_path, method="inversion", **FIELDS)
     found = with_templates(examples, config)
     count = len(TEMPLATES["object"])
     assert len(set(found.captions)) == count and len(found.images) == len(found.captions) == 2 * count
     assert "a photo of <sks>" in found.captions
-    assert with_templates(examples, config_of(tmp_path)) == examples
+    np.testing.assert_array_equal(found.crop[::2], np.repeat(corners[:1], count, axis=0))
+    assert with_templates(examples, config_of(tmp_path)) is examples

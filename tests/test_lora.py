@@ -16,10 +16,14 @@ from dreambooth_jax.adapters.factors import merge
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.lora_kohya import write_kohya
+from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.exports import about_adapter
 from dreambooth_jax.runs.job import data_shapes, initial, lower_steps, make_job, make_method, split_shapes, state_shapes
+from dreambooth_jax.runs.setup import begin
 from dreambooth_jax.runs.workdir import open_run
 
-TARGETS = r"to_[qkv]|to_out\.0|conv1|[qkv]_proj"  # matrices and convolutions, of both models
+TARGETS = r"to_[qkv]|to_out\.0|conv1|[qkv]_proj|out_proj"  # matrices and convolutions, of both models
 FIELDS = {"method": "lora", "lora_rank": 2, "lora_alpha": 4.0, "lora_targets": TARGETS, "learning_rate": 0.02}
 
 
@@ -66,7 +70,7 @@ def test_the_difference_is_of_low_rank_on_the_targets_alone(tuned, base):
     params = merge(factored)
     moved = {name for name, value in base[1].items() if not np.array_equal(value, params[name])}
     assert {name.split(".")[0] for name in moved} == {"unet", "text_encoder"}
-    ends = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "q_proj", "k_proj", "v_proj")
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "q_proj", "k_proj", "v_proj", "out_proj")
     wanted = {n for n in base[1] if not n.startswith("vae") and n.endswith(tuple(f".{end}.kernel" for end in ends))}
     assert moved == wanted
     for name in moved:
@@ -119,6 +123,24 @@ def test_the_file_for_all_tools_is_the_default_and_paints_alike(tuned, micro, tm
         options = [f"--lora={file}" for file in files]
         painted = painted_by_sample(tmp_path / str(number), "--base", micro, *options)
         assert np.abs(painted - expected).max() <= (0 if expected is base else 1 / 255)
+
+
+def test_training_goes_on_from_a_file(micro, tmp_path):
+    def begun(**fields):
+        job = make_job(config_of(tmp_path, base=micro, **FIELDS | fields), load_pipeline(micro), make_mesh())
+        return job, begin(job, read_params(job.pipeline, make_mesh()))[0]
+
+    job, fresh = begun()
+    moved = {name: np.asarray(value) + 0.125 for name, value in fresh.items()}
+    path = tmp_path / "dog.safetensors"
+    write_kohya(path, job.method.adapter(moved), about_adapter(job.pipeline, job.config, "dog"), dtype="float32")
+    _, again = begun(init_adapter=str(path))
+    for name, value in moved.items():
+        np.testing.assert_allclose(again[name], value, rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"does not fit lora_targets and lora_rank: .* factors differ"):
+        begun(init_adapter=str(path), lora_rank=3)
+    with pytest.raises(ConfigError, match="trains no adapter"):
+        begun(init_adapter=str(path), method="full")
 
 
 def test_eight_devices_compute_what_one_does(base, tmp_path):

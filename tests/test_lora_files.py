@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 from dreambooth_jax.adapters.factors import add, by_module
@@ -20,16 +20,17 @@ from dreambooth_jax.files.lora_kohya import About, write_kohya
 from dreambooth_jax.files.lora_peft import write_peft
 from dreambooth_jax.files.lora_read import from_file, read_adapter
 from dreambooth_jax.files.safetensors import WeightsError
-from dreambooth_jax.files.single_file import SD1, SD2
+from dreambooth_jax.files.single_file import SD1, SD2, XL
 
 SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1"
-PARTS = r"^(unet|text_encoder)\."
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+PARTS = r"^(unet|text_encoder|text_encoder_2)\."
 FORMS = ("lora", "dora", "loha", "lokr")
 
 
 @pytest.fixture(scope="module")
 def shapes():
-    return {base: dict(describe_base(base).shapes) for base in (SD15, SD21)}
+    return {base: dict(describe_base(base).shapes) for base in (SD15, SD21, SDXL)}
 
 
 def factors_of(shapes, targets="attention", form="lora", rank=4, **settings):
@@ -93,6 +94,28 @@ def test_reading_undoes_writing(shapes, base, form, tmp_path):
     else:
         with pytest.raises(ValueError, match="PEFT files hold LoRA and DoRA"):
             write_peft(tmp_path / "peft.safetensors", factors, dtype="float32")
+
+
+def test_sdxl_files_with_the_names_of_either_code(shapes, tmp_path):
+    """Two text encoders; kohya's own files have LDM's block names, which the reader takes too."""
+    factors = factors_of(shapes[SDXL], "cross", rank=1)
+    factors |= factors_of({n: x for n, x in shapes[SDXL].items() if n.startswith("text")}, rank=1)
+    write_kohya(tmp_path / "dog.safetensors", factors, about(XL), dtype="float32")
+    found, metadata = read_adapter(tmp_path / "dog.safetensors", shapes[SDXL])
+    assert_same(found, factors)
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    tensors = load_file(tmp_path / "dog.safetensors")
+    assert {key.split("_")[1] for key in tensors} == {"unet", "te1", "te2"}
+    heads = lora_kohya.heads({name.rpartition(".")[0]: None for name in shapes[SDXL]})
+    ldm = {module: head for head, module in heads.items() if head.startswith(("lora_unet_input_", "lora_unet_output_"))}
+    theirs = {}
+    for key, value in tensors.items():
+        head, _, leaf = key.partition(".")
+        theirs[f"{ldm.get(heads[head], head)}.{leaf}"] = value
+    end = "transformer_blocks_1_attn2_to_k.alpha"
+    assert f"lora_unet_down_blocks_1_attentions_0_{end}" in tensors and f"lora_unet_input_blocks_4_1_{end}" in theirs
+    assert_same(from_file(theirs, metadata, shapes[SDXL]), factors)
 
 
 def test_metadata_tell_what_the_base_is(shapes, tmp_path):
@@ -226,7 +249,7 @@ def test_bad_files(tmp_path):
         ("a.pt", "a pickle, which can run code when opened"),
         ("gone.safetensors", "no such file"),
         ("other.safetensors", "1 of 1 tensors have no place in this model.*lora_unet_mid_block_to_q"),
-        ("wide.safetensors", r"the tensors of text_encoder.*q_proj do not fit its kernel \(6, 4\)"),
+        ("wide.safetensors", r"the tensors of text_encoder.*q_proj do not fit its \(6, 4\)"),
         ("broken.safetensors", "not a readable safetensors file"),
     ):
         with pytest.raises(WeightsError, match=message):

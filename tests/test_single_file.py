@@ -20,6 +20,7 @@ from dreambooth_jax.files.single_file import (
     SD1,
     SD2,
     V_YAML,
+    XL,
     entries,
     layout_of,
     read_single_file,
@@ -30,13 +31,14 @@ from dreambooth_jax.files.single_file import (
 )
 
 SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def torch_shape(name, shape):
     return tuple(shape[axis] for axis in to_file_axes(name, len(shape)))
 
 
-@pytest.mark.parametrize(("base", "layout", "count"), [(SD15, SD1, 1130), (SD21, SD2, 1214)])
+@pytest.mark.parametrize(("base", "layout", "count"), [(SD15, SD1, 1130), (SD21, SD2, 1214), (SDXL, XL, 2513)])
 def test_the_table_is_diffusers_own(base, layout, count):
     pipeline = describe_base(base)
     shapes, configs = pipeline.shapes, pipeline.models.configs
@@ -53,7 +55,7 @@ def test_the_table_is_diffusers_own(base, layout, count):
     vae = theirs.convert_ldm_vae_checkpoint(dict(meta), dict(configs["vae"]))
     wanted = {file_name(n[4:]): torch_shape(n, x.shape) for n, x in shapes.items() if n.startswith("vae.")}
     assert {name: tuple(x.shape) for name, x in vae.items()} == wanted
-    assert theirs.infer_diffusers_model_type(meta) in ("v1", "v2")
+    assert theirs.infer_diffusers_model_type(meta) in ("v1", "v2", "xl_base")
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd21"])

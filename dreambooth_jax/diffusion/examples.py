@@ -41,10 +41,15 @@ class EncodedExamples(NamedTuple):
 
 
 class TrainingData(NamedTuple):
-    """The subject's examples, and the class examples or None to train without prior preservation."""
+    """The subject's examples, and the class examples or None to train without prior preservation.
+
+    Attributes:
+        order: rows of `instance` for every step, from `picks`; None: they are picked in the step.
+    """
 
     instance: EncodedExamples
     prior: EncodedExamples | None
+    order: Int[Array, "steps b"] | None = None
 
 
 def draw(
@@ -71,10 +76,11 @@ def draw(
     """
     order_key, noise_key = jax.random.split(key)
     instance_key, prior_key = jax.random.split(order_key)
-    halves = [_take(data.instance, pick(len(data.instance.mean), batch_size, instance_key, step))]
+    index = pick(len(data.instance.mean), batch_size, instance_key, step) if data.order is None else data.order[step]
+    halves = [_take(data.instance, index)]
     if data.prior is not None:
-        order = instance_key if paired else prior_key
-        halves.append(_take(data.prior, pick(len(data.prior.mean), batch_size, order, step)))
+        prior = index if paired else pick(len(data.prior.mean), batch_size, prior_key, step)
+        halves.append(_take(data.prior, prior))
     mean, std, cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
     if shape is not None:
         mean, std = mean.reshape(-1, *shape), std.reshape(-1, *shape)
@@ -96,6 +102,12 @@ def _take(examples: EncodedExamples, index: Int[Array, "b"]) -> tuple[Array, Arr
     if examples.of_example is not None:
         cond = cond | jax.tree.map(lambda table: table[index], examples.of_example)
     return examples.mean[index], examples.std[index], cond
+
+
+def picks(n: int, count: int, key: Key[Array, ""], steps: int) -> Int[Array, "steps count"]:
+    """The instance examples of the first `steps` steps of a run with `key`, as `draw` picks them."""
+    instance_key, _ = jax.random.split(jax.random.split(key)[0])
+    return jax.jit(lambda: jax.lax.map(lambda step: pick(n, count, instance_key, step), jnp.arange(steps)))()
 
 
 def pick(n: int, count: int, key: Key[Array, ""], step: Int[Array, ""]) -> Int[Array, "count"]:

@@ -164,8 +164,8 @@ def load_pipeline(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing"
         FileNotFoundError: the base or a file of it is not there.
         UnsupportedConfig: a config asks for something not implemented, or the parts do not fit together.
     """
-    file, base = single_file.split_base(base)
-    folder = resolve_base(base, weights=file is None)
+    file, _ = single_file.split_base(base)
+    folder = resolve_base(base)
     index = read_json(folder, INDEX)
     family = _family_of(index, folder)
     configs = {part: read_json(folder, f"{part}/config.json") for part in family.parts}

@@ -4,19 +4,20 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from dreambooth_jax.files.single_file import split_base
+
 EMBEDDED = "tiny"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
 
 
-def resolve_base(base: str, *, weights: bool = True) -> Path:
+def resolve_base(base: str) -> Path:
     """The local folder of a base: "tiny" (ships with the package), a folder, or a model hub name, which is fetched.
-
-    Args:
-        weights: whether the weights are fetched too, or only configs and tokenizers.
+    Of "model.safetensors@TEMPLATE" (files/single_file.py) it is the template's.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub name that can be fetched.
     """
+    file, base = split_base(base)
     if base == EMBEDDED:
         return EMBEDDED_FOLDER
     if Path(base).expanduser().is_dir():
@@ -31,7 +32,7 @@ def resolve_base(base: str, *, weights: bool = True) -> Path:
         "scheduler/*.json",
         "tokenizer*/*",
         "*/*.json",
-        *(["*/*.safetensors"] if weights else []),
+        *(["*/*.safetensors"] if file is None else []),
     ]
     try:
         folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"])

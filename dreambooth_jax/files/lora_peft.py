@@ -35,9 +35,11 @@ def to_file(factors: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str
         for module, named in own.items():
             tensors |= {f"{module}.{leaf}": value for leaf, value in _tensors(named, rank).items()}
         dora = any(f"{MAGNITUDE}.scale" in named for named in own.values())
+        # PEFT compares ends of names; transformers 5 has no "text_model." in them.
+        targets = sorted(module.removeprefix(f"{part}.").removeprefix("text_model.") for module in own)
         configs |= {f"{part}.{name}": value for name, value in {
             "peft_type": "LORA", "r": rank, "lora_alpha": rank, "use_dora": dora, "rank_pattern": {},
-            "alpha_pattern": {}, "target_modules": sorted(module.removeprefix(f"{part}.") for module in own),
+            "alpha_pattern": {}, "target_modules": targets,
         }.items()}  # fmt: skip
     return tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(configs, sort_keys=True)}
 

@@ -154,7 +154,7 @@ def read_single_file(
     layout: str,
     sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> Params:
-    """Reads a single file as the parameters `shapes`, float32.
+    """Reads a single file as the parameters `shapes`, in their dtypes.
 
     Args:
         path: a .safetensors file.
@@ -173,7 +173,7 @@ def read_single_file(
             _check(path, table, shapes, {k: tuple(file.get_slice(v).get_shape()) for k, v in stored.items()}, layout)
             for key, entry in table.items():
                 for name, value in _from_file(entry, file.get_tensor(stored[key]), shapes).items():
-                    whole = np.ascontiguousarray(value, np.float32)
+                    whole = np.ascontiguousarray(value, shapes[name].dtype)
                     placed[name] = jax.device_put(whole, sharding_of(name, whole.shape))
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error}). Download it again.") from error

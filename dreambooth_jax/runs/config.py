@@ -80,6 +80,7 @@ FIELDS: dict[str, Field] = {
     "base": _text(),
     "workdir": _text(identity=False),
     "instance_images": _text(),
+    "subjects": Field(str),
     "identifier": _text(),
     "class_noun": _text(),
     "instance_prompt": _text(),
@@ -192,6 +193,8 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append("text_encoder_multiplier = 0 with train_text_encoder = True: set train_text_encoder=False")
     if config.lr_warmup_steps >= config.steps:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
+    if config.subjects and config.method not in ADAPTERS:
+        problems.append(f"subjects: many subjects share a frozen base, with one of {', '.join(ADAPTERS)} as the method")
     if config.prior_target == "base" and config.method in ("full", "custom"):
         problems.append(f'prior_target = "base" needs the frozen base, which method = {config.method!r} does not keep')
     if config.evaluate_every % config.sample_every:

@@ -76,7 +76,7 @@ def to_folder(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
 def to_single_file(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
     """A whole model in one LDM file, and for v-prediction of SD 2.x a .yaml beside it."""
     pipeline = subject.run.pipeline
-    layout = _layout(subject)
+    layout = layout_of_subject(subject)
     v_prediction = _predicts_v(pipeline)
     metadata = single_file.describe(
         layout, v_prediction=v_prediction, resolution=subject.run.config.resolution, title=subject.title,
@@ -93,11 +93,20 @@ def to_single_file(subject: Subject, path: Path, dtype: Any, rank: int) -> Writt
 def to_kohya(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
     """The adapter alone with kohya's names: for all tools. Of a full fine-tuning the LoRA of `rank`, or with rank 0 all
     differences."""
-    pipeline, config = subject.run.pipeline, subject.run.config
+    pipeline = subject.run.pipeline
     factors, says = _factors(subject, rank)
-    about = lora_kohya.About(
-        _layout(subject), _predicts_v(pipeline), subject.title,
-        subject.trigger, str(config.base),
+    about = about_adapter(pipeline, subject.run.config, subject.title)
+    path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
+    lora_kohya.write_kohya(path, factors, about, dtype=dtype)
+    how = f"load_lora_weights({str(path)!r})"
+    return Written(path, _reopened(subject, path), _for_all_tools(subject, "a LoRA", how), says)
+
+
+def about_adapter(pipeline: Pipeline, config: Any, title: str) -> lora_kohya.About:
+    """What a kohya file says of the run that trained it."""
+    layout = single_file.layout_of(pipeline.shapes, pipeline.models.configs)
+    return lora_kohya.About(
+        layout, _predicts_v(pipeline), title, f"{config.identifier} {config.class_noun}", str(config.base),
         {
             "learning_rate": config.learning_rate, "max_train_steps": config.steps, "seed": config.seed,
             "batch_size_per_device": config.batch_size, "optimizer": config.optimizer,
@@ -105,10 +114,6 @@ def to_kohya(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
             "prior_loss_weight": config.prior_weight, "mixed_precision": config.dtype,
         },
     )  # fmt: skip
-    path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
-    lora_kohya.write_kohya(path, factors, about, dtype=dtype)
-    how = f"load_lora_weights({str(path)!r})"
-    return Written(path, _reopened(subject, path), _for_all_tools(subject, "a LoRA", how), says)
 
 
 def to_peft(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
@@ -124,7 +129,7 @@ def to_embedding(subject: Subject, path: Path, dtype: Any, rank: int) -> Written
     if not subject.rows:
         raise ValueError(f"method = {subject.run.config.method!r} trains no token: leave out --format embedding")
     path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
-    word, layout = subject.run.config.identifier, _layout(subject)
+    word, layout = subject.run.config.identifier, layout_of_subject(subject)
     about = single_file.model_spec(
         layout, v_prediction=_predicts_v(subject.run.pipeline), title=subject.title, trigger=word,
         kind="/textual-inversion",
@@ -158,7 +163,8 @@ def _reopened(subject: Subject, path: Path) -> Callable[[], Params]:
     return lambda: add(dict(subject.base), read_adapter(path, subject.run.pipeline.shapes)[0])
 
 
-def _layout(subject: Subject) -> str:
+def layout_of_subject(subject: Subject) -> str:
+    """Kind of single file that the run's base has."""
     return single_file.layout_of(subject.run.pipeline.shapes, subject.run.pipeline.models.configs)
 
 
@@ -192,8 +198,9 @@ def default_format(config: Any, path: Path) -> str:
 
 
 def export(
-    workdir: str | os.PathLike, output: str | os.PathLike, *, step: int | None, kind: str | None, dtype: Any, rank: int
-) -> str:
+    workdir: str | os.PathLike, output: str | os.PathLike, *, step: int | None, kind: str | None, dtype: Any, rank: int,
+    hub: str = "",
+) -> str:  # fmt: skip
     """Writes a run and proves the file; returns what to print.
 
     Args:
@@ -201,6 +208,7 @@ def export(
         kind: key of `FORMATS`, None for `default_format`.
         dtype: stored precision: float32, float16 or bfloat16.
         rank: of the LoRA that is made of a full fine-tuning; 0 keeps all differences.
+        hub: OWNER/NAME of a repository to upload to; empty: none.
 
     Raises:
         FileNotFoundError, ValueError: no run, or the format cannot hold it.
@@ -215,8 +223,13 @@ def export(
     token = None
     if subject.rows and kind != "embedding":  # beside it, in a file of its own
         token = to_embedding(subject, written.path.with_name(f"{written.path.stem}_token{SUFFIX}"), dtype, 0)
-    about = [line for part in (written, token) if part for line in (f"{part.path}: {part.tools}", part.says)]
+    parts = [part for part in (written, token) if part]
+    about = [line for part in parts for line in (f"{part.path}: {part.tools}", part.says)]
     lines = [*about, prove(subject, written, (token or written).path if subject.rows else None)]
+    if hub:
+        from dreambooth_jax.runs.publish import publish
+
+        lines.append(f"uploaded to {publish(hub, subject, parts, Path(workdir))}")
     return "\n".join(line for line in lines if line)
 
 

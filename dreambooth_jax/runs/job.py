@@ -3,6 +3,7 @@ that is not there."""
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from dreambooth_jax.devices import compiler_options
 from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
-from dreambooth_jax.diffusion.step import TrainState, init_state, make_step, recomputed, rounded, run_steps
+from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state, make_step, recomputed, rounded, run_steps
 from dreambooth_jax.families.family import DENOISER, TEXT, Pictures
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.models.params import Params, Shapes
@@ -178,6 +179,15 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
 
     Arguments may be arrays or ShapeDtypeStructs with shardings. The state is donated.
     """
+    return lower_calls(job, training_step(job), state, frozen, data, key)
+
+
+def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step (state, frozen, data, key) -> (state, metrics).
+
+    Args:
+        mapped: whether it is for `jax.vmap` over subjects, which are divided over the mesh in place of the batch.
+    """
     config, pipeline, mesh, dtype = job.config, job.pipeline, job.mesh, jnp.dtype(job.config.dtype)
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
     spread = batch_sharding(mesh, batch)
@@ -186,8 +196,8 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
     if config.accumulate > 1:
         hold = rounded(jnp.float32)
     else:  # among several devices, recomputed products would be exchanged a second time too
-        hold = (recomputed if on_tpu and mesh.size == 1 else rounded)(dtype)
-    step = make_step(
+        hold = (recomputed if on_tpu and mesh.size == 1 and not mapped else rounded)(dtype)
+    return make_step(
         pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
         job.optimizer,
         pipeline.process,
@@ -202,8 +212,16 @@ def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData,
         base=(lambda frozen: gather(mesh, frozen, dtype)) if of_base else None,
         paired=pairs_prior(config),
         augment=pipeline.family.augment,
-        constrain=lambda batch: jax.lax.with_sharding_constraint(batch, spread),
+        constrain=lambda batch: batch if mapped else jax.lax.with_sharding_constraint(batch, spread),
     )
+
+
+def lower_calls(
+    job: Job, step: Callable, state: TrainState, frozen: Params, data: Any, key: jax.Array
+) -> jax.stages.Lowered:
+    """The call of up to `steps_per_call` of any `step`; see `lower_steps`."""
+    config, mesh = job.config, job.mesh
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
     shardings = jax.tree.map(lambda x: x.sharding, state)
     steps = jax.jit(
         run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh)),

@@ -85,6 +85,8 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> R
     pipeline = open_base(config, dtype=jnp.dtype(config.dtype), remat=config.remat)
     job = make_job(config, pipeline, mesh)
     config = job.config
+    if config.init_adapter:
+        adapter_to_continue(job)  # an error now, not after the weights are read
     paint = make_painter(
         pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
         sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
@@ -196,28 +198,32 @@ def begin(job: Job, params: Params) -> tuple[Params, Params, Key[Array, ""]]:
     return trainable, frozen, key
 
 
-def continued(job: Job, trainable: Params) -> Params:
-    """`trainable` with the values of the config's `init_adapter` file.
+def adapter_to_continue(job: Job) -> dict[str, np.ndarray]:
+    """The factors of the config's `init_adapter` file.
 
     Raises:
         ConfigError: the method trains no adapter, or the file has other modules or ranks.
     """
+    file = job.config.init_adapter
     if job.method.adapter is None:
-        raise ConfigError(
-            f"init_adapter = {job.config.init_adapter!r}: method = {job.config.method!r} trains no adapter"
-        )
-    stored, _ = read_adapter(job.config.init_adapter, job.pipeline.shapes)
-    scales = job.method.adapter(jax.tree.map(jnp.ones_like, trainable))
-    wrong = sorted(trainable.keys() ^ stored.keys())
-    both = trainable.keys() & stored.keys()
-    wrong += [
-        f"{n} {stored[n].shape}, here {trainable[n].shape}" for n in both if stored[n].shape != trainable[n].shape
-    ]
+        raise ConfigError(f"init_adapter = {file!r}: method = {job.config.method!r} trains no adapter")
+    stored, _ = read_adapter(file, job.pipeline.shapes)
+    wanted, _ = job.method.shapes(job.pipeline.shapes)
+    sizes = {n: (stored[n].shape, wanted[n].shape) for n in sorted(wanted.keys() & stored.keys())}
+    wrong = sorted(wanted.keys() ^ stored.keys())
+    wrong += [f"{n} {found}, here {own}" for n, (found, own) in sizes.items() if found != own]
     if wrong:
         raise ConfigError(
-            f"init_adapter = {file!r} does not fit lora_targets and lora_rank: {len(wrong)} factors "
-            f"differ: {'; '.join(wrong[:3])}"
+            f"init_adapter = {file!r} does not fit lora_targets and lora_rank: {len(wrong)} factors differ: "
+            f"{'; '.join(wrong[:3])}"
         )
+    return stored
+
+
+def continued(job: Job, trainable: Params) -> Params:
+    """`trainable` with the values of the config's `init_adapter` file; errors are `adapter_to_continue`'s."""
+    stored = adapter_to_continue(job)
+    scales = job.method.adapter(jax.tree.map(jnp.ones_like, trainable))
     return {n: jax.device_put(stored[n] / scales[n], x.sharding) for n, x in trainable.items()}
 
 

@@ -1,0 +1,65 @@
+"""An export on a model hub: the files, the newest sheet of samples and a model card."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from dreambooth_jax.files.single_file import SD1
+from dreambooth_jax.runs.config import fill
+from dreambooth_jax.runs.exports import Subject, Written, layout_of_subject
+
+SHEET = "samples.png"
+
+
+def model_card(subject: Subject, written: Sequence[Written], sheet: bool) -> str:
+    """A README.md that says what the files are and how each tool opens them.
+
+    Args:
+        sheet: whether `SHEET` is beside it.
+    """
+    config, adapter = subject.run.config, subject.run.method.adapter is not None
+    licence = "creativeml-openrail-m" if layout_of_subject(subject) == SD1 else "openrail++"
+    tags = ["text-to-image", "dreambooth", "jax", *(["lora"] if adapter else [])]
+    front = [
+        "---", f"base_model: {config.base}", f"license: {licence}", f'instance_prompt: "{subject.trigger}"', "tags:",
+        *(f"- {tag}" for tag in tags), "---",
+    ]  # fmt: skip
+    files = [f"- `{part.path.name}`: {part.tools}{'; ' + part.says if part.says else ''}" for part in written]
+    prompts = [f"- {fill(prompt, config)}" for prompt in config.sample_prompts]
+    return "\n".join([
+        *front, f"# {subject.trigger}", "",
+        f"{subject.run.method.says} on {config.base}, {config.steps} steps. Write **{subject.trigger}** in the prompt.",
+        "The licence of the base holds for what was made of it.", "",
+        *([f"![samples]({SHEET})", ""] if sheet else []),
+        "## Files", "", *files, "",
+        "ComfyUI: put an adapter into `models/loras`, a checkpoint into `models/checkpoints`, an embedding into "
+        "`models/embeddings`. A1111 and Forge: `models/Lora`, `models/Stable-diffusion`, `embeddings`; an adapter is "
+        "called by `<lora:NAME:1>` in the prompt.", "",
+        "## Prompts of the samples", "", *prompts, "",
+    ])  # fmt: skip
+
+
+def publish(name: str, subject: Subject, written: Sequence[Written], workdir: Path, api: HfApi | None = None) -> str:
+    """Uploads exports in one commit; returns the address of the repository, which is made if absent.
+
+    Args:
+        name: OWNER/NAME.
+        written: files or folders.
+        workdir: of the run, for its newest sheet.
+        api: client of the hub; default: the one that the environment configures (HF_ENDPOINT, HF_TOKEN).
+
+    Raises:
+        OSError: the hub refuses (from its client, naming the reason).
+    """
+    api = api or HfApi()
+    sheets = sorted((workdir / "samples").glob("step_*.png"))
+    card = model_card(subject, written, bool(sheets)).encode()
+    files = {"README.md": card} | ({SHEET: str(sheets[-1])} if sheets else {})
+    for part in written:
+        inside = sorted(path for path in part.path.rglob("*") if path.is_file()) if part.path.is_dir() else [part.path]
+        files |= {str(path.relative_to(part.path)) if part.path.is_dir() else path.name: str(path) for path in inside}
+    url = api.create_repo(name, exist_ok=True)
+    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()]
+    api.create_commit(name, operations, commit_message=f"{subject.trigger}, trained with dreambooth_jax")
+    return str(url)

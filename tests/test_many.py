@@ -1,0 +1,107 @@
+"""Many subjects in one program: every lane computes what a run of its subject alone does."""
+
+import csv
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.runs import ROOT, config_of, finish
+
+from dreambooth_jax.adapters.many import Lanes, finished, lane, over_subjects, stack, stacked_data
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.lora_read import read_adapter
+from dreambooth_jax.runs.config import ConfigError, check_config
+from dreambooth_jax.runs.job import fresh_state, lower_calls, lower_steps, make_job, training_step
+from dreambooth_jax.runs.many import read_subjects
+from dreambooth_jax.runs.setup import begin
+
+FIELDS = {
+    "method": "lora", "lora_rank": 2, "learning_rate": 0.02, "batch_size": 2, "ema_decay": 0.0, "crop": "center",
+    "flip": False, "views": 1, "steps": 4,
+}  # fmt: skip
+COUNTS, STOPS = (3, 5), (3, 4)
+
+
+def examples(count, seed, text, pipeline):
+    mean = jnp.asarray(np.random.default_rng(seed).standard_normal((count, 8 * 8 * 4)), jnp.float32)
+    return EncodedExamples(mean, jnp.zeros_like(mean), pipeline.tokenize([text]), jnp.zeros(count, jnp.int32))
+
+
+def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
+    pipeline = load_pipeline(micro)
+    job = make_job(config_of(tmp_path, base=micro, **FIELDS), pipeline, make_mesh(1, 1, jax.devices()[:1]))
+    trainable, frozen, _ = begin(job, read_params(pipeline))
+    captions = ("a sks dog", "a ktn dog")
+    instances = [examples(count, k, captions[k], pipeline) for k, count in enumerate(COUNTS)]
+    prior = examples(4, 9, "a dog", pipeline)
+    keys = [jax.random.key(k) for k in range(len(COUNTS))]
+
+    data = stacked_data(instances, [prior] * 2, keys, batch_size=2, steps=max(STOPS))
+    assert data.prior is prior
+    states = stack([fresh_state(job, trainable)] * 2)
+    lanes, stacked_keys = Lanes(data, jnp.asarray(STOPS)), jnp.stack(keys)
+    step = over_subjects(training_step(job, mapped=True), shared_prior=True)
+    run = lower_calls(job, step, states, frozen, lanes, stacked_keys).compile()
+    losses = []
+    for _ in range(2):
+        states, metrics = run(states, frozen, lanes, stacked_keys, jnp.asarray(2, jnp.int32))
+        losses.append(np.asarray(metrics.loss[:2]))
+    losses = np.concatenate(losses)
+    np.testing.assert_array_equal(states.step, STOPS)
+
+    for k, stop in enumerate(STOPS):
+        state, alone = fresh_state(job, trainable), TrainingData(instances[k], prior)
+        steps = lower_steps(job, state, frozen, alone, keys[k]).compile()
+        found = []
+        for count in (2, stop - 2):
+            state, metrics = steps(state, frozen, alone, keys[k], jnp.asarray(count, jnp.int32))
+            found.append(np.asarray(metrics.loss[:count]))
+        np.testing.assert_allclose(losses[:stop, k], np.concatenate(found), rtol=1e-4)
+        for name, value in state.trainable.items():
+            np.testing.assert_allclose(lane(states.trainable, k)[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert not np.allclose(losses[:, 0], losses[:, 1])
+
+
+def test_finished_names_the_subjects_that_reach_their_stop():
+    assert finished(np.array([0, 2, 4]), np.array([2, 3, 4]), np.array([2, 4, 4])) == [0]
+
+
+def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path):
+    photos = ROOT / "examples" / "subjects"
+    if not photos.is_dir():
+        photos = ROOT / "dreambooth_jax" / "subjects"
+    table = tmp_path / "subjects.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("name", "photos", "steps"), ("rex", photos / "dog", 2), ("tom", photos / "cat", 4)])
+    fields = FIELDS | {"subjects": str(table), "num_class_images": 4, "sample_prompts": (), "save_every": 2}
+    said = finish(tmp_path / "run", base=micro, **fields)
+    assert said.index("rex: 2 steps") < said.index("tom: 4 steps")
+    shapes = load_pipeline(micro).shapes
+    found = {name: read_adapter(tmp_path / "run" / f"{name}.safetensors", shapes)[0] for name in ("rex", "tom")}
+    assert found["rex"].keys() == found["tom"].keys()
+    moved = [name for name in found["rex"] if not np.allclose(found["rex"][name], found["tom"][name])]
+    assert moved
+    # The same command goes on from the checkpoint: nothing is left to do, and the files are written again alike.
+    (tmp_path / "run" / "rex.safetensors").unlink()
+    finish(tmp_path / "run", base=micro, **fields)
+    again, _ = read_adapter(tmp_path / "run" / "rex.safetensors", shapes)
+    for name, value in found["rex"].items():
+        np.testing.assert_array_equal(again[name], value)
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ConfigError, match="many subjects share a frozen base"):
+        check_config(config_of(tmp_path, subjects="photos"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("name,steps\nrex,3\n")
+    for subjects, message in (
+        ("gone", "expected a folder of folders of images, or a .csv table"),
+        ("empty", "expected subjects of different names, found none"),
+        ("table.csv", "line 2: no photos"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_subjects(config_of(tmp_path, subjects=str(tmp_path / subjects)))

@@ -1,0 +1,39 @@
+"""Exports on a hub, one on localhost: the files arrive as they are, with a card that says how to use them."""
+
+from types import SimpleNamespace
+
+from huggingface_hub import HfApi
+from support.fake_hub import hub
+from support.runs import config_of
+
+from dreambooth_jax.families.pipeline import load_pipeline
+from dreambooth_jax.runs.exports import Subject, Written
+from dreambooth_jax.runs.publish import publish
+
+
+def test_files_and_card_arrive(micro, tmp_path):
+    config = config_of(tmp_path, base=micro, method="lora")
+    method = SimpleNamespace(adapter=dict, says="LoRA of rank 8 on unet")
+    subject = Subject(SimpleNamespace(config=config, method=method, pipeline=load_pipeline(micro)), {}, {}, {})
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000010.png").write_bytes(b"old")
+    (tmp_path / "samples" / "step_000020.png").write_bytes(b"new")
+    path = tmp_path / "sks_dog.safetensors"
+    path.write_bytes(b"weights")
+    folder = tmp_path / "model"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "config.json").write_bytes(b"{}")
+    written = [Written(path, dict, "a LoRA for ComfyUI"), Written(folder, dict, "a folder for diffusers", "all of it")]
+    with hub() as (address, uploaded):
+        api = HfApi(endpoint=address, token="hf_none")
+        url = publish("me/dog", subject, written, tmp_path, api)
+        assert url.endswith("me/dog")
+        publish("me/dog", subject, written[:1], tmp_path, api)  # once more: the repository is there already
+    files = uploaded["me/dog"]
+    assert files.keys() == {"README.md", "samples.png", "sks_dog.safetensors", "unet/config.json"}
+    assert files["sks_dog.safetensors"] == b"weights" and files["samples.png"] == b"new"
+    card = files["README.md"].decode()
+    parts = [f"base_model: {micro}", 'instance_prompt: "sks dog"', "- lora", "license: creativeml-openrail-m"]
+    parts += ["`sks_dog.safetensors`: a LoRA for ComfyUI", "a sks dog in the snow", "<lora:NAME:1>", "![samples]"]
+    for part in parts:
+        assert part in card, part
