@@ -4,8 +4,6 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from dreambooth_jax.files.single_file import split_base
-
 EMBEDDED = "tiny"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
 
@@ -17,7 +15,11 @@ def resolve_base(base: str) -> Path:
     Raises:
         FileNotFoundError: neither a folder nor a hub name that can be fetched.
     """
-    file, base = split_base(base)
+    file = None
+    if ".safetensors" in base or ".ckpt" in base:
+        from dreambooth_jax.files.single_file import split_base  # here, as most bases need no JAX to be found
+
+        file, base = split_base(base)
     if base == EMBEDDED:
         return EMBEDDED_FOLDER
     if Path(base).expanduser().is_dir():
@@ -27,13 +29,8 @@ def resolve_base(base: str) -> Path:
             f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
             f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
         )
-    patterns = [
-        "model_index.json",
-        "scheduler/*.json",
-        "tokenizer*/*",
-        "*/*.json",
-        *(["*/*.safetensors"] if file is None else []),
-    ]
+    patterns = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/*.json"]
+    patterns += ["*/*.safetensors"] if file is None else []
     try:
         folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"])
     except Exception as error:  # offline, unknown or gated: the hub client has a type for each

@@ -1,7 +1,8 @@
 """Many subjects in one program: one run whose states have a leading axis of subjects (adapters.many)."""
 
-import contextlib
 import csv
+import functools
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from dreambooth_jax.files.shipped import shipped
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import make_painter
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.config import ConfigError, absolute_paths
 from dreambooth_jax.runs.exports import about_adapter
 from dreambooth_jax.runs.job import (
     Job,
@@ -96,6 +97,7 @@ def train_many(config: ConfigDict, guard: Preemption) -> None:
     Raises:
         ConfigError: see `read_subjects`.
     """
+    config = absolute_paths(config)
     subjects = read_subjects(config)
     workdir = epath.Path(config.workdir)
     claim(workdir, config)
@@ -112,8 +114,10 @@ def train_many(config: ConfigDict, guard: Preemption) -> None:
     states = jax.jit(lambda t: stack([initial(job)(t)] * len(subjects)), out_shardings=place)(trainable)
     keys = jax.device_put(jnp.stack([key] * len(subjects)), place)
     lanes = Lanes(data, jax.device_put(jnp.asarray(stops), place))
-    manager = checkpoint.open_checkpoints(workdir / "checkpoints", keep_last=1)
-    with contextlib.closing(manager):
+    record = {"config": json.loads(config.to_json())}
+    manager = checkpoint.open_checkpoints(workdir / "checkpoints", keep_last=config.keep_last, record=record)
+    with checkpoint.closing(manager):
+        guard.before_leaving(functools.partial(checkpoint.wait, manager))
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
         states = checkpoint.restore(manager, like) or states
         step = over_subjects(
@@ -121,7 +125,8 @@ def train_many(config: ConfigDict, guard: Preemption) -> None:
         )
         run = lower_calls(job, step, states, frozen, lanes, keys).compile()
         print(f"{len(subjects)} subjects, {job.method.says}, to {workdir}/NAME.safetensors", flush=True)
-        _loop(job, guard, manager, subjects, stops, states, lambda states, n: run(states, frozen, lanes, keys, n))
+        with guard.in_loop():
+            _loop(job, guard, manager, subjects, stops, states, lambda states, n: run(states, frozen, lanes, keys, n))
 
 
 def _loop(job: Job, guard: Preemption, manager, subjects, stops: np.ndarray, states: TrainState, advance) -> None:
@@ -143,10 +148,9 @@ def _loop(job: Job, guard: Preemption, manager, subjects, stops: np.ndarray, sta
             done = after
             if guard.requested:
                 checkpoint.save(manager, number, states)
-                manager.wait_until_finished()
                 guard.leave()
         checkpoint.save(manager, number, states)
-    manager.wait_until_finished()
+    checkpoint.wait(manager)
 
 
 def write_file(job: Job, subject: Subject, trainable: Params, folder: epath.Path) -> None:
