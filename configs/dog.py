@@ -4,6 +4,8 @@ python -m dreambooth_jax.train --config configs/dog.py           # the embedded 
 python -m dreambooth_jax.train --config configs/dog.py:sd15      # Stable Diffusion 1.5; also :sd14, :sd21, :sdxl
 python -m dreambooth_jax.train --config configs/dog.py:sd15,lora # LoRA instead of full fine-tuning; also :tiny,dora ...
 python -m dreambooth_jax.train --config configs/dog.py:paper     # the paper's own settings, on Stable Diffusion 1.5
+python -m dreambooth_jax.train --config configs/dog.py:if        # DeepFloyd IF, the paper's kind of model: 64, then 256
+                                                                 # pixels, one stage after the other; also :if_xl
 
 Result: samples/step_000300.png in the workdir shows the dog of the photos in five settings, and "a dog" that is still
 another dog. Time: two to three minutes on two CPU cores; `python -m dreambooth_jax.plan` estimates it for a TPU.
@@ -17,7 +19,11 @@ HUB_MODELS = {
     "paper": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "if": "DeepFloyd/IF-I-M-v1.0",
+    "if_xl": "DeepFloyd/IF-I-XL-v1.0",
 }
+# A third stage, to 1024 pixels: append "stabilityai/stable-diffusion-x4-upscaler" and its fields to these.
+FURTHER_STAGES = {"if": ("DeepFloyd/IF-II-M-v1.0",), "if_xl": ("DeepFloyd/IF-II-L-v1.0",)}
 
 
 def get_config(base_and_method: str = "tiny") -> ConfigDict:
@@ -38,6 +44,13 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.flip = False  # mirror half of the views
     config.views = 1  # augmented views drawn of each image, for random crops and flips
     config.seed = 0
+
+    # Cascades: stage I paints small pictures, every further stage enlarges those of the one before
+    config.stage = 0  # stage to train; 0 for all, one after the other in one workdir, or for a base that is no cascade
+    config.stages = ()  # bases of the further stages; `base` is stage I
+    config.stage_fields = ()  # values of other fields in stage II, III, ...: ((("steps", 100), ...), ...)
+    config.sr_noise = "1e-5"  # variance of the noise on low-resolution pictures, or "uniform": any level of the base's
+    config.sr_crop = 0  # side in pixels of the random crops for a super-resolution stage; 0 for whole pictures
 
     # Prior preservation (arXiv 2208.12242, section 3.3)
     config.prior_preservation = True
@@ -140,6 +153,17 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         config.remat = "layers"
         config.sample_count = 1
         config.guidance_scale = 5.0
+    if base in FURTHER_STAGES:  # arXiv 2208.12242: 1,000 steps at 1e-5, T5 frozen, the ancestral sampler
+        config.stages = FURTHER_STAGES[base]
+        config.stage_fields = (
+            (("learning_rate", 5e-6), ("guidance_scale", 4.0), ("sampling_steps", 50), ("class_batch_size", 4)),
+        )
+        config.steps = 1000
+        config.learning_rate = 1e-5
+        config.train_text_encoder = False
+        config.sampler = "ddpm"
+        config.sampling_steps = 100
+        config.guidance_scale = 7.0
     if method:
         rates = {
             "lora": 1e-4, "dora": 1e-4, "loha": 1e-4, "lokr": 1e-4, "inversion": 5e-3, "pivotal": 1e-4, "custom": 1e-5,

@@ -23,9 +23,11 @@ from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
+from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.painting.painter import input_shapes
+from dreambooth_jax.painting.painter import input_shapes, picture_conditions
 from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.cascade import stage_configs
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import check_config
 from dreambooth_jax.runs.job import Job, argument_shapes, lower_painting, lower_steps, make_job, pairs_prior
@@ -90,6 +92,8 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     chip = chip_of(topology)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
     pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    if not (pipeline.family.trains_text or config.train_text_encoder):
+        pipeline = with_cached_text(pipeline, mesh)
     job = make_job(config, pipeline, mesh)
     state, frozen, data, key = argument_shapes(job, _instances(config))
     cost, missing = None, 0
@@ -129,11 +133,13 @@ def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, fl
     """
     config, pipeline, both = job.config, job.pipeline, 2 * job.config.class_batch_size
     cost = compile_for(chip, lower_painting(job), quick=quick)
-    inputs = input_shapes(pipeline, both)
+    inputs = input_shapes(pipeline, both, config.resolution)
+    condition = picture_conditions(pipeline, config.resolution)
     cond = jax.eval_shape(
-        lambda params: pipeline.encode_text(params, inputs.tokens) | pipeline.of_example(inputs.pictures),
-        pipeline.shapes,
-    )
+        lambda params, inputs: pipeline.encode_text(params, inputs.tokens)
+        | condition(inputs.pictures, jax.random.wrap_key_data(inputs.keys)),
+        pipeline.shapes, inputs,
+    )  # fmt: skip
     x = jax.ShapeDtypeStruct((both, *pipeline.example_shape(config.resolution)), jnp.float32)
     t = jax.ShapeDtypeStruct((both,), jnp.float32)
     one_step = jax.jit(pipeline.denoise).lower(pipeline.shapes, x, t, cond)
@@ -242,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         options, config, _ = config_file.parse(parser, arguments, "configs/dog.py:sd15")
         check_config(config)
+        config = stage_configs(config)[max(1, config.stage) - 1]
         runtime.start()
         if options.sweep:
             print_sweep(config)

@@ -3,6 +3,8 @@
 python -m dreambooth_jax.sample --workdir runs/dog --prompt "a sks dog on a red background"
 python -m dreambooth_jax.sample --base tiny --lora dog.safetensors:0.8 --prompt "a sks dog in the snow"
 python -m dreambooth_jax.sample --base tiny --prompt "a dog in the snow" --prompt "a cat in the snow"
+
+The workdir of a cascade paints with all its stages, each with the sampler, steps and guidance of its run.
 """
 
 import argparse
@@ -79,24 +81,71 @@ def _finite(text: str) -> float:
 
 
 def _open(options: argparse.Namespace, mesh):
-    """(name of the model, pipeline, params, resolution, guidance) of what the options name."""
-
+    """(name of the model, pipeline, params, resolution, guidance, what the painter must know of the run)."""
     import jax.numpy as jnp
 
+    from dreambooth_jax.diffusion.low_resolution import UNIFORM
     from dreambooth_jax.families.pipeline import load_pipeline, read_params
     from dreambooth_jax.runs.workdir import open_run
 
     if options.workdir:
         options.workdir = os.path.expanduser(options.workdir)
         config, pipeline, params = open_run(options.workdir, mesh, options.step, dtype=options.dtype)
-        return options.workdir, pipeline, params, config.resolution, config.guidance_scale
+        run = {"trained": True, "sr_noise": config.get("sr_noise", UNIFORM)}
+        return options.workdir, pipeline, params, config.resolution, config.guidance_scale, run
     pipeline = load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32"))
     params = read_params(pipeline, mesh)
-    return options.base, pipeline, params, pipeline.resolution, pipeline.guidance
+    return options.base, pipeline, params, pipeline.resolution, pipeline.guidance, {}
+
+
+def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath.Path":
+    """Paints with the stages in `folders`; returns the folder of the last one's pictures. The sheet shows every stage.
+
+    Raises:
+        ValueError: an option that every stage's run decides for itself.
+    """
+    import jax
+    from etils import epath
+
+    from dreambooth_jax.devices import runtime
+    from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.painting.cascade import paint_stages
+    from dreambooth_jax.painting.painter import Request
+    from dreambooth_jax.painting.sheets import file_names, save_png, save_sheet
+    from dreambooth_jax.runs.cascade import open_stages
+    from dreambooth_jax.runs.workdir import read_config
+
+    given = [name for name in ("step", "guidance", "resolution") if getattr(options, name) is not None]
+    if given:
+        raise ValueError(
+            f"--{', --'.join(given)}: the stages of a cascade differ in this; give --workdir {folders[0]} for one stage"
+        )
+    prompts = list(dict.fromkeys(options.prompt))
+    wanted = [(prompt, options.seed + i) for prompt in prompts for i in range(options.count)]
+    requests = [Request(prompt, options.negative_prompt, jax.random.key(seed)) for prompt, seed in wanted]
+    pictures = paint_stages(open_stages([read_config(folder) for folder in folders], make_mesh()), requests)
+    folder = epath.Path(options.output or os.path.join(options.workdir, "pictures"))
+    if runtime.is_first_process():
+        names, about = file_names(prompts), {"model": options.workdir, "negative_prompt": options.negative_prompt}
+        for (prompt, seed), image in zip(wanted, pictures[-1], strict=True):
+            save_png(folder / f"{names[prompt]}_{seed}.png", image, {"prompt": prompt, "seed": str(seed), **about})
+        side = len(pictures[-1][0])
+        rows, labels = [], []
+        for number, prompt in enumerate(prompts):
+            for stage, painted in enumerate(pictures, 1):
+                row = painted[number * options.count : (number + 1) * options.count]
+                rows.append([image.repeat(side // len(image), 0).repeat(side // len(image), 1) for image in row])
+                labels.append(f"{prompt}: stage {stage}")
+        save_sheet(folder / "sheet.png", rows, labels, about)
+    return folder
 
 
 def paint(options: argparse.Namespace) -> "epath.Path":
     """Paints what the options ask for; returns the folder of the pictures."""
+    from dreambooth_jax.runs.cascade import stage_folders
+
+    if options.workdir and (folders := stage_folders(options.workdir)):
+        return paint_cascade(options, folders)
     from etils import epath
 
     from dreambooth_jax.adapters.inversion import widths, with_rows
@@ -108,7 +157,7 @@ def paint(options: argparse.Namespace) -> "epath.Path":
     from dreambooth_jax.painting.sheets import file_names, paint_rows, save_png, save_sheet
 
     mesh = make_mesh()
-    model, pipeline, params, resolution, guidance = _open(options, mesh)
+    model, pipeline, params, resolution, guidance, run = _open(options, mesh)
     params = with_adapters(params, pipeline.shapes, options.lora)
     for entry in options.embedding:
         word, _, path = entry.partition("=")
@@ -123,7 +172,7 @@ def paint(options: argparse.Namespace) -> "epath.Path":
     painter = make_painter(
         pipeline, mesh, resolution=options.resolution or resolution,
         batch_size=min(options.batch_size, len(prompts) * len(seeds)),
-        sampler=options.sampler, steps=options.steps, guidance=guidance,
+        sampler=options.sampler, steps=options.steps, guidance=guidance, **run,
     )  # fmt: skip
     about = {
         "model": model, "negative_prompt": options.negative_prompt, "sampler": options.sampler,

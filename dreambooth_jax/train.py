@@ -51,11 +51,12 @@ def check_places(config: ConfigDict) -> None:
 
 
 def run(config: ConfigDict) -> None:
-    """Sets up and trains."""
+    """Sets up and trains; of a cascade, one stage or all, one after the other."""
     import jax  # here, so that a wrong config is refused without it
 
     from dreambooth_jax.devices import runtime
     from dreambooth_jax.runs import lease
+    from dreambooth_jax.runs.cascade import stage_configs
     from dreambooth_jax.runs.many import train_many
     from dreambooth_jax.runs.preemption import Preemption
     from dreambooth_jax.runs.setup import set_up
@@ -70,8 +71,11 @@ def run(config: ConfigDict) -> None:
                 guard.at_exit(held.release)
             if config.subjects:
                 train_many(config, guard)
-            else:
-                train(set_up(config), guard)
+                return
+            configs = stage_configs(config)
+            for number, own in enumerate(configs, 1):
+                if config.stage in (0, number) or len(configs) == 1:
+                    train(set_up(own, before=configs[: number - 1]), guard)
         except jax.errors.JaxRuntimeError as error:
             if runtime.is_alone():
                 if "RESOURCE_EXHAUSTED" not in str(error):

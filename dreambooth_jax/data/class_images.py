@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -158,13 +158,21 @@ def _is_black_or_broken(data: bytes) -> bool:
         return True
 
 
-def paint_missing(config: ConfigDict, numbers: Sequence[int], paint: Painter, params: Params, digest: str) -> None:
+def paint_missing(
+    config: ConfigDict,
+    numbers: Sequence[int],
+    paint: Painter,
+    params: Params,
+    digest: str,
+    low: Callable[[int], np.ndarray | None] = lambda number: None,
+) -> None:
     """Marks the last of `class_folders` as ours and paints class images into it.
 
     Args:
         numbers: see `class_images_to_paint`.
         params: of the frozen base.
         digest: of its weights.
+        low: see `paint_class_images`.
     """
     folder = class_folders(config)[-1]
     prompt = fill(config.class_prompt, config.identifier, config.class_noun, "class_prompt")
@@ -176,7 +184,7 @@ def paint_missing(config: ConfigDict, numbers: Sequence[int], paint: Painter, pa
         write_atomic(folder / MARK, json.dumps({"class_images": {"prompt": prompt, **about}}, indent=2).encode())
     paint_class_images(
         folder, numbers, paint, params, prompt=prompt, seed=config.seed, batch_size=config.class_batch_size,
-        metadata=about,
+        metadata=about, low=low,
     )  # fmt: skip
 
 
@@ -190,6 +198,7 @@ def paint_class_images(
     seed: int,
     batch_size: int,
     metadata: Mapping[str, str],
+    low: Callable[[int], np.ndarray | None] = lambda number: None,
 ) -> None:
     """Paints the numbered class images, each from `fold_in(seed, number)` and written whole or not at all.
 
@@ -199,11 +208,17 @@ def paint_class_images(
         metadata: text chunks of every PNG; `model_digest` binds the picture to its base.
         batch_size: of `paint`. Each number keeps its place in its batch, whatever else is missing, so that an
             interrupted run ends with the same pictures to the last bit.
+        low: number -> the picture of the stage before, for a super-resolution stage.
     """
     key = jax.random.key(seed)
     starts = sorted({number - number % batch_size for number in numbers})
     painted = [number for start in starts for number in range(start, start + batch_size)]
-    requests = [Request(prompt, "", jax.random.fold_in(key, number)) for number in painted]
+    known = {number: low(number) for number in numbers}  # a place kept for another is filled with any of them
+    lows = [known.get(number, known[numbers[0]]) for number in painted]
+    requests = [
+        Request(prompt, "", jax.random.fold_in(key, number), picture)
+        for number, picture in zip(painted, lows, strict=True)
+    ]
     with tqdm(total=len(numbers), desc="class images", unit="image", disable=not runtime.is_first_process()) as bar:
         for index, image in paint(params, requests, everywhere=False):
             number = painted[index]

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dreambooth_jax.data.images import Examples
+from dreambooth_jax.data.low_resolution import shrink
 from dreambooth_jax.devices.sharding import replicated
 from dreambooth_jax.diffusion.examples import EncodedExamples
 from dreambooth_jax.families.family import Pictures
@@ -35,17 +36,19 @@ def make_encoder(
         if text_states:
             cond = in_batches(lambda part: encode_text(params, part), cond, batch_size)
         mean, std = (x.reshape(len(x), -1) for x in (mean, std))
-        of_example = in_batches(of_pictures, pictures(examples), batch_size) or None
+        of_example = in_batches(of_pictures, pictures(pipeline, examples), batch_size) or None
         encoded = EncodedExamples(mean, std, cond, caption.astype(np.int32), of_example)
         return jax.device_put(encoded, replicated(mesh))
 
     return encode
 
 
-def pictures(examples: Examples) -> Pictures:
-    """The pictures of the examples with their sizes, to condition on."""
+def pictures(pipeline: Pipeline, examples: Examples) -> Pictures:
+    """What the examples are conditioned on: their sizes and, in a super-resolution stage, themselves made small."""
+    low = pipeline.low_resolution
+    small = None if low is None else shrink(examples.images, low.factor)
     target = np.full((len(examples.images), 2), examples.images.shape[1:3], np.int32)
-    return Pictures(examples.images, examples.original, examples.crop, target)
+    return Pictures(small, examples.original, examples.crop, target)
 
 
 def in_batches(function: Callable[[Any], Any], rows: Any, size: int) -> Any:

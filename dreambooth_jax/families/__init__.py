@@ -1,6 +1,7 @@
 """Model families: the one place where a name becomes a family."""
 
-from dreambooth_jax.families import sd, sdxl
+from dreambooth_jax.families import imagen, sd, sdxl, upscaler
 from dreambooth_jax.families.family import Family
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (sd, sdxl)}
+_ALL = (sd.FAMILY, sdxl.FAMILY, imagen.STAGE_I, imagen.STAGE_II, upscaler.FAMILY)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

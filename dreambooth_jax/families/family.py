@@ -12,10 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from dreambooth_jax.diffusion.low_resolution import LowResolution
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.models.params import Functional, under_prefix
 
 DENOISER, TEXT, CODEC = "denoiser", "text", "codec"
+NOISE_LEVEL = "_noise_level"  # in model_index.json: level that a super-resolution stage is painted at
 Cond = dict[str, Any]
 
 
@@ -59,7 +61,7 @@ class Pictures(NamedTuple):
     """What is known of pictures, to condition on: rows are (height, width) or (top, left) in pixels.
 
     Attributes:
-        images: the pictures, where they exist: while painting, those of the stage before, or None.
+        images: those of the stage before, which a super-resolution stage enlarges, or None.
         original: sizes before resizing.
         crop: top left corners of the crops, in the resized pictures.
         target: sizes after cropping.
@@ -88,12 +90,18 @@ class Family(NamedTuple):
         encode_text: (models, params, tokens) -> the prompt's conditions. It is also given the picture's, to ignore.
         encode_images: (models, params, uint8 images) -> mean and standard deviation of the encoded pictures.
         decode: (models, params, encoded pictures) -> pixels in [0, 1].
-        predict: (models, params, x_t, t, conditions) -> prediction like x_t.
+        predict: (models, params, x_t, t, conditions) -> output of the denoiser.
         guidance: classifier-free guidance scale that pictures are usually painted with.
         of_example: (models, Pictures) -> conditions of the pictures.
-        augment: (conditions of one picture, key) -> the same with this step's noise on them; None: no noise.
+        low_resolution: models -> how a super-resolution stage takes the picture of the stage before; None for others.
         negative: (models, the prompt's conditions, [b] whether the prompt is empty) -> conditions of the negative
             prompts.
+        split: (models, output of the denoiser) -> (prediction like x_t, interpolation of the sampler's variance or
+            None).
+        clip: models -> function of the sampler's estimates of x0, or None.
+        schedulers: folders of schedulers; "scheduler" is that of the process.
+        saved_scheduler: scheduler_config.json -> that of a trained model.
+        trains_text: whether text encoders may train.
     """
 
     name: str
@@ -111,8 +119,13 @@ class Family(NamedTuple):
     predict: Callable[[Models, Mapping[str, Any], Array, Array, Cond], Array]
     guidance: float
     of_example: Callable[[Models, Pictures], Cond] = lambda models, pictures: {}
-    augment: Callable[[Cond, Array], Cond] | None = None
+    low_resolution: Callable[[Models], LowResolution | None] = lambda models: None
     negative: Callable[[Models, Cond, Array], Cond] = lambda models, cond, empty: cond
+    split: Callable[[Models, Array], tuple[Array, Array | None]] = lambda models, output: (output, None)
+    clip: Callable[[Models], Callable[[Array], Array] | None] = lambda models: None
+    schedulers: tuple[str, ...] = ("scheduler",)
+    saved_scheduler: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config
+    trains_text: bool = True
 
     def names(self, *roles: str) -> list[str]:
         """The parts that have one of `roles`."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from dreambooth_jax.devices.sharding import param_sharding
+from dreambooth_jax.diffusion.low_resolution import LowResolution
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.families import FAMILIES
 from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Models, Part, Pictures
@@ -143,9 +145,28 @@ class Pipeline:
         """The conditions of negative prompts, from those of their texts and [b] whether these are empty."""
         return self.family.negative(self.models, cond, empty)
 
+    @functools.cached_property
+    def low_resolution(self) -> LowResolution | None:
+        """How pictures of the stage before are taken, in a super-resolution stage."""
+        return self.family.low_resolution(self.models)
+
+    def with_index(self, **entries: Any) -> "Pipeline":
+        """The same with further entries of model_index.json."""
+        index = dict(self.models.configs["index"]) | entries
+        configs = dict(self.models.configs) | {"index": index}
+        return dataclasses.replace(self, models=self.models._replace(configs=configs))
+
+    def output(self, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+        """The denoiser's output given all conditions; see `split`."""
+        return self.family.predict(self.models, params, xt, t, cond)
+
+    def split(self, output: Array) -> tuple[Array, Array | None]:
+        """(prediction, interpolation of the sampler's variance or None)."""
+        return self.family.split(self.models, output)
+
     def denoise(self, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
         """The prediction given all conditions: a `predict` for frozen text encoders."""
-        return self.family.predict(self.models, params, xt, t, cond)
+        return self.split(self.output(params, xt, t, cond))[0]
 
     def denoise_tokens(self, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
         """The prediction given tokens and the pictures' conditions: a `predict` that trains the text encoders too."""
@@ -169,7 +190,7 @@ def load_pipeline(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing"
     index = read_json(folder, INDEX)
     family = _family_of(index, folder)
     configs = {part: read_json(folder, f"{part}/config.json") for part in family.parts}
-    configs |= {"scheduler": read_json(folder, SCHEDULER), "index": index}
+    configs |= {name: read_json(folder, f"{name}/{SCHEDULER}") for name in family.schedulers} | {"index": index}
     pipeline = build_pipeline(folder, configs, dtype=dtype, remat=remat)
     specs = pipeline.models.specs
     tokenizers = {
@@ -247,13 +268,16 @@ def save_pipeline(
     Args:
         pipeline: source of configs, scheduler and tokenizers.
         params: all parts, on this host.
-        folder: made if absent; files in it are replaced.
+        folder: made if absent; files in it are replaced. Its scheduler is that of a trained model.
         dtype: stored precision; default float32.
     """
     folder = Path(folder)
     for name, part in pipeline.family.parts.items():
         config = opens_in_float32(pipeline.models.configs[name], dtype)
         save_model(folder / name, under_prefix(f"{name}.", params), config, dtype=dtype, stem=part.file)
-    for name in ("scheduler", *pipeline.family.tokenizers):
+    for name in (*pipeline.family.schedulers, *pipeline.family.tokenizers):
         copy_folder(pipeline.folder / name, folder / name)
+    read = pipeline.models.configs["scheduler"]
+    if (scheduler := pipeline.family.saved_scheduler(read)) != read:
+        (folder / "scheduler" / SCHEDULER).write_text(json.dumps(dict(scheduler), indent=2) + "\n")
     write_index(folder, pipeline.models.configs["index"])

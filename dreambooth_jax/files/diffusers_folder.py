@@ -8,9 +8,9 @@ from typing import Any
 
 from dreambooth_jax.models.spec import UnsupportedConfig
 
-INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
 # A hub folder's safety checker and image processor are not read, so a written index must not name them.
-_NOT_WRITTEN = ("safety_checker", "feature_extractor", "image_encoder")
+_NOT_WRITTEN = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

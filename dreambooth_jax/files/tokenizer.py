@@ -1,6 +1,7 @@
 """The tokenizers of a pipeline folder."""
 
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -35,6 +36,7 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: the folder or its vocabulary is missing.
+        ImportError: a SentencePiece vocabulary, without the optional package that reads it.
         UnsupportedConfig: the folder names another class, or its vocabulary is larger than the table.
     """
     folder = pathlib.Path(base) / name
@@ -49,6 +51,11 @@ def load_tokenizer(
     if kind not in CLASSES:
         raise UnsupportedConfig(
             f"{folder}/tokenizer_config.json: tokenizer_class = {kind!r}; implemented: {', '.join(CLASSES)}"
+        )
+    if not is_clip and "tokenizer.json" not in files and importlib.util.find_spec("sentencepiece") is None:
+        raise ImportError(
+            f"{folder}: spiece.model is read by another package. Run: pip install sentencepiece (or "
+            "'dreambooth-jax[t5]'), or put tokenizer.json of the same model beside it."
         )
     import transformers  # takes seconds, which a wrong path need not
 

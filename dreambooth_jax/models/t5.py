@@ -35,6 +35,7 @@ class T5Spec:
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "relu"
     pad_token_id: int = 0
+    max_length = 77  # tokens with padding, of which the UNets of Imagen and IF read all
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "T5Spec":

@@ -10,18 +10,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, UInt32
 
 from dreambooth_jax.devices.sharding import batch_sharding, gather, replicated
+from dreambooth_jax.diffusion.low_resolution import UNIFORM, make_augment
 from dreambooth_jax.diffusion.sampler import make_sampler
-from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Pictures
+from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Pictures
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
 
 
 class Request(NamedTuple):
-    """One picture: its prompt and negative prompt, and the key that its noise comes from."""
+    """One picture: its prompt and negative prompt, the key that its noise comes from and, for a super-resolution stage,
+    the picture of the stage before, uint8[h w 3]."""
 
     prompt: str
     negative: str
     key: jax.Array
+    low: np.ndarray | None = None
 
 
 Painter = Callable[..., Iterator[tuple[int, np.ndarray]]]
@@ -33,7 +36,7 @@ class Inputs(NamedTuple):
     Attributes:
         tokens, negative: of the prompts and the negative prompts.
         empty: whether the negative prompt is empty.
-        pictures: sizes to condition on.
+        pictures: sizes to condition on, and the pictures of the stage before.
         keys: key data of the noise.
     """
 
@@ -45,15 +48,36 @@ class Inputs(NamedTuple):
 
 
 def make_paint_batch(
-    pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size: int, sampler: str, steps: int, guidance: float
+    pipeline: Pipeline,
+    mesh: Mesh,
+    *,
+    resolution: int,
+    batch_size: int,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    trained: bool = False,
+    sr_noise: str = UNIFORM,
+    noise_level: int | None = None,
 ) -> Callable[[Params, Inputs], tuple[Array, Bool[Array, "3"]]]:
     """Builds the jitted `paint_batch(params, inputs) -> (uint8 images [b, h, w, 3], finite)`, split over the mesh: text
     encoders, sampler and decoder in one program. `finite` says of text, denoiser and decoder whether their numbers are.
 
+    Args:
+        trained: whether the model was trained here: a learnt variance of the sampler, which training leaves as it was,
+            is then not used.
+        sr_noise: noise that a super-resolution stage was trained with, see `make_augment`.
+        noise_level: level of the noise on its low-resolution pictures; default: see `LowResolution.sampling_level`.
+
     Raises:
-        ValueError: unknown sampler or a number of steps it does not take.
+        ValueError: unknown sampler, a number of steps that it does not take, or a noise level of no training.
     """
-    sample = make_sampler(pipeline.denoise, pipeline.process, sampler=sampler, steps=steps)
+    output, split = (pipeline.denoise, None) if trained else (pipeline.output, pipeline.split)
+    sample = make_sampler(
+        output, pipeline.process, sampler=sampler, steps=steps, clip=pipeline.family.clip(pipeline.models),
+        **({} if split is None else {"split": split}),
+    )  # fmt: skip
+    condition = picture_conditions(pipeline, resolution, sr_noise, noise_level)
     shape = pipeline.example_shape(resolution)
     spread = batch_sharding(mesh, batch_size)
 
@@ -65,11 +89,7 @@ def make_paint_batch(
         tokens = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs.negative, inputs.tokens)
         both = pipeline.encode_text(params, tokens)
         uncond, cond = (jax.tree.map(lambda x: jnp.split(x, 2)[half], both) for half in (0, 1))  # noqa: B023
-        of_picture = pipeline.of_example(inputs.pictures)
-        if pipeline.family.augment is not None:
-            of_picture = jax.vmap(pipeline.family.augment)(
-                of_picture, jax.vmap(lambda key: jax.random.fold_in(key, 3))(own)
-            )
+        of_picture = condition(inputs.pictures, own)
         uncond = pipeline.negative(uncond, inputs.empty) | of_picture if guidance != 1.0 else None
         encoded = sample(params, noise, cond | of_picture, uncond, guidance, own)
         pixels = pipeline.decode(params, encoded)
@@ -98,18 +118,59 @@ def check_painted(finite: Bool[Array | np.ndarray, "3"], parts: Sequence[str]) -
             )
 
 
-def input_shapes(pipeline: Pipeline, batch_size: int) -> Inputs:
+def picture_conditions(
+    pipeline: Pipeline, resolution: int, sr_noise: str = UNIFORM, noise_level: int | None = None
+) -> Callable[[Pictures, Array], Cond]:
+    """Builds (pictures, their keys) -> conditions; arguments and errors are those of `make_paint_batch`."""
+    low = pipeline.low_resolution
+    if low is None:
+        return lambda pictures, keys: pipeline.of_example(pictures)
+    augment = make_augment(low, resolution, sr_noise, low.sampling_level(sr_noise, noise_level))
+
+    def noisy(pictures: Pictures, keys: Array) -> Cond:
+        return jax.vmap(augment)(pipeline.of_example(pictures), jax.vmap(lambda k: jax.random.fold_in(k, _LOW))(keys))
+
+    return noisy
+
+
+# Of the key of a picture's noise on the low-resolution picture: no sampler has so many steps.
+_LOW = 2**31 - 1
+
+
+def input_shapes(pipeline: Pipeline, batch_size: int, resolution: int) -> Inputs:
     """Shapes of what `paint_batch` takes."""
     shape, tokens = jax.ShapeDtypeStruct, pipeline.family.token_shapes(pipeline.models, batch_size)
-    pair = shape((batch_size, 2), jnp.int32)
     empty, keys = shape((batch_size,), jnp.bool_), shape((batch_size, 2), jnp.uint32)
-    return Inputs(tokens, tokens, empty, Pictures(None, pair, pair, pair), keys)
+    return Inputs(tokens, tokens, empty, picture_shapes(pipeline, batch_size, resolution), keys)
 
 
-def sizes_to_paint(resolution: int, count: int) -> Pictures:
-    """The sizes that `count` pictures are painted for: whole pictures of that side, as samplers usually ask for."""
-    side = np.full((count, 2), resolution, np.int32)
-    return Pictures(None, side, np.zeros_like(side), side)
+def picture_shapes(pipeline: Pipeline, count: int, resolution: int) -> Pictures:
+    """Shapes of what `count` pictures of that side are conditioned on."""
+    pair, low, small = jax.ShapeDtypeStruct((count, 2), jnp.int32), pipeline.low_resolution, None
+    if low is not None:
+        small = jax.ShapeDtypeStruct((count, resolution // low.factor, resolution // low.factor, 3), jnp.uint8)
+    return Pictures(small, pair, pair, pair)
+
+
+def to_paint(pipeline: Pipeline, resolution: int, requests: Sequence[Request]) -> Pictures:
+    """What the pictures are conditioned on: the sizes of whole pictures of that side, as samplers usually ask for, and
+    the requests' low-resolution pictures.
+
+    Raises:
+        ValueError: a low-resolution picture is absent or of another size.
+    """
+    side = np.full((len(requests), 2), resolution, np.int32)
+    images = None
+    if low := pipeline.low_resolution:
+        small = resolution // low.factor
+        wrong = {None if r.low is None else r.low.shape[:2] for r in requests} - {(small, small)}
+        if wrong:
+            raise ValueError(
+                f"{pipeline.family.name} enlarges pictures {low.factor} times: for {resolution} pixels it needs "
+                f"pictures of {small} x {small}, got {wrong.pop() or 'none'}"
+            )
+        images = np.stack([r.low for r in requests])
+    return Pictures(images, side, np.zeros_like(side), side)
 
 
 def make_painter(pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size: int, **kw: Any) -> Painter:
@@ -134,7 +195,7 @@ def make_painter(pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size:
                 tokens=pipeline.tokenize([r.prompt for r in padded]),
                 negative=pipeline.tokenize([r.negative for r in padded]),
                 empty=np.array([not r.negative for r in padded]),
-                pictures=sizes_to_paint(resolution, batch_size),
+                pictures=to_paint(pipeline, resolution, padded),
                 keys=np.stack([jax.random.key_data(r.key) for r in padded]),
             )
             with jax.set_mesh(mesh):  # kernels split their batch over it

@@ -73,6 +73,20 @@ def _is_regex(text: str) -> bool:
         return False
 
 
+def _is_noise(text: str) -> bool:
+    try:
+        return text == "uniform" or 0 <= float(text) < 1
+    except ValueError:
+        return False
+
+
+def _are_values(pairs: Any) -> bool:
+    return isinstance(pairs, (tuple, list)) and all(
+        isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in FIELDS for pair in pairs
+    )
+
+
+_STAGE_FIELDS = "a tuple per further stage of (field, value) pairs"
 _SIZE = Field(int, lambda v: v == -1 or v > 0, "above 0, or -1 for what is left", identity=False)
 _SHARE = Field(float, lambda v: 0 <= v < 1, "at least 0 and below 1")
 
@@ -90,6 +104,11 @@ FIELDS: dict[str, Field] = {
     "flip": Field(bool),
     "views": _positive(),
     "seed": Field(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2^32 - 1"),
+    "stage": _not_negative(int, identity=False),
+    "stages": Field(tuple, lambda v: all(isinstance(base, str) for base in v), "a tuple of bases", identity=False),
+    "stage_fields": Field(tuple, lambda v: all(map(_are_values, v)), _STAGE_FIELDS, identity=False),
+    "sr_noise": Field(str, _is_noise, "a variance between 0 and 1, such as 1e-5, or uniform"),
+    "sr_crop": _not_negative(int),
     "prior_preservation": Field(bool),
     "prior_weight": _not_negative(float),
     "prior_target": _one_of("noise", "base"),

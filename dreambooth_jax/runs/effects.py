@@ -43,6 +43,8 @@ IDLE = (
         lambda c: not (c.train_text_encoder or c.method in WITH_TOKEN),
         "with train_text_encoder = False",
     ),
+    Idle(("stage", "stage_fields"), lambda c: not c.stages, "without stages"),
+    Idle(("stages", "stage", "stage_fields"), lambda c: bool(c.subjects), "with subjects, which train one model"),
     Idle(("moment_dtype",), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
     Idle(("sample_count", "negative_prompt"), lambda c: not c.sample_prompts, "without sample_prompts"),
     Idle(

@@ -14,6 +14,7 @@ from dreambooth_jax.adapters.extract import differences, low_rank
 from dreambooth_jax.adapters.factors import FORMS, add, merge
 from dreambooth_jax.adapters.inversion import is_row, rows_of, with_rows
 from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.family import NOISE_LEVEL
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params, save_pipeline
 from dreambooth_jax.files import embeddings, lora_kohya, lora_peft, single_file
 from dreambooth_jax.files.hub import EMBEDDED
@@ -21,6 +22,7 @@ from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import make_painter
 from dreambooth_jax.painting.sheets import paint_rows
+from dreambooth_jax.runs.cascade import enlarging
 from dreambooth_jax.runs.config import fill
 from dreambooth_jax.runs.workdir import Trained, open_trained
 
@@ -68,6 +70,8 @@ class Written(NamedTuple):
 def to_folder(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
     """A whole diffusers folder."""
     pipeline = subject.run.pipeline
+    if low := pipeline.low_resolution:
+        pipeline = pipeline.with_index(**{NOISE_LEVEL: low.sampling_level(subject.run.config.sr_noise)})
     save_pipeline(pipeline, subject.tuned, path, dtype=dtype)
     opened = f'{pipeline.family.name}.from_pretrained("{path}")'
     return Written(path, lambda: read_params(load_pipeline(str(path))), f"{opened} in diffusers; --base {path} here")
@@ -252,8 +256,11 @@ def prove(subject: Subject, written: Written, token: Path | None) -> str:
     prompt = fill(next(iter(config.sample_prompts), config.instance_prompt), config)
     painter = make_painter(
         subject.run.pipeline, mesh, resolution=config.resolution, batch_size=2, sampler=config.sampler,
-        steps=config.sampling_steps, guidance=config.guidance_scale,
+        steps=config.sampling_steps, guidance=config.guidance_scale, trained=True, sr_noise=config.sr_noise,
     )  # fmt: skip
+    if low := subject.run.pipeline.low_resolution:  # grey pictures to enlarge
+        grey = np.full((config.resolution // low.factor,) * 2 + (3,), 128, np.uint8)
+        painter = enlarging(painter, lambda requests: [grey] * len(requests), 2)
     ours, theirs = (
         np.stack(paint_rows(painter, params, [prompt], range(2))[0]).astype(np.int32)
         for params in (

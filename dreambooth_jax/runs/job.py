@@ -19,12 +19,13 @@ from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices import compiler_options
 from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
+from dreambooth_jax.diffusion.low_resolution import make_augment
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state, make_step, recomputed, rounded, run_steps
-from dreambooth_jax.families.family import DENOISER, TEXT, Pictures
+from dreambooth_jax.families.family import DENOISER, TEXT
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.models.params import Params, Shapes
-from dreambooth_jax.painting.painter import input_shapes, make_paint_batch
+from dreambooth_jax.painting.painter import input_shapes, make_paint_batch, picture_shapes
 from dreambooth_jax.runs.config import WITH_TOKEN
 
 
@@ -75,7 +76,17 @@ def reads_tokens(config: ConfigDict) -> bool:
 
 
 def make_method(config: ConfigDict, pipeline: Pipeline) -> Method:
-    """The method that the config names, on the denoiser and, if it says so, the text encoders."""
+    """The method that the config names, on the denoiser and, if it says so, the text encoders.
+
+    Raises:
+        ValueError: the text encoder is one that is never trained.
+    """
+    if reads_tokens(config) and not pipeline.family.trains_text:
+        raise ValueError(
+            f"train_text_encoder = {config.train_text_encoder}, method = {config.method!r}: {pipeline.family.name} "
+            "reads a frozen T5 (arXiv 2208.12242, section 4); give --config.train_text_encoder=False and a method "
+            "without new tokens"
+        )
     if config.method not in WITH_TOKEN:
         return _method_on_weights(config.method, config, pipeline)
     rows = inversion(
@@ -153,15 +164,19 @@ def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
     cond = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), cond)
 
     def resident(count: int) -> EncodedExamples:
-        latents = _everywhere(job, (count, math.prod(pipeline.example_shape(config.resolution))), jnp.float32)
-        pair = jax.ShapeDtypeStruct((count, 2), jnp.int32)
-        images = jax.ShapeDtypeStruct((count, config.resolution, config.resolution, 3), jnp.uint8)
-        of_example = jax.eval_shape(pipeline.of_example, Pictures(images, pair, pair, pair))
-        of_example = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), of_example) or None
-        return EncodedExamples(latents, latents, cond, _everywhere(job, (count,), jnp.int32), of_example)
+        side = training_side(config)
+        latents = _everywhere(job, (count, math.prod(pipeline.example_shape(side))), jnp.float32)
+        own = jax.eval_shape(pipeline.of_example, picture_shapes(pipeline, count, side))
+        own = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), own) or None
+        return EncodedExamples(latents, latents, cond, _everywhere(job, (count,), jnp.int32), own)
 
     count = num_instance if pairs_prior(config) else num_class
     return TrainingData(resident(num_instance), resident(count) if config.prior_preservation else None)
+
+
+def training_side(config: ConfigDict) -> int:
+    """Side in pixels of the training examples: of crops, where a super-resolution stage trains on those."""
+    return config.sr_crop or config.resolution
 
 
 def key_shape(job: Job) -> jax.ShapeDtypeStruct:
@@ -197,6 +212,7 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
         hold = rounded(jnp.float32)
     else:  # among several devices, recomputed products would be exchanged a second time too
         hold = (recomputed if on_tpu and mesh.size == 1 and not mapped else rounded)(dtype)
+    low, side = pipeline.low_resolution, training_side(config)
     return make_step(
         pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
         job.optimizer,
@@ -208,10 +224,10 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
         accumulate=config.accumulate,
         hold=hold,
         ema_decay=config.ema_decay or None,
-        example_shape=pipeline.example_shape(config.resolution),
+        example_shape=pipeline.example_shape(side),
         base=(lambda frozen: gather(mesh, frozen, dtype)) if of_base else None,
         paired=pairs_prior(config),
-        augment=pipeline.family.augment,
+        augment=make_augment(low, side, config.sr_noise) if low else None,
         constrain=lambda batch: batch if mapped else jax.lax.with_sharding_constraint(batch, spread),
     )
 
@@ -238,9 +254,11 @@ def lower_painting(job: Job) -> jax.stages.Lowered:
     batch = config.class_batch_size
     paint = make_paint_batch(
         pipeline, job.mesh, resolution=config.resolution, batch_size=batch, sampler=config.sampler,
-        steps=config.sampling_steps, guidance=config.guidance_scale,
+        steps=config.sampling_steps, guidance=config.guidance_scale, trained=True, sr_noise=config.sr_noise,
     )  # fmt: skip
-    inputs = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), input_shapes(pipeline, batch))
+    inputs = jax.tree.map(
+        lambda x: _everywhere(job, x.shape, x.dtype), input_shapes(pipeline, batch, config.resolution)
+    )
     trainable, frozen = split_shapes(job)
     with jax.set_mesh(job.mesh):
         return paint.lower(trainable | frozen, inputs)

@@ -16,11 +16,13 @@ from ml_collections import ConfigDict
 from dreambooth_jax.adapters.inversion import TEMPLATES
 from dreambooth_jax.data.class_images import agreed, class_images_to_paint, paint_missing, read_class_images
 from dreambooth_jax.data.encode import make_encoder
-from dreambooth_jax.data.images import Examples, read_examples
+from dreambooth_jax.data.images import Examples, decode_image, read_examples
+from dreambooth_jax.data.low_resolution import cut
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.step import TrainState
+from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.digest import weights_digest
@@ -28,6 +30,7 @@ from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, make_painter
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below, stage_folder
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
 from dreambooth_jax.runs.config_file import complete, read_json
 from dreambooth_jax.runs.job import Job, fresh_state, make_job, open_base, pairs_prior, reads_tokens, state_shapes
@@ -67,11 +70,12 @@ class Run(NamedTuple):
         return self.job.mesh
 
 
-def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Run:
+def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, before: Sequence[ConfigDict] = ()) -> Run:
     """Makes everything cheap, and every check, before weights are read or anything is compiled.
 
     Args:
         devices: of the mesh; default: all.
+        before: configs of the stages before this one, in a cascade.
 
     Raises:
         ValueError, OSError: something that the config names cannot be used; says what, and the remedy.
@@ -83,13 +87,16 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> R
     notes = claim(workdir, config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
     pipeline = open_base(config, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    if not (pipeline.family.trains_text or reads_tokens(config)):
+        pipeline = with_cached_text(pipeline, mesh, _prompts(config))
     job = make_job(config, pipeline, mesh)
     config = job.config
     if config.init_adapter:
         adapter_to_continue(job)  # an error now, not after the weights are read
     paint = make_painter(
         pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
-        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
+        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale, trained=True,
+        sr_noise=config.sr_noise,
     )  # fmt: skip
     examples = read_examples(
         config.instance_images, config.resolution, template=config.instance_prompt, identifier=config.identifier,
@@ -97,10 +104,29 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> R
         views=config.views, seed=config.seed,
     )  # fmt: skip
     examples = with_templates(examples, config)
+    if low := pipeline.low_resolution:
+        folder = workdir / "samples" / f"stage{config.stage - 1}"
+        below = painted_below(before, mesh, folder) if before else photos_below(examples, low.factor)
+        paint = enlarging(paint, below, max(2, config.stage))
+    elif before or config.sr_crop:
+        raise ConfigError(
+            f"base = {config.base!r}, sr_crop = {config.sr_crop}: {pipeline.family.name} enlarges nothing"
+        )
     digest = weights_digest(pipeline.single_file or pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
     paints = config.prior_preservation and not pairs_prior(config)
     to_paint = class_images_to_paint(config, digest) if paints else []
     return Run(job, workdir, paint, examples, digest, len(to_paint), given, tuple(notes))
+
+
+def _prompts(config: ConfigDict) -> list[str]:
+    """The texts that a run surely reads."""
+    templates = (config.instance_prompt, config.class_prompt, config.negative_prompt, "", *config.sample_prompts)
+    return [fill(template, config) for template in templates]
+
+
+def _cut(examples: Examples, config: ConfigDict) -> Examples:
+    """The crops that a super-resolution stage trains on, or the whole pictures."""
+    return cut(examples, config.sr_crop, config.seed) if config.sr_crop else examples
 
 
 def with_templates(examples: Examples, config: ConfigDict) -> Examples:
@@ -176,16 +202,40 @@ def prepare_data(
     """
     config = run.config
     encode = make_encoder(run.pipeline, run.mesh, text_states=not reads_tokens(config))
+    instance = encode(params, _cut(run.examples, config))
     if not config.prior_preservation:
-        return TrainingData(encode(params, run.examples), None)
+        return TrainingData(instance, None)
     if pairs_prior(config):
         of_class = run.examples._replace(captions=(fill(config.class_prompt, config),) * len(run.examples.captions))
-        return TrainingData(encode(params, run.examples), encode(params, of_class))
+        return TrainingData(instance, encode(params, _cut(of_class, config)))
     if numbers := agreed(class_images_to_paint(config, run.digest)):
-        paint_missing(config, numbers, run.paint, params, run.digest)
+        paint_missing(config, numbers, run.paint, params, run.digest, _class_images_before(run))
     class_images = read_class_images(config)
     inspect(class_images)
-    return TrainingData(encode(params, run.examples), encode(params, class_images))
+    return TrainingData(instance, encode(params, _cut(class_images, config)))
+
+
+def _class_images_before(run: Run) -> Callable[[int], np.ndarray | None]:
+    """Number of a class image -> that of the stage before, from which a super-resolution stage makes it larger.
+
+    Raises:
+        ConfigError: when called, the stage before has no such class image.
+    """
+    if run.pipeline.low_resolution is None:
+        return lambda number: None
+    stage = run.config.stage
+    folder = epath.Path(stage_folder(str(run.workdir.parent), stage - 1)) / "class_images"
+
+    def low(number: int) -> np.ndarray:
+        path = folder / f"class_{number:05d}.png"
+        if stage < 2 or not path.exists():
+            raise ConfigError(
+                f"{path}: no such class image to enlarge. Train the stage before with prior preservation and as many "
+                "class images, give --config.class_images of this stage's size, or --config.prior_preservation=False"
+            )
+        return np.asarray(decode_image(path.read_bytes()))
+
+    return low
 
 
 def begin(job: Job, params: Params) -> tuple[Params, Params, Key[Array, ""]]:

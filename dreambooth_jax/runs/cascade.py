@@ -1,0 +1,139 @@
+"""Runs of a cascade: one folder per stage in one workdir, each an ordinary run.
+
+workdir/stage1 paints small pictures; every further stage trains on pairs made from the same photos, and its samples
+enlarge those of the stages before it, trained where they are trained.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dreambooth_jax.data.images import Examples, decode_image
+from dreambooth_jax.data.low_resolution import shrink
+from dreambooth_jax.devices import runtime
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.models.params import Params
+from dreambooth_jax.painting.cascade import Stage, paint_stages
+from dreambooth_jax.painting.painter import Painter, Request, make_painter
+from dreambooth_jax.painting.sheets import save_png
+from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.workdir import open_run
+
+Below = Callable[[Sequence[Request]], list[np.ndarray]]
+
+
+def stage_configs(config: ConfigDict) -> list[ConfigDict]:
+    """The config of every stage's own run; that of `config` itself where it names no further stages.
+
+    Raises:
+        ConfigError: there is no such stage, or fields for more stages than there are.
+    """
+    if not config.stages:
+        return [config]
+    count = 1 + len(config.stages)
+    if config.stage > count or len(config.stage_fields) > len(config.stages):
+        raise ConfigError(
+            f"stage = {config.stage}, {len(config.stage_fields)} entries of stage_fields: this cascade has {count} "
+            "stages, and stage_fields holds one entry per stage after the first"
+        )
+    configs = [ConfigDict(dict(config) | {"stage": 1, "workdir": stage_folder(config.workdir, 1)})]
+    for number, base in enumerate(config.stages, 2):
+        given = config.stage_fields[number - 2] if number - 2 < len(config.stage_fields) else ()
+        own = {"base": base, "stage": number, "workdir": stage_folder(config.workdir, number), "class_images": ""}
+        configs.append(ConfigDict(dict(config) | dict(given) | own))
+    return configs
+
+
+def stage_folder(workdir: str, number: int) -> str:
+    """The folder of one stage's run."""
+    return f"{workdir}/stage{number}"
+
+
+def stage_folders(workdir: str) -> list[str]:
+    """The folders of the stages that were trained, or begun, in the workdir of a cascade; [] if it is none."""
+    numbers = range(1, 10)
+    found = [number for number in numbers if (epath.Path(stage_folder(workdir, number)) / "config.json").exists()]
+    return [stage_folder(workdir, number) for number in found]
+
+
+def open_stages(configs: Sequence[ConfigDict], mesh: Mesh) -> list[Stage]:
+    """A painter and params per stage: of its newest checkpoint, or of its base if it was not trained."""
+    stages = []
+    for config in configs:
+        trained = any((epath.Path(config.workdir) / "checkpoints").glob("[0-9]*"))
+        if trained:
+            config, pipeline, params = open_run(config.workdir, mesh)
+        else:
+            pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype))
+            params = read_params(pipeline, mesh)
+        paint = make_painter(
+            pipeline, mesh, resolution=config.resolution or pipeline.resolution, batch_size=config.class_batch_size,
+            sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale, trained=trained,
+            sr_noise=config.sr_noise,
+        )  # fmt: skip
+        stages.append(Stage(paint, params))
+    return stages
+
+
+def enlarging(paint: Painter, below: Below, number: int) -> Painter:
+    """`paint` for requests that come without the picture of the stage before, which `below` gives.
+
+    Args:
+        number: of the stage: its noise is another than that of the stages before it.
+    """
+
+    def larger(
+        params: Params, requests: Sequence[Request], everywhere: bool = True
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        pictures = iter(below([request for request in requests if request.low is None]))
+        whole = [
+            request._replace(
+                key=jax.random.fold_in(request.key, number - 1),
+                low=next(pictures) if request.low is None else request.low,
+            )
+            for request in requests
+        ]
+        yield from paint(params, whole, everywhere)
+
+    return larger
+
+
+def painted_below(configs: Sequence[ConfigDict], mesh: Mesh, folder: epath.Path) -> Below:
+    """Pictures of the stages that `configs` describe, painted once and kept in `folder`: their weights are on the
+    devices only while they paint."""
+
+    def below(requests: Sequence[Request]) -> list[np.ndarray]:
+        paths = {_name(request): (folder / f"{_name(request)}.png", request) for request in requests}
+        todo = {name: request for name, (path, request) in paths.items() if not path.exists()}
+        found = {n: np.asarray(decode_image(path.read_bytes())) for n, (path, _) in paths.items() if n not in todo}
+        if todo:
+            pictures = paint_stages(open_stages(configs, mesh), list(todo.values()))[-1]
+            found |= dict(zip(todo, pictures, strict=True))
+        runtime.wait_for_all("pictures of the stage before")
+        for name, request in todo.items():
+            if runtime.is_first_process():
+                save_png(paths[name][0], found[name], {"prompt": request.prompt})
+        return [found[_name(request)] for request in requests]
+
+    return below
+
+
+def _name(request: Request) -> str:
+    key = np.asarray(jax.random.key_data(request.key)).tobytes()
+    return hashlib.sha256(b"\0".join([request.prompt.encode(), request.negative.encode(), key])).hexdigest()[:24]
+
+
+def photos_below(examples: Examples, factor: int) -> Below:
+    """The photos themselves made small, in turn: what a super-resolution stage without another before it enlarges."""
+
+    def below(requests: Sequence[Request]) -> list[np.ndarray]:
+        small = shrink(examples.images, factor)
+        return [small[number % len(small)] for number in range(len(requests))]
+
+    return below
