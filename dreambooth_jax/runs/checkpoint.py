@@ -10,11 +10,14 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -56,12 +59,25 @@ def open_checkpoints(
     if read_only:
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
+        logging.getLogger("absl").addFilter(_is_told)
+        sys.excepthook = _hook
         seal = functools.partial(_seal, path, {} if record is None else record)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True,
             enable_async_checkpointing=True, async_options=ocp.AsyncOptions(post_finalization_callback=seal),
         )  # fmt: skip
     return ocp.CheckpointManager(path, options=options)
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    """Whether a log record is for a person. Orbax logs, with tracebacks, what it raises again: that is told once."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Exceptions of callbacks: after a failed save TensorStore still calls an event loop that Orbax has closed."""
+    if "Event loop is closed" not in str(error):
+        sys.__excepthook__(kind, error, trace)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
