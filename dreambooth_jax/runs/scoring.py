@@ -114,7 +114,7 @@ def protocol_of(judge: Judge, questions: Questions) -> str:
 def _painter(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Painter:
     return make_painter(
         pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
-        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
+        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale, trained=True,
     )  # fmt: skip
 
 
