@@ -20,7 +20,7 @@ from dreambooth_jax.plan import Plan, plan
 
 ROOT = Path(__file__).parent.parent
 SLICES = {
-    1: "v5e:1x1", 2: "v5e:1x2", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4", 32: "v5e:4x8", 64: "v5e:8x8",
+    1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4", 32: "v5e:4x8", 64: "v5e:8x8",
     128: "v5e:8x16", 256: "v5e:16x16",
 }  # fmt: skip
 GIB = 2**30

@@ -100,13 +100,13 @@ def test_remedies_are_compiled_until_one_fits(config, monkeypatch):
 @pytest.mark.parametrize(
     ("config_string", "topology", "changes"),
     [
-        # One subject image and one class image on each of two chips, text encoder and all, AdamW in float32.
-        ("sd15", "v5e:1x2", {"batch_size": 2, "mesh_fsdp": 2}),
+        # One subject image and one class image on each of four chips, text encoder and all, AdamW in float32.
+        ("sd15", "v5e:2x2", {"batch_size": 4, "mesh_fsdp": 4}),
         ("sd15,lora", "v5e:1x1", {}),
     ],
 )
 def test_stable_diffusion_fits_chips_of_16_gb(config_string, topology, changes):
-    """The real size, by the compiler's own check of memory: full fine-tuning on two chips, LoRA on one."""
+    """The real size, by the compiler's own check of memory: full fine-tuning on four chips, LoRA on one."""
     config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"](config_string)
     config.update(changes)
     assert config.prior_preservation and config.train_text_encoder and config.optimizer == "adamw"
@@ -133,10 +133,10 @@ def test_wide_products_stay_whole(quick):
 
 
 def test_a_sweep_compares_slices_and_settings(config, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "SWEEP_TOPOLOGIES", ("v5e:1x1", "v5e:1x2"))
+    monkeypatch.setattr(plan, "SWEEP_TOPOLOGIES", ("v5e:1x1", "v5e:2x2"))
     plan.print_sweep(config)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    slices = [("v5e:1x1", "fsdp 1, batch 8"), ("v5e:1x2", "fsdp 1, batch 8"), ("v5e:1x2", "fsdp 2, batch 8")]
+    slices = [("v5e:1x1", "fsdp 1, batch 8"), ("v5e:2x2", "fsdp 1, batch 8"), ("v5e:2x2", "fsdp 4, batch 8")]
     assert [tuple(row[:2]) for row in rows] == slices
     assert all(row[3] == "yes" and float(row[2]) > 0 and float(row[5]) > 0 for row in rows)
 
