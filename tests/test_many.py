@@ -77,7 +77,7 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path):
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("name", "photos", "steps"), ("rex", photos / "dog", 2), ("tom", photos / "cat", 4)])
-    fields = FIELDS | {"subjects": str(table), "num_class_images": 4, "sample_prompts": (), "save_every": 2}
+    fields = FIELDS | {"subjects": str(table), "num_class_images": 4, "save_every": 2}
     said = finish(tmp_path / "run", base=micro, **fields)
     assert said.index("rex: 2 steps") < said.index("tom: 4 steps")
     shapes = load_pipeline(micro).shapes
