@@ -37,8 +37,9 @@ def pretrain(config: ConfigDict) -> None:
     import numpy as np
 
     from dreambooth_jax.devices.sharding import make_mesh
-    from dreambooth_jax.files.safetensors import WEIGHT_FILES, save_model
+    from dreambooth_jax.files.safetensors import save_model
     from dreambooth_jax.files.tokenizer import load_tokenizer
+    from dreambooth_jax.files.weight_files import WEIGHT_FILES
     from dreambooth_jax.models.params import count
     from dreambooth_jax.tiny import parts, world
     from dreambooth_jax.tiny.world.atlas import make_atlas

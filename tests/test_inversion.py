@@ -17,7 +17,7 @@ from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.family import TEXT
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.embeddings import read_embeddings, write_embeddings
-from dreambooth_jax.files.safetensors import WeightsError
+from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.runs.job import make_job, open_base
 from dreambooth_jax.runs.setup import with_templates
 from dreambooth_jax.runs.workdir import open_run

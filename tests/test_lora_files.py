@@ -19,8 +19,8 @@ from dreambooth_jax.files import bases, lora_kohya, lora_peft
 from dreambooth_jax.files.lora_kohya import About, write_kohya
 from dreambooth_jax.files.lora_peft import write_peft
 from dreambooth_jax.files.lora_read import from_file, read_adapter
-from dreambooth_jax.files.safetensors import WeightsError
 from dreambooth_jax.files.single_file import SD1, SD2, XL
+from dreambooth_jax.files.weight_files import WeightsError
 
 SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

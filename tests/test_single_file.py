@@ -15,7 +15,7 @@ from support.painting import painted_by_diffusers, painted_by_sample
 
 from dreambooth_jax import export
 from dreambooth_jax.families.pipeline import describe_base, load_pipeline, read_params
-from dreambooth_jax.files.safetensors import WeightsError, file_name, to_file_axes
+from dreambooth_jax.files.safetensors import file_name, to_file_axes
 from dreambooth_jax.files.single_file import (
     SD1,
     SD2,
@@ -29,6 +29,7 @@ from dreambooth_jax.files.single_file import (
     split_base,
     write_single_file,
 )
+from dreambooth_jax.files.weight_files import WeightsError
 
 SD15, SD21 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

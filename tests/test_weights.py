@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from support.torch_folders import write_folder
 
 from dreambooth_jax.devices.sharding import make_mesh, param_sharding, split_largest
-from dreambooth_jax.files.safetensors import WEIGHT_FILES, WeightsError, read_model, save_model
+from dreambooth_jax.files.safetensors import read_model, save_model
+from dreambooth_jax.files.weight_files import WEIGHT_FILES, WeightsError
 from dreambooth_jax.models.params import under_prefix
 
 UNET_FILE, TEXT_FILE = WEIGHT_FILES

@@ -13,6 +13,12 @@ INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
 _NOT_WRITTEN = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 
 
+def components(index: Mapping[str, Any]) -> list[str]:
+    """The folders that a model_index.json names and this library reads."""
+    named = [name for name, value in index.items() if isinstance(value, list) and value[-1] is not None]
+    return [name for name in named if name not in _NOT_WRITTEN]
+
+
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of a pipeline folder.
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from dreambooth_jax.files.safetensors import weight_files
+from dreambooth_jax.files.weight_files import weight_files
 
 _BLOCK = 4096  # bytes
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_jax.files.safetensors import WeightsError
 from dreambooth_jax.files.single_file import check_path
 from dreambooth_jax.files.stream import as_tensor, write_tensors
+from dreambooth_jax.files.weight_files import WeightsError
 
 ONE = "emb_params"
 SEVERAL = ("clip_l", "clip_g")  # in the order of the model's text encoders

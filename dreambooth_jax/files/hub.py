@@ -1,8 +1,12 @@
 """From the name of a base to its folder on this machine: the one resolver of every command."""
 
+import json
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from dreambooth_jax.files.diffusers_folder import INDEX, components
+from dreambooth_jax.files.weight_files import WeightsError, choose
 
 EMBEDDED = "tiny"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
@@ -14,6 +18,7 @@ def resolve_base(base: str) -> Path:
 
     Raises:
         FileNotFoundError: neither a folder nor a hub name that can be fetched.
+        WeightsError: the hub has the base, but not in a format that is read.
     """
     file = None
     if ".safetensors" in base or ".ckpt" in base:
@@ -29,16 +34,18 @@ def resolve_base(base: str) -> Path:
             f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
             f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
         )
-    patterns = ["model_index.json", "scheduler/*.json", "tokenizer*/*", "*/*.json"]
-    patterns += ["*/*.safetensors"] if file is None else []
     try:
-        folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"])
+        return _fetch(base, weights=file is None)
+    except WeightsError:
+        raise
     except Exception as error:  # offline, unknown or gated: the hub client has a type for each
+        cached = _cached(base)
+        if cached is not None:
+            return cached
         raise FileNotFoundError(
             f"base = {base!r}: no such folder, and the model hub did not give it ({error}). "
             "Check the name and the network, or give a local folder with --config.base=/path."
         ) from error
-    return Path(folder)
 
 
 def resolve_model(name: str) -> Path:
@@ -49,6 +56,8 @@ def resolve_model(name: str) -> Path:
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
     except Exception as error:  # offline, unknown or gated: the hub client has a type for each
@@ -56,3 +65,42 @@ def resolve_model(name: str) -> Path:
             f"{name!r}: no such folder, and the model hub did not give it ({error}). Check the name and the network, "
             "or give a local folder."
         ) from error
+
+
+def _fetch(base: str, weights: bool) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    names = HfApi().list_repo_files(base)
+    index = json.loads(Path(hf_hub_download(base, INDEX)).read_text(encoding="utf-8"))
+    return Path(snapshot_download(base, allow_patterns=[INDEX, *wanted_files(names, components(index), base, weights)]))
+
+
+def wanted_files(names: Sequence[str], folders: Sequence[str], base: str, weights: bool = True) -> list[str]:
+    """The files of a repository that the library reads: configs, tokenizers and one set of weights per model.
+
+    Raises:
+        WeightsError: see `choose`.
+    """
+    inside = defaultdict(list)
+    for name in names:
+        folder, _, rest = name.partition("/")
+        if folder in folders and rest and "/" not in rest:
+            inside[folder].append(rest)
+    wanted = []
+    for folder, files in inside.items():
+        is_model = "config.json" in files
+        own = [name for name in files if name.endswith(".json") or folder.startswith("tokenizer")]
+        own += choose(files, f"{base}/{folder}", base) if is_model and weights else []
+        wanted += [f"{folder}/{name}" for name in dict.fromkeys(own)]
+    return wanted
+
+
+def _cached(base: str) -> Path | None:
+    """The snapshot of an earlier download, for work without the network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(base, local_files_only=True))
+    except Exception:  # nothing in the cache; the hub client has several types for it
+        return None
+    return folder if (folder / INDEX).is_file() else None

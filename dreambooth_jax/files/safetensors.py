@@ -7,6 +7,7 @@ hold, so peak host memory is the placed parameters plus one tensor.
 
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -18,9 +19,8 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dreambooth_jax.files.weight_files import WeightsError, weight_files
 from dreambooth_jax.models.params import Params
-
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 # What a file may call a tensor -> what it is called today. Autoencoders saved before diffusers 0.16 name their
 # attention differently; transformers 5 leaves out the wrapper of the text model. Applied only where today's name is
@@ -32,13 +32,11 @@ _ALIASES = (
     (r"\.proj_attn\.", ".to_out.0."),
     (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),
 )
+_SPARE = re.compile(r"text_projection\.weight$|(?:text_model\.)?encoder\.layers\.\d+\.")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS = 16  # a cache line: transposing in strips is three times as fast as all at once
-# A constant buffer of older transformers; a head that features are not read from.
+# Unused tensors: position ids of older transformers, T5's second name of its table, the ViT's pooler.
 _IGNORED = ("encoder.embed_tokens.weight", "embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
-
-
-class WeightsError(ValueError):
-    """Weights are absent, in a refused format, or do not fit the model."""
 
 
 def file_name(name: str) -> str:
@@ -70,25 +68,26 @@ def read_model(
         WeightsError: no safetensors there, or tensors missing, unexpected or mis-shaped; all of them are named.
     """
     by_file_name = {file_name(name): (name, shape) for name, shape in shapes.items()}
-    stored = _stored_tensors(Path(folder), by_file_name.keys())
+    stored = _without_spare(folder, by_file_name.keys(), _stored_tensors(Path(folder), by_file_name.keys()))
     _check(folder, by_file_name, stored)
     sharding_of = sharding_of or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     placed = {}
     for key, where in stored.items():  # in the order of the file: disks read on
         name, wanted = by_file_name[key]
-        placed[name] = _place(name, wanted, *where, sharding_of(name, wanted.shape))
+        placed[name] = _place(name, wanted, *where[:3], sharding_of(name, wanted.shape))
     return {name: placed[name] for name in shapes}
 
 
-def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Today's tensor name -> (file, name in the file, shape) of everything in the folder's weight files."""
+def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, tuple[Path, str, tuple[int, ...], str]]:
+    """Today's tensor name -> (file, name in the file, shape, dtype) of everything in the folder's weight files."""
     found = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, "numpy") as tensors:
                 for key in tensors.offset_keys():
                     if not key.endswith(_IGNORED):
-                        found[_todays_name(key, wanted)] = (path, key, tuple(tensors.get_slice(key).get_shape()))
+                        about = tensors.get_slice(key)
+                        found[_todays_name(key, wanted)] = (path, key, tuple(about.get_shape()), about.get_dtype())
         except SafetensorError as error:
             raise WeightsError(
                 f"{path}: not a readable safetensors file ({error}). Download or export it again."
@@ -96,44 +95,31 @@ def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, tuple[Pa
     return found
 
 
+def _without_spare(folder: str | os.PathLike, wanted: Collection[str], stored: Mapping[str, tuple]) -> dict[str, tuple]:
+    """`stored` without tensors that a text encoder's config leaves out: its projection, and layers after the last one
+    that is read (clip skip, as diffusers does it). One line says so."""
+    spare = [name for name in stored.keys() - set(wanted) if _SPARE.match(name)]
+    spare = [n for n in spare if n.startswith("text_projection") or not _layers(wanted) or _layer(n) >= _layers(wanted)]
+    if spare:
+        layers = sorted({_layer(name) for name in spare if "layers" in name})
+        parts = [f"layers {', '.join(map(str, layers))}"] * bool(layers)
+        parts += ["text_projection"] * any(name.startswith("text_projection") for name in spare)
+        logging.warning("%s: ignored, the config does not read them: %s", folder, " and ".join(parts))
+    return {name: where for name, where in stored.items() if name not in spare}
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+def _layers(wanted: Collection[str]) -> int:
+    """Number of layers of a text encoder's tower, from its tensors' names."""
+    return len({_layer(name) for name in wanted if name.startswith("text_model.encoder.layers.")})
+
+
 def _todays_name(key: str, wanted: Collection[str]) -> str:
     candidates = (re.sub(old, new, key) for old, new in _ALIASES)
     return key if key in wanted else next((name for name in candidates if name in wanted), key)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder: one, or an index's shards. Raises WeightsError if there are none."""
-    if not folder.is_dir():
-        raise WeightsError(
-            f"{folder}: no such folder. A base is a diffusers folder with unet/, vae/ and text_encoder/."
-        )
-    sets = {}  # a single file, or an index with its shards; variants such as fp16 are sets of their own
-    for index in folder.glob("*.safetensors.index*.json"):
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise WeightsError(f"{index} names shards that are not there: {', '.join(absent)}")
-        sets[index.name] = [folder / name for name in names]
-    shards = {path for paths in sets.values() for path in paths}
-    sets |= {path.name: [path] for path in folder.glob("*.safetensors") if path not in shards}
-    plain = [name for stem in WEIGHT_FILES for name in (stem, f"{stem}.index.json") if name in sets]
-    if plain or len(sets) == 1:
-        return sets[plain[0] if plain else next(iter(sets))]
-    if sets:
-        raise WeightsError(
-            f"{folder}: several weight files, {', '.join(sorted(sets))}, and none with a plain name, "
-            f"{' or '.join(WEIGHT_FILES)}. Keep or rename the one to read."
-        )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt", ".pth"))
-    if pickles:
-        base = folder.parent
-        raise WeightsError(
-            f"{folder}: only pickled weights ({', '.join(pickles)}), which can run code when opened and are refused. "
-            "Convert the folder once, where PyTorch is installed:\n"
-            '  python -c "from diffusers import StableDiffusionPipeline as P; '
-            f"P.from_pretrained('{base}').save_pretrained('{base}-safetensors')\""
-        )
-    raise WeightsError(f"{folder}: no weights. Expected {' or '.join(WEIGHT_FILES)}.")
 
 
 def _check(folder, wanted: Mapping[str, tuple[str, jax.ShapeDtypeStruct]], stored: Mapping[str, tuple]) -> None:
@@ -144,6 +130,8 @@ def _check(folder, wanted: Mapping[str, tuple[str, jax.ShapeDtypeStruct]], store
         expected = tuple(shape.shape[axis] for axis in to_file_axes(ours, len(shape.shape)))
         if _without_trailing_ones(stored[name][2], len(expected)) != expected:
             problems.append(f"mis-shaped: {name} is {stored[name][2]}, config.json asks for {expected}")
+        if stored[name][3] not in _FLOATS:
+            problems.append(f"not floating: {name} is {stored[name][3]}; quantised weights are not read")
     if problems:
         raise WeightsError(f"{folder}: {len(problems)} tensors do not fit the config:\n  " + "\n  ".join(problems))
 
@@ -164,18 +152,26 @@ def _place(name, wanted: jax.ShapeDtypeStruct, path: Path, key: str, stored_shap
         # The file is mapped for this tensor alone: pages touched earlier do not stay in our memory.
         with safe_open(path, "numpy") as tensors:
             if not axes:
-                return tensors.get_tensor(key).astype(wanted.dtype)
+                out[...] = tensors.get_tensor(key)
+                return _finite(out, name, path)
             stored = tensors.get_slice(key)
             (start, stop), *rest = (bounds[axis] for axis in axes)
             for row in range(start, stop, _ROWS):
                 rows = slice(row, min(row + _ROWS, stop))
                 in_file[rows.start - start : rows.stop - start] = stored[(rows, *(slice(*r) for r in rest), *extra)]
-        return out
+        return _finite(out, name, path)
 
     def callback(index: tuple[slice, ...]) -> np.ndarray:
         return read(tuple(s.indices(size)[:2] for s, size in zip(index, wanted.shape, strict=True)))
 
     return jax.make_array_from_callback(wanted.shape, sharding, callback)
+
+
+def _finite(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """`array`; raises WeightsError if it holds infinite or undefined numbers."""
+    if not np.isfinite(array).all():
+        raise WeightsError(f"{path}: {file_name(name)} holds numbers that are not finite. Download or train it again.")
+    return array
 
 
 def save_model(
@@ -188,7 +184,7 @@ def save_model(
         params: our names -> arrays, addressable from this process.
         config: the model's config.json as it was read.
         dtype: stored precision; default: as the arrays are.
-        stem: one of `WEIGHT_FILES`.
+        stem: one of `weight_files.WEIGHT_FILES`.
     """
     save_tensors(Path(folder) / stem, params, dtype=dtype)
     (Path(folder) / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")

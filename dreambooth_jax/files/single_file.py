@@ -14,8 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_jax.files.ldm_names import open_clip_name, unet_names, vae_names
-from dreambooth_jax.files.safetensors import WeightsError, file_name, to_file_axes
+from dreambooth_jax.files.safetensors import file_name, to_file_axes
 from dreambooth_jax.files.stream import Tensor, write_tensors
+from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.models.params import Params, Shapes, under_prefix
 
 SUFFIX = ".safetensors"

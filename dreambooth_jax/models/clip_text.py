@@ -34,7 +34,7 @@ class CLIPTextSpec:
     def from_config(cls, config: Mapping[str, Any]) -> "CLIPTextSpec":
         """Raises UnsupportedConfig, naming the fields, for anything not implemented."""
         ignored = {name: (config.get(name),) for name in _WITHOUT_EFFECT}
-        return read_spec(cls, config, _NEUTRAL | ignored, _problems)
+        return read_spec(cls, config, _NEUTRAL | ignored, _problems, _OF_GENERATION)
 
     @property
     def max_length(self) -> int:
@@ -51,6 +51,9 @@ _NEUTRAL = {
     "dropout": (0, 0.0),
     "use_attention_mask": (False,),
     "model_type": ("clip_text_model",),
+    "add_cross_attention": (False,),
+    "is_decoder": (False,),
+    "pruned_heads": ({},),
 }
 # Special token ids concern pooling, which Stable Diffusion does not use; the rest is bookkeeping of the file's writer.
 _WITHOUT_EFFECT = [
@@ -73,6 +76,19 @@ _WITHOUT_EFFECT = [
     "problem_type",
     "tie_word_embeddings",
 ]
+
+
+# Defaults of text generation, which older transformers wrote into every config.
+_OF_GENERATION = (
+    "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_scores", "prefix", "remove_invalid_values", "repetition_penalty",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p",
+    "use_bfloat16",
+)  # fmt: skip
 
 
 def quick_gelu(x: Array) -> Array:

@@ -1,7 +1,8 @@
 """Reading a model's config.json into a frozen spec, refusing whatever is not implemented."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 Spec = TypeVar("Spec")
@@ -16,6 +17,7 @@ def read_spec(
     config: Mapping[str, Any],
     neutral: Mapping[str, tuple],
     problems_of: Callable[[Spec], list[str]] = lambda spec: [],
+    ignored: Collection[str] = (),
 ) -> Spec:
     """Builds `cls` from a config.json.
 
@@ -24,6 +26,7 @@ def read_spec(
         config: the parsed config.json. Names starting with "_" are bookkeeping and pass.
         neutral: fields of the format that are not implemented -> the values at which they do nothing.
         problems_of: lists what is wrong with the values of implemented fields.
+        ignored: fields that training does not read, whatever their values; a warning names those that are there.
 
     Raises:
         UnsupportedConfig: naming every unknown field and every field set to an unimplemented value.
@@ -35,7 +38,7 @@ def read_spec(
             values[name] = _frozen(value)
         elif name in defaults:
             problems.append(f"{name} = None (it needs a value)")
-        elif name.startswith("_"):
+        elif name.startswith("_") or name in ignored:
             continue
         elif name not in neutral:
             problems.append(f"{name} = {value!r} (unknown field)")
@@ -46,6 +49,8 @@ def read_spec(
     if problems:
         kind = config.get("_class_name", config.get("architectures", cls.__name__))
         raise UnsupportedConfig(f"{kind}: this config is not supported: " + "; ".join(problems))
+    if spare := sorted(config.keys() & set(ignored)):
+        logging.warning("%s: fields ignored, training does not read them: %s", cls.__name__, ", ".join(spare))
     return spec
 
 

@@ -52,7 +52,7 @@ class UNetSpec:
     def from_config(cls, config: Mapping[str, Any]) -> "UNetSpec":
         """Raises UnsupportedConfig, naming the fields, for anything not implemented."""
         config = dict(config) | {"mid_block_type": config.get("mid_block_type", cls.mid_block_type) or ""}
-        spec = read_spec(cls, config, _NEUTRAL, _problems)
+        spec = read_spec(cls, config, _NEUTRAL, _problems, _AVERAGE)
         blocks = len(spec.block_out_channels)
         return dataclasses.replace(spec, **{name: per_block(getattr(spec, name), blocks) for name in _PER_BLOCK})
 
@@ -117,6 +117,10 @@ _NEUTRAL = {
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
+
+
+# Fields of diffusers' EMAModel, which it stores in the config of the averaged model.
+_AVERAGE = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
 
 
 def timestep_embedding(
