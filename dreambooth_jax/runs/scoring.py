@@ -153,7 +153,7 @@ def copies_sheet(painted: Painted, copies: Sequence[Copy]) -> Picture:
     rows = [[painted.rows[c.prompt][c.picture], _square(painted.photos[c.photo], side)] for c in copies]
     pairs = [picture for row in rows for picture in row]
     labels = [label for c in copies for label in (f"{c.similarity:.3f}", f"photo {c.photo + 1}")]
-    return contact_sheet([pairs], [f"generated, photo ({painted.texts[copies[0].prompt]} first)"], labels)
+    return contact_sheet([pairs], ["pictures, each with its most similar photo and their cosine"], labels)
 
 
 def _square(photo: Picture, side: int) -> Picture:
