@@ -93,9 +93,9 @@ def test_the_best_step_follows_prompts_and_copies_nothing():
         300: found(0.8, 0.29, 0.95),
         400: found(0.9, 0.2, 0.7),
     }
-    assert best(steps, max_prompt_loss=0.02, max_copy=0) == 200
+    assert best(steps, max_prompt_loss=0.02, max_copy=0.0) == 200
     assert best(steps, max_prompt_loss=0.02, max_copy=0.99) == 300
-    assert best(steps, max_prompt_loss=0.2, max_copy=0) == 400
+    assert best(steps, max_prompt_loss=0.2, max_copy=0.0) == 400
     assert best(steps, max_prompt_loss=0.2, max_copy=0.1) is None
 
 
