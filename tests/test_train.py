@@ -423,6 +423,7 @@ def test_a_base_that_is_not_finite_stops_the_command_and_keeps_the_checkpoint(mi
     save_file(weights, base / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     workdir = shutil.copytree(finished, tmp_path / "run")
     edit_config(workdir, base=str(base))
+    shutil.rmtree(workdir / "class_images")  # they are of the other base; its decoder paints them again
     log = finish(workdir, code=1, base=str(base), steps=70)
     assert "error: step 61: loss nan" in log and "learning_rate" in log and "Traceback" not in log
     assert checkpoints(workdir) == [60]

@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -60,7 +59,7 @@ def open_checkpoints(
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
         logging.getLogger("absl").addFilter(_is_told)
-        sys.excepthook = _hook
+        sys.unraisablehook = _ignore_late_callbacks
         seal = functools.partial(_seal, path, {} if record is None else record)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True,
@@ -74,10 +73,10 @@ def _is_told(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
-def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Exceptions of callbacks: after a failed save TensorStore still calls an event loop that Orbax has closed."""
-    if "Event loop is closed" not in str(error):
-        sys.__excepthook__(kind, error, trace)
+def _ignore_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
+    """After a failed save TensorStore still calls an event loop that Orbax has closed: no news for a person."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
