@@ -92,9 +92,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     chip = chip_of(topology)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
     pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    if not (pipeline.family.trains_text or config.train_text_encoder):
-        pipeline = with_cached_text(pipeline, mesh)
-    job = make_job(config, pipeline, mesh)
+    job = make_job(config, with_cached_text(pipeline, mesh), mesh)
     state, frozen, data, key = argument_shapes(job, _instances(config))
     cost, missing = None, 0
     try:

@@ -85,6 +85,7 @@ def _open(options: argparse.Namespace, mesh):
     import jax.numpy as jnp
 
     from dreambooth_jax.diffusion.low_resolution import UNIFORM
+    from dreambooth_jax.families.frozen_text import with_cached_text
     from dreambooth_jax.families.pipeline import load_pipeline, read_params
     from dreambooth_jax.runs.workdir import open_run
 
@@ -93,7 +94,7 @@ def _open(options: argparse.Namespace, mesh):
         config, pipeline, params = open_run(options.workdir, mesh, options.step, dtype=options.dtype)
         run = {"trained": True, "sr_noise": config.get("sr_noise", UNIFORM)}
         return options.workdir, pipeline, params, config.resolution, config.guidance_scale, run
-    pipeline = load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32"))
+    pipeline = with_cached_text(load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32")), mesh)
     params = read_params(pipeline, mesh)
     return options.base, pipeline, params, pipeline.resolution, pipeline.guidance, {}
 

@@ -19,11 +19,14 @@ _BATCH = 4  # prompts at a time
 
 
 def with_cached_text(pipeline: Pipeline, mesh: Mesh, prompts: Sequence[str] = ()) -> Pipeline:
-    """The pipeline without its text encoders: `tokenize` gives the conditions of texts, from a cache on the host.
+    """The pipeline without its text encoders: `tokenize` gives the conditions of texts, from a cache on the host. The
+    same pipeline, if its family's text encoders may train.
 
     A text that is not in the cache makes it read the encoders, split over the mesh, and encode this text and `prompts`.
     """
     family, text = pipeline.family, pipeline.family.names(TEXT)
+    if family.trains_text:
+        return pipeline
     cache: dict[str, dict[str, np.ndarray]] = {}
 
     def tokenize(tokenizers: Mapping[str, Any], texts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.data.images import Examples, decode_image
 from dreambooth_jax.data.low_resolution import shrink
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.cascade import Stage, paint_stages
@@ -70,7 +71,7 @@ def open_stages(configs: Sequence[ConfigDict], mesh: Mesh) -> list[Stage]:
         if trained:
             config, pipeline, params = open_run(config.workdir, mesh)
         else:
-            pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype))
+            pipeline = with_cached_text(load_pipeline(config.base, dtype=jnp.dtype(config.dtype)), mesh)
             params = read_params(pipeline, mesh)
         paint = make_painter(
             pipeline, mesh, resolution=config.resolution or pipeline.resolution, batch_size=config.class_batch_size,

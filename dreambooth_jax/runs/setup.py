@@ -87,8 +87,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     notes = claim(workdir, config)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
     pipeline = open_base(config, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    if not (pipeline.family.trains_text or reads_tokens(config)):
-        pipeline = with_cached_text(pipeline, mesh, _prompts(config))
+    pipeline = with_cached_text(pipeline, mesh, _prompts(config))
     job = make_job(config, pipeline, mesh)
     config = job.config
     if config.init_adapter:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.method import Method
 from dreambooth_jax.devices.sharding import placed_shapes
+from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import Pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
@@ -71,7 +72,9 @@ def open_run(
     workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
 ) -> tuple[ConfigDict, Pipeline, Params]:
     """The personalised model of a run: parameters as `Method.combine` joins them, a LoRA's factors beside the base's
-    kernels (`adapters.factors.merge` folds them in). Arguments and errors are `open_trained`'s."""
+    kernels (`adapters.factors.merge` folds them in); without text encoders that are never trained, whose conditions are
+    cached (`with_cached_text`). Arguments and errors are `open_trained`'s."""
     config, pipeline, method, trainable = open_trained(workdir, mesh, step, dtype=dtype)
+    pipeline = with_cached_text(pipeline, mesh)
     params = read_params(pipeline, mesh)
     return config, pipeline, method.combine(params, trainable)
