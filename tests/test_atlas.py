@@ -43,7 +43,7 @@ def batch(world):
     return jax.tree.map(np.asarray, jax.jit(draw)(jax.random.key(0)))
 
 
-@pytest.mark.parametrize(("name", "angle", "mirror"), [("teapot/3d", 0, False), ("dog2/3d/pose1", 25, True)])
+@pytest.mark.parametrize(("name", "angle", "mirror"), [("teapot/3d", 0.0, False), ("dog2/3d/pose1", 25.0, True)])
 def test_a_sprite_lies_where_pil_puts_it(world, sprites, name, angle, mirror):
     number = [sprite.name for sprite in sprites].index(name)
     black = np.zeros((SIZE, SIZE, 3), np.uint8)

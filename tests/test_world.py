@@ -185,9 +185,9 @@ def test_a_sprite_lies_where_it_is_put():
     assert image[32, 10, 0] > 200 and image[32, 20, 0] < 50
     mirrored = place(white, sprite, scale=0.5, x=0.25, y=0.5, mirror=True, shadow=False)
     assert mirrored[32, 10, 0] < 50 and mirrored[32, 20, 0] > 200
-    upside_down = place(white, sprite, scale=0.5, x=0.25, y=0.5, angle=180, shadow=False)
+    upside_down = place(white, sprite, scale=0.5, x=0.25, y=0.5, angle=180.0, shadow=False)
     assert np.abs(upside_down.astype(int) - mirrored).mean() < 2
-    turned = place(white, sprite, scale=0.5, x=0.5, y=0.5, angle=90, shadow=False)
+    turned = place(white, sprite, scale=0.5, x=0.5, y=0.5, angle=90.0, shadow=False)
     assert turned[40, 32, 0] > 200 and turned[24, 32, 0] < 50  # counter-clockwise: left goes to the bottom
     assert (white == 255).all()
 

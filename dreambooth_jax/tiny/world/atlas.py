@@ -281,7 +281,9 @@ def _background(atlas: Atlas, labels: Labels, key: Key[Array, ""], size: int) ->
     return jnp.clip(jax.lax.select_n(kind, plain, gradient, view), 0, 255)
 
 
-def _view(settings: UInt8[Array, "g n h w 3"], number, key: Key[Array, ""], size: int) -> Float[Array, "h w 3"]:
+def _view(
+    settings: UInt8[Array, "g n rows columns 3"], number, key: Key[Array, ""], size: int
+) -> Float[Array, "h w 3"]:
     """A shifted, mirrored, re-lit picture of a setting."""
     which, shift, mirror, light = jax.random.split(key, 4)
     index = jax.random.randint(which, (), 0, settings.shape[1])

@@ -348,6 +348,8 @@ def place(
         columns = np.flatnonzero(layer[..., 3].max(axis=0) > 64)
         rows = np.flatnonzero(layer[..., 3].max(axis=1) > 64)
         if len(columns) and rows[-1] < size - 1:
-            _cast_shadow(picture, (columns[0] + columns[-1]) / 2, rows[-1], columns[-1] - columns[0] + 1)
+            _cast_shadow(
+                picture, float(columns[0] + columns[-1]) / 2, float(rows[-1]), float(columns[-1] - columns[0] + 1)
+            )
     through = picture * (255 - layer[..., 3:].astype(np.uint16)) // 255
     return np.minimum(through + layer[..., :3], 255).astype(np.uint8)
