@@ -19,6 +19,7 @@ def test_collectives_are_read_from_the_compiled_text():
       %cp = f32[16]{0} collective-permute(f32[16]{0} %c), source_target_pairs={{0,1},{1,0}}
       %aa = f32[16]{0} all-to-all(f32[16]{0} %c), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
       %ab = f32[16]{0} all-to-all(f32[16]{0} %c), replica_groups=mesh['a'=8] {'a':(1)2}, dimensions={0}
+      %ac = f32[16]{0} all-to-all(f32[16]{0} %c), replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}
       ROOT %fusion = f32[8]{0} fusion(%ar), calls=%all-reduce.clone
     }
     """
@@ -27,7 +28,7 @@ def test_collectives_are_read_from_the_compiled_text():
         "reduce-scatter": (2, 2 * 3 * 2 * 16 * 4),
         "all-reduce": (1, 2 * (3 + 5) * 4),
         "collective-permute": (1, 16 * 4),
-        "all-to-all": (2, 3 * 16 + 2 * 16),
+        "all-to-all": (3, 3 * 16 + 2 * 16 + 3 * 16),
     }
 
 

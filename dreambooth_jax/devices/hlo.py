@@ -31,9 +31,10 @@ _COLLECTIVE = re.compile(
     r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\((?P<rest>.*)"
 )
 # Two groups of four: replica_groups=[2,4]<=[8], or {{0,1,2,3},{4,5,6,7}}, or mesh['a'=2,'b'=4] {'b'}, where 'b':(1)2
-# is part of an axis, of size 2.
+# is part of an axis, of size 2. libtpu 0.0.42 puts the order of the devices between the mesh and its axes.
 _GROUPS = re.compile(
-    r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<first>[\d,]*)\}|mesh\[(?P<mesh>[^\]]*)\] \{(?P<axes>[^}]*)\})"
+    r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<first>[\d,]*)\}"
+    r"|mesh\[(?P<mesh>[^\]]*)\](?:, device_ids=\([^{]*\))? \{(?P<axes>[^}]*)\})"
 )
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 
