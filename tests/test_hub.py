@@ -147,7 +147,7 @@ def set_int(tensors):
     ("file", "function", "message"),
     [
         ("unet/config.json", lambda c: c.update(in_channels=9), "in_channels = 9: an inpainting model"),
-        ("unet/config.json", lambda c: c.update(in_channels=3), "UNet of 3 channels in.*VAE latent_channels = 4"),
+        ("unet/config.json", lambda c: c.update(in_channels=3), "UNet in_channels 3.*VAE latent_channels 4"),
         ("text_encoder/config.json", lambda c: c.update(vocab_size=99), "tokens.*has embeddings for 99"),
         ("tokenizer/tokenizer_config.json", lambda c: c.update(tokenizer_class="os.system"), "os.system.*implemented"),
         (UNET, set_nan, "conv_out.bias holds numbers that are not finite"),

@@ -46,8 +46,9 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies the files of a scheduler or tokenizer."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    """Copies the files of a scheduler or tokenizer; nothing to do where a base is written in its own folder."""
+    if source.resolve() != target.resolve():
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def opens_in_float32(config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
