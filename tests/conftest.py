@@ -20,7 +20,7 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 # Annotations are checked at every call of these packages.
-TYPECHECKED: tuple[str, ...] = ("dreambooth_jax.evaluation", "dreambooth_jax.tiny")
+TYPECHECKED: tuple[str, ...] = ("dreambooth_jax.data", "dreambooth_jax.evaluation", "dreambooth_jax.tiny")
 jaxtyping.install_import_hook(list(TYPECHECKED), "beartype.beartype")
 
 

@@ -8,10 +8,12 @@ import csv
 import io
 import json
 import string
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from dreambooth_jax.data.paths import printable, read_file
@@ -46,6 +48,16 @@ def fill(caption: str, identifier: str, class_noun: str, where: str) -> str:
     if empty := sorted(field for field in fields if not values[field]):
         raise ValueError(f"{where}: {caption!r} uses {{{empty[0]}}}, which is empty: set {empty[0]} or leave it out")
     return caption.format(**values)
+
+
+def shuffled_tags(caption: str, count: int, seed: int) -> list[str]:
+    """`count` orders of a caption's tags, which commas separate; the first tag keeps its place.
+
+    The draws depend only on (seed, caption).
+    """
+    first, *others = [tag.strip() for tag in caption.split(",")]
+    rng = np.random.default_rng([seed, zlib.crc32(caption.encode())])
+    return [", ".join([first, *(others[i] for i in rng.permutation(len(others)))]) for _ in range(count)]
 
 
 def raise_listing(problem: str, reasons: Mapping[str, str], remedy: str) -> None:

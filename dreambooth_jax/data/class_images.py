@@ -63,7 +63,10 @@ def _where_images_are(folder: epath.Path) -> str:
 def read_class_images(config: ConfigDict) -> Examples:
     """All class images, own and painted, as examples; errors are those of `read_examples`."""
     folders = [folder for folder in class_folders(config) if list_images(folder)]
-    return join([read_class_folder(folder, config) for folder in folders])
+    examples = join([read_class_folder(folder, config) for folder in folders])
+    if config.masked_loss:  # the whole picture counts
+        examples = examples._replace(masks=np.full(examples.images.shape[:3], 255, np.uint8))
+    return examples
 
 
 def read_class_folder(folder: epath.Path, config: ConfigDict) -> Examples:

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
 
+from dreambooth_jax.data.captions import shuffled_tags
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.data.low_resolution import shrink
 from dreambooth_jax.devices.sharding import replicated
@@ -17,13 +19,23 @@ from dreambooth_jax.models.params import Params
 
 
 def make_encoder(
-    pipeline: Pipeline, mesh: Mesh, *, text_states: bool, batch_size: int = 8
+    pipeline: Pipeline,
+    mesh: Mesh,
+    *,
+    text_states: bool,
+    batch_size: int = 8,
+    orders: int = 0,
+    with_empty: bool = False,
+    seed: int = 0,
 ) -> Callable[[Params, Examples], EncodedExamples]:
     """Builds `encode(params, examples) -> EncodedExamples`, flat examples on every device of the mesh.
 
     Args:
         text_states: cache the conditions of frozen text encoders; otherwise the data hold tokens, to train these.
         batch_size: images in the autoencoder at a time.
+        orders: number of orders of each caption's tags, one drawn per step; 0: the captions as they are.
+        with_empty: the empty caption as last condition, for caption dropout.
+        seed: of the orders.
     """
     encode_images = jax.jit(pipeline.encode_images, out_shardings=replicated(mesh))
     of_pictures = jax.jit(pipeline.of_example, out_shardings=replicated(mesh))
@@ -31,16 +43,27 @@ def make_encoder(
 
     def encode(params: Params, examples: Examples) -> EncodedExamples:
         mean, std = in_batches(lambda part: encode_images(params, part), examples.images, batch_size)
-        captions, caption = np.unique(examples.captions, return_inverse=True)
-        cond = pipeline.tokenize(captions.tolist())
+        texts = examples.captions
+        if orders:
+            texts = [shuffled_tags(text, orders, seed) for text in texts]
+        captions, caption = np.unique(texts, return_inverse=True)
+        cond = pipeline.tokenize(captions.tolist() + [""] * with_empty)
         if text_states:
             cond = in_batches(lambda part: encode_text(params, part), cond, batch_size)
+        weight = None if examples.masks is None else latent_weights(examples.masks, mean.shape[1:-1])
         mean, std = (x.reshape(len(x), -1) for x in (mean, std))
         of_example = in_batches(of_pictures, pictures(pipeline, examples), batch_size) or None
-        encoded = EncodedExamples(mean, std, cond, caption.astype(np.int32), of_example)
+        encoded = EncodedExamples(mean, std, cond, caption.astype(np.int32), of_example, weight)
         return jax.device_put(encoded, replicated(mesh))
 
     return encode
+
+
+def latent_weights(masks: UInt8[np.ndarray, "n h w"], grid: tuple[int, int]) -> Float[np.ndarray, "n p"]:
+    """The share of every latent pixel that the mask covers, flat; images are a multiple of the grid."""
+    n, h, w = masks.shape
+    blocks = masks.reshape(n, grid[0], h // grid[0], grid[1], w // grid[1])
+    return (blocks.mean((2, 4), dtype=np.float32) / 255).reshape(n, -1)
 
 
 def pictures(pipeline: Pipeline, examples: Examples) -> Pictures:

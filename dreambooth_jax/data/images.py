@@ -11,15 +11,15 @@ import io
 import os
 import warnings
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from PIL import Image, ImageCms, ImageOps
 
 from dreambooth_jax.data.captions import fill, raise_listing
-from dreambooth_jax.data.sources import Item, list_source, report
+from dreambooth_jax.data.sources import MASK_ENDING, Item, list_source, report
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -33,6 +33,7 @@ class Examples(NamedTuple):
     original: np.ndarray  # int32[n 2], height and width before resizing
     crop: np.ndarray  # int32[n 2], top and left of the crop in the resized (and mirrored) image
     notes: tuple[str, ...] = ()  # lines for the plan: what the source holds besides
+    masks: np.ndarray | None = None  # uint8[n h w], 255 where the loss counts
 
 
 def read_examples(
@@ -47,6 +48,7 @@ def read_examples(
     flip: bool = False,
     views: int = 1,
     seed: int = 0,
+    masked: bool = False,
 ) -> Examples:
     """Reads every image of a folder or TFDS split as square crops with captions.
 
@@ -68,6 +70,7 @@ def read_examples(
       flip: mirrors half of the views left to right.
       views: number of augmented views per image.
       seed: of the random crops and flips.
+      masked: reads masks: `dog-masklabel.png` for `dog.jpg`, or the image's transparency.
 
     Raises:
       FileNotFoundError: the folder does not exist.
@@ -78,21 +81,45 @@ def read_examples(
     listing = list_source(source, captions)
     items = listing.items
     texts = _captions(items, captions, template, identifier, class_noun, source)
-    squares, sizes, corners = zip(*_read_squares(items, resolution, crop, flip, views, seed, source), strict=True)
+    read = _read_squares(items, resolution, crop, flip, views, seed, source, masked)
+    squares, sizes, corners, masks = zip(*read, strict=True)
+    names = tuple(item.name for item in items for _ in range(views))
+    if masked and all(mask.min() == 255 for mask in masks):
+        raise ValueError(
+            f"masked_loss = True, but no image in {source} has a mask: NAME{MASK_ENDING}.png, white where the subject "
+            "is, or transparency around it"
+        )
     return Examples(
         images=np.stack(squares),
         captions=tuple(text for text in texts for _ in range(views)),
-        names=tuple(item.name for item in items for _ in range(views)),
+        names=names,
         original=np.array(sizes, np.int32),
         crop=np.array(corners, np.int32),
-        notes=tuple(report(listing)),
+        notes=(*report(listing), *_crop_notes(dict(zip(names, sizes, strict=True)), crop)),
+        masks=np.stack(masks) if masked else None,
     )
 
 
 def join(parts: Sequence[Examples]) -> Examples:
     """The examples of several sources as one."""
     fields = zip(*parts, strict=True)
-    return Examples(*(np.concatenate(f) if isinstance(f[0], np.ndarray) else sum(f, ()) for f in fields))
+    return Examples(*(_concatenated(f) for f in fields))
+
+
+def _concatenated(field: tuple) -> Any:
+    if field[0] is None:
+        return None
+    return np.concatenate(field) if isinstance(field[0], np.ndarray) else sum(field, ())
+
+
+def _crop_notes(sizes: Mapping[str, tuple[int, int]], crop: str) -> list[str]:
+    """What the square leaves of images that are not square; name -> (height, width)."""
+    cut = []
+    for name, (height, width) in sizes.items():
+        if share := round(100 * (1 - min(height, width) / max(height, width))):
+            cut.append(f"{name} ({width} x {height}) loses {share} % of its {'width' if width > height else 'height'}")
+    where = "at both ends" if crop == "center" else "at random ends"
+    return [f"cropped to squares, {where}: {'; '.join(cut)}"] if cut else []
 
 
 def _check_arguments(resolution, captions, crop, flip, views) -> None:
@@ -125,19 +152,22 @@ def _captions(
 
 
 def _read_squares(
-    items: Sequence[Item], resolution: int, crop: str, flip: bool, views: int, seed: int, source
-) -> list[tuple[np.ndarray, tuple[int, int], tuple[int, int]]]:
-    """(square, size of the image, corner of the square) of every view."""
+    items: Sequence[Item], resolution: int, crop: str, flip: bool, views: int, seed: int, source, masked: bool
+) -> list[tuple[np.ndarray, tuple[int, int], tuple[int, int], np.ndarray | None]]:
+    """(square, size of the image, corner of the square, square of the mask) of every view."""
     squares, bad, small = [], {}, []
     for item in items:
         try:
-            image = decode_image(item.read())
+            data = item.read()
+            image = decode_image(data)
+            mask = read_mask(item, data, image.size) if masked else None
         except Exception as error:  # whatever a decoder trips over belongs on the list
             bad[item.name] = _reason(error)
             continue
         if min(image.size) < resolution:
             small.append(f"{item.name} ({image.width} x {image.height})")
-        squares += [_square(image, resolution, *view) for view in _draw_views(item.name, crop, flip, views, seed)]
+        for view in _draw_views(item.name, crop, flip, views, seed):
+            squares.append((*_square(image, resolution, *view), mask and _square(mask, resolution, *view)[0]))
     if bad:
         raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
     if small:
@@ -164,6 +194,31 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     image.load()
     return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def read_mask(item: Item, data: bytes, size: tuple[int, int]) -> Image.Image:
+    """The mask of an image, mode L: its own mask file, else its opacity.
+
+    Args:
+      data: the encoded image.
+      size: width and height of the upright image.
+
+    Raises:
+      ValueError: the mask is empty or has another shape than the image.
+      OSError: it cannot be decoded.
+    """
+    if item.mask is not None:
+        mask = decode_image(item.mask()).convert("L")
+        if abs(mask.width * size[1] - mask.height * size[0]) > max(*mask.size, *size):
+            raise ValueError(f"its mask is {mask.width} x {mask.height}, another shape than {size[0]} x {size[1]}")
+        mask = mask.resize(size)
+    else:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS))
+        opaque = Image.new("L", size, 255)
+        mask = image.convert("RGBA").getchannel("A") if image.has_transparency_data else opaque
+    if not mask.getbbox():
+        raise ValueError("its mask is empty")
+    return mask
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

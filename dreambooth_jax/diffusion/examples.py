@@ -28,16 +28,18 @@ class EncodedExamples(NamedTuple):
         mean, std: of the autoencoder's posterior, scaled latents [n, h, w, c]; std 0 for plain data. Stored flat,
             [n, h*w*c], where c is small: TPUs pad the last axis to 128, so 4 channels would take 32 times the memory.
         cond: distinct conditions: any pytree with leading axis u (token ids or text states).
-        cond_index: condition of each example, in [0, u), [n].
+        cond_index: condition of each example, in [0, u), [n]; or k conditions of each, [n, k], one drawn per step.
         of_example: conditions of single examples (size and crop, a low-resolution picture): None, or a dict with
             leading axis n, whose entries join `cond`, which must then be a dict.
+        weight: weight of every latent pixel in the loss, flat like `mean` with one channel; None: equal weights.
     """
 
     mean: Float[Array, "n ..."]
     std: Float[Array, "n ..."]
     cond: Any
-    cond_index: Int[Array, "n"]
+    cond_index: Int[Array, "n"] | Int[Array, "n k"]
     of_example: dict[str, Any] | None = None
+    weight: Float[Array, "n ..."] | None = None
 
 
 class TrainingData(NamedTuple):
@@ -61,6 +63,7 @@ def draw(
     shape: tuple[int, ...] | None = None,
     augment: Augment | None = None,
     paired: bool = False,
+    dropout: float = 0.0,
 ) -> Batch:
     """The noised batch of step `step`: `batch_size` instance examples, then as many prior examples if there are any.
 
@@ -73,35 +76,46 @@ def draw(
         shape: shape of one example, where the data are flat.
         augment: function (condition of one example, key) -> condition, such as noise on a low-resolution picture.
         paired: whether the prior examples are the instance examples, with the same noise and times.
+        dropout: probability with which an example has the last row of `cond`, the empty caption, as its condition.
     """
     order_key, noise_key = jax.random.split(key)
     instance_key, prior_key = jax.random.split(order_key)
+    step_key = jax.random.fold_in(noise_key, step)
+    number = jnp.arange(batch_size * (1 if data.prior is None else 2))
+    example_keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(number % batch_size if paired else number)
     index = pick(len(data.instance.mean), batch_size, instance_key, step) if data.order is None else data.order[step]
-    halves = [_take(data.instance, index)]
+    halves = [_take(data.instance, index, example_keys[:batch_size], dropout)]
     if data.prior is not None:
         prior = index if paired else pick(len(data.prior.mean), batch_size, prior_key, step)
-        halves.append(_take(data.prior, prior))
-    mean, std, cond = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
+        halves.append(_take(data.prior, prior, example_keys[batch_size:], dropout))
+    mean, std, cond, weight = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
     if shape is not None:
         mean, std = mean.reshape(-1, *shape), std.reshape(-1, *shape)
+        weight = None if weight is None else weight.reshape(-1, *shape[:-1], 1)
 
-    step_key = jax.random.fold_in(noise_key, step)
-    number = jnp.arange(len(mean)) % batch_size if paired else jnp.arange(len(mean))
-    example_keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(number)
     keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys)
     posterior_key, eps_key, t_key = keys[:, 0], keys[:, 1], keys[:, 2]
     normal = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:]))
     if augment is not None:
         cond = jax.vmap(augment)(cond, jax.vmap(lambda k: jax.random.fold_in(k, 3))(example_keys))
-    return Batch(mean + std * normal(posterior_key), normal(eps_key), jax.vmap(process.draw_t)(t_key), cond)
+    return Batch(mean + std * normal(posterior_key), normal(eps_key), jax.vmap(process.draw_t)(t_key), cond, weight)
 
 
-def _take(examples: EncodedExamples, index: Int[Array, "b"]) -> tuple[Array, Array, Any]:
-    """Mean, standard deviation and condition of the examples `index`."""
-    cond = jax.tree.map(lambda table: table[examples.cond_index[index]], examples.cond)
+def _take(
+    examples: EncodedExamples, index: Int[Array, "b"], keys: Key[Array, "b"], dropout: float
+) -> tuple[Array, Array, Any, Array | None]:
+    """Mean, standard deviation, condition and weight of the examples `index`; `keys` draw their conditions."""
+    row = examples.cond_index[index]
+    if row.ndim == 2:
+        draw_column = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, 4), (1,), 0, row.shape[1]))
+        row = jnp.take_along_axis(row, draw_column(keys), axis=1)[:, 0]
+    if dropout:
+        is_dropped = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 5), dropout))(keys)
+        row = jnp.where(is_dropped, len(jax.tree.leaves(examples.cond)[0]) - 1, row)
+    cond = jax.tree.map(lambda table: table[row], examples.cond)
     if examples.of_example is not None:
         cond = cond | jax.tree.map(lambda table: table[index], examples.of_example)
-    return examples.mean[index], examples.std[index], cond
+    return examples.mean[index], examples.std[index], cond, None if examples.weight is None else examples.weight[index]
 
 
 def picks(n: int, count: int, key: Key[Array, ""], steps: int) -> Int[Array, "steps count"]:

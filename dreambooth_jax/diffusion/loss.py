@@ -25,12 +25,14 @@ class Batch(NamedTuple):
         eps: standard normal noise, like x0.
         t: times, [b]: integers for a table of noise levels, real for a flow.
         cond: what `predict` takes as condition: any pytree with leading axis b.
+        weight: weights of the squared errors, like x0 with one channel, not all 0 in any example; None: equal ones.
     """
 
     x0: Float[Array, "b ..."]
     eps: Float[Array, "b ..."]
     t: Real[Array, "b"]
     cond: Any
+    weight: Float[Array, "b ..."] | None = None
 
 
 class Losses(NamedTuple):
@@ -71,7 +73,10 @@ def dreambooth_loss(
         prior = jax.tree.map(lambda x: x[num_instance:], (xt, batch.t, batch.cond))
         of_base = jax.lax.stop_gradient(predict(base, *prior)).astype(jnp.float32)
         wanted = jnp.concatenate([wanted[:num_instance], of_base])
-    error = jnp.square(prediction - wanted).mean(range(1, xt.ndim))
+    error = jnp.square(prediction - wanted)
+    if batch.weight is not None:
+        error = error * batch.weight / batch.weight.mean(range(1, xt.ndim), keepdims=True)
+    error = error.mean(range(1, xt.ndim))
     if snr_gamma is not None:
         error = error * snr_weight(process, batch.t, snr_gamma)
     instance = error[:num_instance].mean()

@@ -100,6 +100,7 @@ def make_step(
     constrain: Callable[[Any], Any] = lambda batch: batch,
     base: Callable[[Params], Params] | None = None,
     paired: bool = False,
+    dropout: float = 0.0,
 ) -> Callable[[TrainState, Params, TrainingData, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """Builds `step(state, frozen, data, key) -> (state, metrics)`.
 
@@ -118,7 +119,7 @@ def make_step(
         augment: see `draw`.
         constrain: function applied to every part of the batch, to place it on a mesh.
         base: frozen -> params of the base model, see `dreambooth_loss`; None: the prior half has the noise's targets.
-        paired: see `draw`.
+        paired, dropout: see `draw`.
 
     Raises:
         ValueError: `accumulate` does not divide `batch_size`.
@@ -143,7 +144,7 @@ def make_step(
     gradient = hold(mean_gradient(loss_of_part, accumulate, batch_size))
 
     def step(state: TrainState, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
-        batch = draw(data, process, batch_size, key, state.step, example_shape, augment, paired)
+        batch = draw(data, process, batch_size, key, state.step, example_shape, augment, paired, dropout)
         grads, losses, for_optimizer = gradient(state.trainable, frozen, batch)
         norm = _global_norm(grads)
         return apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay), Metrics(*losses, norm)

@@ -99,6 +99,9 @@ FIELDS: dict[str, Field] = {
     "class_noun": _text(),
     "instance_prompt": _text(),
     "captions": _one_of("auto", "template"),
+    "shuffle_tags": _not_negative(int),
+    "caption_dropout": _SHARE,
+    "masked_loss": Field(bool),
     "resolution": _not_negative(int),
     "crop": _one_of("center", "random"),
     "flip": Field(bool),
@@ -214,6 +217,11 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
     if config.subjects and config.method not in ADAPTERS:
         problems.append(f"subjects: many subjects share a frozen base, with one of {', '.join(ADAPTERS)} as the method")
+    draws = [name for name in ("masked_loss", "shuffle_tags", "caption_dropout") if config[name]]
+    if config.subjects and draws:
+        problems.append(f"{', '.join(draws)}: not implemented for many subjects at once")
+    if config.sr_crop and config.masked_loss:
+        problems.append("masked_loss: not implemented for the crops of a super-resolution stage, sr_crop")
     if config.prior_target == "base" and config.method in ("full", "custom"):
         problems.append(f'prior_target = "base" needs the frozen base, which method = {config.method!r} does not keep')
     if config.evaluate_every % config.sample_every:

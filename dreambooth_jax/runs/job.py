@@ -168,7 +168,10 @@ def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
         latents = _everywhere(job, (count, math.prod(pipeline.example_shape(side))), jnp.float32)
         own = jax.eval_shape(pipeline.of_example, picture_shapes(pipeline, count, side))
         own = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), own) or None
-        return EncodedExamples(latents, latents, cond, _everywhere(job, (count,), jnp.int32), own)
+        index = _everywhere(job, (count, config.shuffle_tags) if config.shuffle_tags else (count,), jnp.int32)
+        pixels = math.prod(pipeline.example_shape(side)[:-1])
+        weight = _everywhere(job, (count, pixels), jnp.float32) if config.masked_loss else None
+        return EncodedExamples(latents, latents, cond, index, own, weight)
 
     count = num_instance if pairs_prior(config) else num_class
     return TrainingData(resident(num_instance), resident(count) if config.prior_preservation else None)
@@ -227,6 +230,7 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
         example_shape=pipeline.example_shape(side),
         base=(lambda frozen: gather(mesh, frozen, dtype)) if of_base else None,
         paired=pairs_prior(config),
+        dropout=config.caption_dropout,
         augment=make_augment(low, side, config.sr_noise) if low else None,
         constrain=lambda batch: batch if mapped else jax.lax.with_sharding_constraint(batch, spread),
     )

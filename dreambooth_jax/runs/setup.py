@@ -100,7 +100,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     examples = read_examples(
         config.instance_images, config.resolution, template=config.instance_prompt, identifier=config.identifier,
         class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
-        views=config.views, seed=config.seed,
+        views=config.views, seed=config.seed, masked=config.masked_loss,
     )  # fmt: skip
     examples = with_templates(examples, config)
     if low := pipeline.low_resolution:
@@ -200,7 +200,10 @@ def prepare_data(
         inspect: called with the class images before anything is encoded.
     """
     config = run.config
-    encode = make_encoder(run.pipeline, run.mesh, text_states=not reads_tokens(config))
+    encode = make_encoder(
+        run.pipeline, run.mesh, text_states=not reads_tokens(config), orders=config.shuffle_tags,
+        with_empty=config.caption_dropout > 0, seed=config.seed,
+    )  # fmt: skip
     instance = encode(params, _cut(run.examples, config))
     if not config.prior_preservation:
         return TrainingData(instance, None)
