@@ -255,7 +255,7 @@ def _reason(error: Exception) -> str:
 def _draw_views(name: str, crop: str, flip: bool, views: int, seed: int) -> list[tuple[float, bool]]:
     """Per view the crop's place along the long side, in [0, 1], and whether it is mirrored."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    first = rng.integers(2)
+    first = int(rng.integers(2))
     places = rng.random(views) if crop == "random" else np.full(views, 0.5)
     return [(float(place), flip and (first + view) % 2 == 1) for view, place in enumerate(places)]
 
