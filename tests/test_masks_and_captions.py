@@ -128,19 +128,21 @@ def test_a_latent_pixel_weighs_the_share_that_is_masked():
     np.testing.assert_array_equal(latent_weights(mask, (2, 4)), [[1, 0.5, 0, 0, 0, 0, 0, 0]])
 
 
-def test_a_run_with_all_of_them_has_the_shapes_that_plans_have(micro, finished, tmp_path):
-    folder = tmp_path / "photos"
+def test_a_run_with_all_of_them_has_the_shapes_that_plans_have(micro, tmp_path):
+    folder, others = tmp_path / "photos", tmp_path / "dogs"
     folder.mkdir()
+    others.mkdir()
     for name in "abc":
         picture = Image.effect_noise((40, 30), 60).convert("RGB")
         picture.putalpha(blobs(40, 30).point(lambda v: 255 - v))
         picture.save(folder / f"{name}.png")
+        picture.convert("RGB").save(others / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"sks dog, {name}, snow")
     config = config_of(
-        tmp_path / "run", base=micro, instance_images=str(folder), class_images=str(finished / "class_images"),
+        tmp_path / "run", base=micro, instance_images=str(folder), class_images=str(others), num_class_images=3,
         shuffle_tags=3, caption_dropout=0.1, masked_loss=True,
     )  # fmt: skip
-    run = set_up(config)
+    run = set_up(config, jax.devices()[:1])
     data = prepare_data(run, read_params(run.pipeline))
     planned = data_shapes(run.job, len(data.instance.mean), len(data.prior.mean))
     assert jax.tree.structure(planned) == jax.tree.structure(data)

@@ -75,7 +75,7 @@ def dreambooth_loss(
         wanted = jnp.concatenate([wanted[:num_instance], of_base])
     error = jnp.square(prediction - wanted)
     if batch.weight is not None:
-        error = error * batch.weight / batch.weight.mean(range(1, xt.ndim), keepdims=True)
+        error = error * batch.weight / jnp.mean(batch.weight, range(1, xt.ndim), keepdims=True)
     error = error.mean(range(1, xt.ndim))
     if snr_gamma is not None:
         error = error * snr_weight(process, batch.t, snr_gamma)
