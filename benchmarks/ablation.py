@@ -118,10 +118,8 @@ def _normalised(images):
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def run_one(
-    subject: str, arm: str, seed: int, steps: int, class_folder: Path, eye: Eye, ruler: Ruler, sheet: Path
-) -> dict:
-    """Trains, paints and measures."""
+def run_one(subject: str, arm: str, seed: int, steps: int, output: Path, eye: Eye, ruler: Ruler) -> dict:
+    """Trains, paints and measures; class images and a sheet of pictures lie in `output`."""
     prior, noun_of = ARMS[arm]
     noun, wanted = SUBJECTS[subject], noun_of(subject)
     config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]()
