@@ -1,7 +1,8 @@
-"""Stable Diffusion 1.5 and 2.1 in full size, beside PyTorch diffusers and transformers: values, gradients, loading.
+"""Stable Diffusion 1.5, 2.1 and XL in full size, beside PyTorch diffusers and transformers: values, gradients, loading.
 
     python benchmarks/parity.py      # everything: 20 minutes on two cores, 15 GB of memory, 12 GB of disk
     python benchmarks/parity.py --arch sd21 --part text --part vae
+    python benchmarks/parity.py --arch sdxl      # values of both towers, VAE and UNet (2.6 B parameters, 11 GB)
 
 The weights are random and written by PyTorch. Every model runs in a process of its own, the reference before ours, so
 that one at a time is in memory. Errors are ||ours - reference|| / ||reference||, float32 throughout; the gradient's is
@@ -69,7 +70,37 @@ ARCHITECTURES = {
         "prediction": "v_prediction",
     },
 }
-PARTS = ("text", "vae", "unet", "gradient", "load")
+XL_TEXT = TEXT | {"eos_token_id": 2, "hidden_act": "gelu"}
+ARCHITECTURES["sdxl"] = {
+    "unet": {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+        "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
+    "text": TEXT,
+    "text_2": XL_TEXT
+    | {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+    },
+    "prediction": "epsilon",
+}
+SUMS = ("gradient", "load")
+PARTS = ("text", "text_2", "vae", "unet", *SUMS)
+PARTS_OF = {"sdxl": ("text", "text_2", "vae", "unet")}  # tests/test_sdxl.py compares its gradients, in small
 PRIOR_WEIGHT = 0.7
 
 
@@ -78,11 +109,11 @@ def main() -> None:
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="default: both")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
     args = parser.parse_args()
-    parts = args.part or PARTS
     print("| architecture | what | error or figure | limit |\n|---|---|---|---|", flush=True)
     for arch in args.arch or ARCHITECTURES:
+        parts = [part for part in args.part or PARTS if part in PARTS_OF.get(arch, ("text", "vae", "unet", *SUMS))]
         with tempfile.TemporaryDirectory() as folder:
-            needed = set(parts) & {"text", "vae", "unet"}
+            needed = set(parts) & {"text", "text_2", "vae", "unet"}
             needed |= {"text", "unet"} if "gradient" in parts else set()
             needed |= {"text", "vae", "unet"} if "load" in parts else set()
             for part in sorted(needed):
@@ -113,12 +144,27 @@ def inputs(arch: str, part: str) -> dict[str, np.ndarray]:
     ids = rng.integers(0, 49406, (2, 77))
     return {
         "text": lambda: {"ids": ids},
+        "text_2": lambda: {"ids": ids_to_pool(ids)},
         "vae": lambda: {"pixels": np.tanh(normal(1, 256, 256, 3)), "latents": normal(1, 32, 32, 4)},
-        "unet": lambda: {"x": normal(1, 64, 64, 4), "t": np.float32([741]), "states": normal(1, 77, width)},
+        "unet": lambda: {
+            "x": normal(1, 64, 64, 4), "t": np.float32([741]), "states": normal(1, 77, width), **added(arch, normal)
+        },
         "gradient": lambda: {
             "x0": normal(2, 16, 16, 4), "eps": normal(2, 16, 16, 4), "t": np.array([320, 851]), "ids": ids
         },
     }[part]()  # fmt: skip
+
+
+def ids_to_pool(ids: np.ndarray) -> np.ndarray:
+    """`ids` with the end token at the 9th place and padding of 0 after it."""
+    return np.concatenate([ids[:, :8], np.full((2, 1), 49407), np.zeros((2, 68), ids.dtype)], axis=1)
+
+
+def added(arch: str, normal) -> dict[str, np.ndarray]:
+    """SDXL's pooled text and sizes."""
+    if arch != "sdxl":
+        return {}
+    return {"pooled": normal(1, 1280), "sizes": np.float32([[1024, 768, 0, 128, 1024, 1024]])}
 
 
 # ---- the reference
@@ -128,7 +174,7 @@ def write_reference(arch: str, part: str, folder: str) -> None:
     """A random model's files in `folder`/`part`, and what it makes of the inputs."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     config = ARCHITECTURES[arch][part]
@@ -136,6 +182,7 @@ def write_reference(arch: str, part: str, folder: str) -> None:
         "unet": lambda: UNet2DConditionModel(**config),
         "vae": lambda: AutoencoderKL(**config),
         "text": lambda: CLIPTextModel(CLIPTextConfig(**config)),
+        "text_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
     }[part]()
     with torch.no_grad():  # scales of 1 and biases of 0 would hide norms that are swapped and biases that are missing
         for parameter in model.parameters():
@@ -145,10 +192,16 @@ def write_reference(arch: str, part: str, folder: str) -> None:
     given = {name: torch.from_numpy(value) for name, value in inputs(arch, part).items()}
     images = {name: value.permute(0, 3, 1, 2) for name, value in given.items() if value.ndim == 4}
     with torch.no_grad():
-        if part == "text":
-            out = {"states": model(given["ids"]).last_hidden_state}
+        if part == "text_2":
+            found = model(given["ids"], output_hidden_states=True)
+            out = {"states": found.hidden_states[-2], "pooled": found.text_embeds}
+        elif part == "text":
+            found = model(given["ids"], output_hidden_states=True)
+            out = {"states": found.hidden_states[-2] if arch == "sdxl" else found.last_hidden_state}
         elif part == "unet":
-            out = {"prediction": model(images["x"], given["t"], given["states"]).sample.permute(0, 2, 3, 1)}
+            more = {"text_embeds": given["pooled"], "time_ids": given["sizes"]} if arch == "sdxl" else None
+            prediction = model(images["x"], given["t"], given["states"], added_cond_kwargs=more).sample
+            out = {"prediction": prediction.permute(0, 2, 3, 1)}
         else:
             posterior = model.encode(images["pixels"]).latent_dist
             decoded = model.decode(images["latents"]).sample
@@ -196,13 +249,14 @@ def split(arch: str, part: str, folder: str):
     """The model as functions over flat params, its sizes from the file that PyTorch wrote."""
     import json
 
-    from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
+    from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection, CLIPTextSpec
     from dreambooth_jax.models.params import functional
     from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
     from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 
     spec_class, module = {
-        "unet": (UNetSpec, UNet2DConditionModel), "vae": (VAESpec, AutoencoderKL), "text": (CLIPTextSpec, CLIPTextModel)
+        "unet": (UNetSpec, UNet2DConditionModel), "vae": (VAESpec, AutoencoderKL),
+        "text": (CLIPTextSpec, CLIPTextModel), "text_2": (CLIPTextSpec, CLIPTextModelWithProjection),
     }[part]  # fmt: skip
     spec = spec_class.from_config(json.loads(Path(folder, part, "config.json").read_text()))
     return functional(lambda rngs: module(spec, rngs=rngs))
@@ -221,17 +275,29 @@ def compare_values(arch: str, part: str, folder: str) -> list[tuple]:
 
     model, given = split(arch, part, folder), inputs(arch, part)
     params = read_model(Path(folder, part), model.shapes)
-    if part == "text":
-        out = {"states": jax.jit(model.apply)(params, given["ids"])}
+    if part == "text_2":
+        end = np.argmax(given["ids"] == 49407, axis=1)
+        out = dict(zip(("states", "pooled"), jax.jit(model.apply)(params, given["ids"], end), strict=True))
+    elif part == "text":
+        method = "penultimate" if arch == "sdxl" else "__call__"
+        out = {"states": jax.jit(lambda p, ids: model.apply(p, ids, method=method))(params, given["ids"])}
     elif part == "unet":
-        out = {"prediction": jax.jit(model.apply)(params, given["x"], given["t"], given["states"])}
+        more = [None, given["pooled"], given["sizes"]] if arch == "sdxl" else []
+        out = {"prediction": jax.jit(model.apply)(params, given["x"], given["t"], given["states"], *more)}
     else:
         mean, logvar = jax.jit(lambda p, x: model.apply(p, x, method="encode"))(params, given["pixels"])
         out = {"mean": mean, "logvar": logvar}
         out["pixels"] = jax.jit(lambda p, z: model.apply(p, z, method="decode"))(params, given["latents"])
     expected = np.load(Path(folder, f"{part}.npz"))
     sizes = {name: "x".join(map(str, value.shape)) for name, value in given.items()}
-    where = {"mean": "pixels", "logvar": "pixels", "pixels": "latents", "prediction": "x", "states": "ids"}
+    where = {
+        "mean": "pixels",
+        "logvar": "pixels",
+        "pixels": "latents",
+        "prediction": "x",
+        "states": "ids",
+        "pooled": "ids",
+    }
     return [
         (f"{part}: {name}, from {sizes[where[name]]}", f"{relative(value, expected[name]):.1e}", "1e-4")
         for name, value in out.items()
