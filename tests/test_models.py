@@ -299,7 +299,7 @@ REFUSED = [
         TWO,
     ),
     (unet.UNetSpec, {"layers_per_block": [2, 2, 2], "attention_head_dim": [1], "up_block_types": UP[:1]}, TWO),
-    (unet.UNetSpec, {"num_attention_heads": 8, "conv_in_kernel": 5, "mid_block_type": None}, {}),
+    (unet.UNetSpec, {"num_attention_heads": 8, "conv_in_kernel": 5, "mid_block_type": "UNetMidBlock2D"}, {}),
     (unet.UNetSpec, {"norm_num_groups": None, "attention_type": "gated"}, {}),
     (vae.VAESpec, {"shift_factor": 0.1, "latents_mean": [0.0], "down_block_types": ["AttnDownEncoderBlock2D"]}, {}),
     (
