@@ -57,6 +57,9 @@ def load_tokenizer(
             f"{folder}: spiece.model is read by another package. Run: pip install sentencepiece (or "
             "'dreambooth-jax[t5]'), or put tokenizer.json of the same model beside it."
         )
+    # transformers reports that PyTorch is absent or too old: it is not used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("USE_TORCH", "0")
     import transformers  # takes seconds, which a wrong path need not
 
     tokenizer = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)

@@ -55,10 +55,10 @@ def open_checkpoints(
     """
     path = epath.Path(folder)
     path = path if is_remote(folder) else path.resolve()
+    logging.getLogger("absl").addFilter(_is_told)
     if read_only:
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
-        logging.getLogger("absl").addFilter(_is_told)
         sys.unraisablehook = _ignore_late_callbacks
         seal = functools.partial(_seal, path, {} if record is None else record)
         options = ocp.CheckpointManagerOptions(
@@ -69,8 +69,10 @@ def open_checkpoints(
 
 
 def _is_told(record: logging.LogRecord) -> bool:
-    """Whether a log record is for a person. Orbax logs, with tracebacks, what it raises again: that is told once."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+    """Whether a log record is for a person. Orbax logs errors that it also raises, and folders that it was told not to
+    write to."""
+    repeated = record.levelno >= logging.ERROR or "read only" in str(record.msg)
+    return not (repeated and "orbax" in record.pathname)
 
 
 def _ignore_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -1,9 +1,8 @@
-"""What all commands share: errors as one line, and no noise of libraries."""
+"""What all commands share: errors as one line."""
 
 import contextlib
 import errno
 import io
-import os
 import sys
 from collections.abc import Iterator
 
@@ -11,9 +10,6 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the process with `error: ...` and exit code 1 for anything that a person can cause; Ctrl-C ends with 130."""
-    # transformers says that PyTorch was not found, or that it is too old: neither is used here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("USE_TORCH", "0")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
