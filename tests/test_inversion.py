@@ -25,7 +25,7 @@ from dreambooth_jax.runs.workdir import open_run
 TABLE = "text_encoder.text_model.embeddings.token_embedding.embedding"
 FIELDS = {
     "identifier": "<sks>", "token_vectors": 2, "templates": "object", "prior_preservation": False, "ema_decay": 0.0,
-    "learning_rate": 0.05, "weight_decay": 0.5, "text_encoder_multiplier": 1.0, "lora_rank": 2,
+    "learning_rate": 0.05, "weight_decay": 0.5, "text_encoder_multiplier": 1.0,
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ FIELDS = {
 def inverted(micro, tmp_path_factory):
     """The workdir of a textual inversion."""
     workdir = tmp_path_factory.mktemp("inversion") / "run"
-    finish(workdir, base=micro, method="inversion", **FIELDS | {"steps": 20})
+    finish(workdir, base=micro, method="inversion", **FIELDS | {"steps": 20, "num_class_images": 100})
     return workdir
 
 
