@@ -93,7 +93,7 @@ _SHARE = Field(float, lambda v: 0 <= v < 1, "at least 0 and below 1")
 FIELDS: dict[str, Field] = {
     "base": _text(),
     "workdir": _text(identity=False),
-    "instance_images": _text(),
+    "instance_images": _text(identity=False),  # the photos themselves are compared: hosts and people may move them
     "subjects": Field(str),
     "identifier": _text(),
     "class_noun": _text(),
