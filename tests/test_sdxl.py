@@ -231,7 +231,7 @@ def test_a_run_trains_resumes_and_exports(base, tmp_path):
     assert {name.split("'")[3].split(".")[0] for name in state if "trainable" in name} == set(TRAINED)
     assert len(list((tmp_path / "run" / "class_images").glob("*.png"))) == 4
     assert (tmp_path / "run" / "samples" / "step_000004.png").exists()
-    export.main(["--workdir", str(tmp_path / "run"), "--output", str(tmp_path / "lora"), "--lora"])
+    export.main(["--workdir", str(tmp_path / "run"), "--output", str(tmp_path / "lora"), "--format", "peft"])
     theirs = StableDiffusionXLPipeline.from_pretrained(pipeline.folder, add_watermarker=False)
     theirs.load_lora_weights(tmp_path / "lora")
     assert theirs.get_list_adapters().keys() == set(TRAINED)
