@@ -37,10 +37,10 @@ def rewrite(source: Path, target: Path, change, file: str):
 
 @pytest.mark.parametrize(("part", "file"), [("unet", UNET_FILE), ("vae", UNET_FILE), ("text_encoder", TEXT_FILE)])
 def test_load_save_load_is_the_identity_and_so_is_the_file(sd21, tmp_path, part, file):
-    shapes, params = getattr(sd21.pipeline, part).shapes, under_prefix(f"{part}.", sd21.params)
-    save_model(tmp_path, params, sd21.pipeline.configs[part], stem=file)
+    shapes, params = sd21.pipeline.models.functions[part].shapes, under_prefix(f"{part}.", sd21.params)
+    save_model(tmp_path, params, sd21.pipeline.models.configs[part], stem=file)
     assert_same(read_model(tmp_path, shapes), params)
-    assert json.loads((tmp_path / "config.json").read_text()) == sd21.pipeline.configs[part]
+    assert json.loads((tmp_path / "config.json").read_text()) == sd21.pipeline.models.configs[part]
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", file}
     written, original = load_file(tmp_path / file), load_file(sd21.folder / part / file)
     if part == "text_encoder":  # transformers 5 leaves out the wrapper's name, and reads either
@@ -65,7 +65,7 @@ def test_half_precision_files(sd15, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_written_as_pytorch_rounds(sd15, tmp_path, dtype):
     params = under_prefix("vae.", sd15.params)
-    save_model(tmp_path, params, sd15.pipeline.configs["vae"], dtype=dtype, stem=UNET_FILE)
+    save_model(tmp_path, params, sd15.pipeline.models.configs["vae"], dtype=dtype, stem=UNET_FILE)
     model = type(sd15.torch.vae).from_pretrained(tmp_path, torch_dtype=getattr(torch, dtype))
     for name, value in sd15.torch.vae.state_dict().items():
         assert torch.equal(model.state_dict()[name], value.to(getattr(torch, dtype))), name
