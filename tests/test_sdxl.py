@@ -235,7 +235,7 @@ def test_a_run_trains_resumes_and_exports(base, tmp_path):
     theirs = StableDiffusionXLPipeline.from_pretrained(pipeline.folder, add_watermarker=False)
     theirs.load_lora_weights(tmp_path / "lora")
     assert theirs.get_list_adapters().keys() == set(TRAINED)
-    export.main(["--workdir", str(tmp_path / "run"), "--output", str(tmp_path / "model")])
+    export.main(["--workdir", str(tmp_path / "run"), "--output", str(tmp_path / "model"), "--format", "folder"])
     merged = read_params(load_pipeline(str(tmp_path / "model")))
     theirs.fuse_lora(components=TRAINED)
     for part in TRAINED:
