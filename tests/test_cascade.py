@@ -223,6 +223,7 @@ CASCADE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_both_stages_train_in_one_workdir_and_resume_in_either(stages, tmp_path):
     """All stages at once, and one after the other in two calls, are the same to the last bit."""
     fields = CASCADE | {

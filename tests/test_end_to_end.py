@@ -22,6 +22,8 @@ from support.runs import (
     wait,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def last_step(workdir) -> int:
     with (workdir / "metrics.csv").open() as file:

@@ -14,6 +14,8 @@ from support.runs import SMALL, checkpoints, flags
 
 from dreambooth_jax.export import main as export
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FAKE_GCLOUD = ROOT / "tests" / "support" / "fake_gcloud.py"
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))

@@ -23,6 +23,8 @@ from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import FeedForward
 from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -23,6 +23,8 @@ DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_
 CONFIG = """
 import importlib.util
 
+pytestmark = pytest.mark.slow
+
 spec = importlib.util.spec_from_file_location("tiny_base", {path!r})
 tiny_base = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_base)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from support.runs import checkpoints, log_of, pictures, start, wait
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {"batch_size": 4, "steps": 12, "save_every": 4, "sample_every": 12, "num_class_images": 10, "mesh_fsdp": 2}
 
 

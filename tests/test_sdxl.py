@@ -215,6 +215,7 @@ def test_class_images_keep_their_own_sizes(base, tmp_path):
         assert np.abs(batch.cond[name][0] - batch.cond[name][2]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_exports(base, tmp_path):
     """LoRA on UNet and both towers in bfloat16, stopped after half of its steps; diffusers loads the factors."""
     _, pipeline, _ = base
