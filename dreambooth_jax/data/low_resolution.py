@@ -9,7 +9,7 @@ from PIL import Image
 from dreambooth_jax.data.images import Examples
 
 
-def shrink(images: UInt8[np.ndarray, "n h w 3"], factor: int) -> UInt8[np.ndarray, "n h/f w/f 3"]:
+def shrink(images: UInt8[np.ndarray, "n h w 3"], factor: int) -> UInt8[np.ndarray, "n rows columns 3"]:
     """The pictures `factor` times smaller, by the same filter (Lanczos) that makes the stage before's own examples."""
     size = images.shape[2] // factor, images.shape[1] // factor
     return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)) for image in images])
