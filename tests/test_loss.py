@@ -28,7 +28,7 @@ def batch():
 def torch_losses(batch, prediction, num_instance, gamma):
     """Mean losses of both halves and what their sum of 1 and 0.3 parts gives for gradients."""
     scheduler = DDPMScheduler(**CONFIG, prediction_type=prediction)
-    x0, eps, t, cond = map(torch.from_numpy, batch)
+    x0, eps, t, cond = map(torch.from_numpy, (batch.x0, batch.eps, batch.t, batch.cond))
     a, b = torch.tensor(0.7, requires_grad=True), torch.tensor(-0.2, requires_grad=True)
     noisy = scheduler.add_noise(x0, eps, t)
     output = a * torch.tanh(noisy + cond[:, None, None]) + b * t[:, None, None] / 1000

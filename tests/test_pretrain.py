@@ -17,13 +17,13 @@ from support.npm_packages import write_packages
 
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # As its config advises, one device per core.
 DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
 CONFIG = """
 import importlib.util
-
-pytestmark = pytest.mark.slow
 
 spec = importlib.util.spec_from_file_location("tiny_base", {path!r})
 tiny_base = importlib.util.module_from_spec(spec)
