@@ -12,6 +12,10 @@ BEGIN = """
 import os, signal, sys, threading, time
 from dreambooth_jax.runs.preemption import Preemption
 
+for ignored in (signal.SIGHUP, signal.SIGTERM):  # by who started the tests: nohup, a service
+    signal.signal(ignored, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def say(text):
     print(text, flush=True)
 
