@@ -1,14 +1,17 @@
 """Distribution of dreambooth_jax. Configs and example subjects are installed with the package."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+
 setup(
     name="dreambooth_jax",
-    version="0.2.0",
+    version=re.search(r'^__version__ = "(.+)"', (HERE / "dreambooth_jax" / "__init__.py").read_text(), re.M)[1],
     description="DreamBooth (arXiv 2208.12242) on JAX and Flax, for TPUs and everything smaller",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "dreambooth_jax/tiny/world/LICENSES.md"],

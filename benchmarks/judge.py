@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tqdm import trange
 
 from dreambooth_jax.devices import runtime, sharding
-from dreambooth_jax.devices.sharding import spread
+from dreambooth_jax.devices.sharding import split_batch
 from dreambooth_jax.diffusion.step import TrainState, init_state, run_steps
 from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.files.tokenizer import load_tokenizer
@@ -193,14 +193,14 @@ def train(net, sprites: list[world.Sprite]) -> dict[str, Array]:
         return cross_entropy(by_sprite, labels).mean() + cross_entropy(by_background, backgrounds).mean()
 
     def step(state: TrainState, frozen, data, key):
-        drawn_batch = spread(batch(data, jax.random.fold_in(key, state.step)))
+        drawn_batch = split_batch(batch(data, jax.random.fold_in(key, state.step)))
         value, grads = jax.value_and_grad(loss)(state.trainable, *drawn_batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state, None), (value,)
 
-    everywhere = sharding.replicated(sharding.make_mesh())
-    run = jax.jit(run_steps(step, 20), donate_argnums=0, out_shardings=everywhere)
-    state, atlas = jax.device_put((init_state(params, optimizer), atlas), everywhere)
+    on_all = sharding.replicated(sharding.make_mesh())
+    run = jax.jit(run_steps(step, 20), donate_argnums=0, out_shardings=on_all)
+    state, atlas = jax.device_put((init_state(params, optimizer), atlas), on_all)
     with trange(0, STEPS, 20, desc="judge", mininterval=5) as bar:
         for _ in bar:
             state, (losses,) = run(state, {}, atlas, jax.random.key(2), jnp.asarray(20))

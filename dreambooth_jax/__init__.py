@@ -9,7 +9,7 @@ first used, so that `import dreambooth_jax` costs nothing.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     # the mathematics: arrays and functions

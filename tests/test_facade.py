@@ -1,7 +1,9 @@
 """`import dreambooth_jax` costs nothing, every public name is there, and --help needs no JAX."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,13 @@ except SystemExit as end:
     assert end.code == 0
 """
     assert not imported_by(code) & HEAVY
+
+
+def test_the_version_is_that_of_the_newest_entry_of_the_changelog_and_of_the_citation():
+    root = Path(dreambooth_jax.__file__).parent.parent
+    changelog = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    citation = re.search(r"^version: (\S+)", (root / "CITATION.cff").read_text(), re.MULTILINE)[1]
+    assert dreambooth_jax.__version__ == citation == changelog
 
 
 def test_every_public_name_is_there():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import dreambooth_jax
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "dreambooth_jax", "configs", "examples")
 SHORT = {"steps": 2, "num_class_images": 2, "class_batch_size": 2, "sample_count": 1, "sampling_steps": 2}
@@ -52,6 +54,6 @@ def test_a_wheel_finds_its_configs_and_says_where_it_is(installed, tmp_path):
     assert found.splitlines() == [str(installed), "stable-diffusion-v1-5/stable-diffusion-v1-5"]
 
 
-def test_the_licence_is_in_the_wheel(installed):
-    (licence,) = installed.glob("dreambooth_jax-*.dist-info/licenses/LICENSE")
+def test_licence_and_version_are_in_the_wheel(installed):
+    (licence,) = installed.glob(f"dreambooth_jax-{dreambooth_jax.__version__}.dist-info/licenses/LICENSE")
     assert "Apache License" in licence.read_text()

@@ -53,8 +53,8 @@ class Prior:
     def cut_off(self, after: int):
         """A painter whose process is killed after so many pictures."""
 
-        def paint(params, requests, everywhere):
-            for count, painted in enumerate(self.painter(params, requests, everywhere)):
+        def paint(params, requests, all_processes):
+            for count, painted in enumerate(self.painter(params, requests, all_processes)):
                 if count == after:
                     raise KeyboardInterrupt
                 yield painted
@@ -159,7 +159,7 @@ def test_black_and_truncated_pictures_are_painted_again(prior, complete, tmp_pat
 
 
 def test_a_base_that_paints_black_is_named_and_nothing_is_saved(prior, tmp_path):
-    def paint(params, requests, everywhere):
+    def paint(params, requests, all_processes):
         yield from ((number, np.zeros((16, 16, 3), np.uint8)) for number in range(len(requests)))
 
     with pytest.raises(ValueError, match=r"class image 0 is black.*not finite"):

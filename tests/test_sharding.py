@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 from dreambooth_jax.devices import tpu
 from dreambooth_jax.devices.sharding import (
     batch_sharding,
-    gather,
     make_mesh,
     param_sharding,
     replicate,
     replicated,
     split_largest,
     state_shardings,
+    unshard,
 )
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.step import init_state
@@ -136,7 +136,7 @@ def test_parameters_travel_rounded_and_gradients_to_those_who_hold_them():
     x = jax.ShapeDtypeStruct((64, 256, 1024), jnp.bfloat16, sharding=batch_sharding(mesh, 64))
 
     def loss(params, x):
-        return jnp.square((x @ gather(mesh, params, jnp.bfloat16)["a.kernel"]).astype(jnp.float32)).sum()
+        return jnp.square((x @ unshard(mesh, params, jnp.bfloat16)["a.kernel"]).astype(jnp.float32)).sum()
 
     lowered = jax.jit(jax.grad(loss), out_shardings={"a.kernel": home}).lower(kernel, x)
     exchanged = tpu.compile_for(tpu.CHIPS["v5e"], lowered, quick=True).collectives

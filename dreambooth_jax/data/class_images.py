@@ -223,7 +223,7 @@ def paint_class_images(
         for number, picture in zip(painted, lows, strict=True)
     ]
     with tqdm(total=len(numbers), desc="class images", unit="image", disable=not runtime.is_first_process()) as bar:
-        for index, image in paint(params, requests, everywhere=False):
+        for index, image in paint(params, requests, all_processes=False):
             number = painted[index]
             if number in numbers:
                 if not image.any():

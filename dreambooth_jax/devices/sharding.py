@@ -86,7 +86,7 @@ def state_shardings(mesh: Mesh, params: dict[str, Any], tree: Any, rules=RULES) 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def gather(mesh: Mesh, params: dict[str, Any], dtype=None) -> dict[str, Any]:
+def unshard(mesh: Mesh, params: dict[str, Any], dtype=None) -> dict[str, Any]:
     """Makes parameters whole before a computation uses them, inside a jitted function.
 
     Without it, the compiler shards activations like the parameters and exchanges activations hundreds of times per
@@ -152,20 +152,7 @@ def on_each_part(function: Callable, *batches: jax.Array) -> jax.Array:
     return jax.shard_map(function, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(*batches)
 
 
-def spread(batch: Any) -> Any:
+def split_batch(batch: Any) -> Any:
     """Divides a batch over all devices, inside a jitted function."""
     place = batch_sharding(make_mesh(), len(jax.tree.leaves(batch)[0]))
     return jax.lax.with_sharding_constraint(batch, place)
-
-
-def split_kernel(kernel: jax.Array) -> jax.Array:
-    """Divides [..., in, out] over all devices along the longer side of the matrix [... * in, out], inside a jitted
-    function; leaves it whole where that does not divide, and vectors."""
-    mesh = make_mesh()
-    if kernel.ndim < 2:
-        return kernel
-    axis = kernel.ndim - (1 if kernel.shape[-1] > math.prod(kernel.shape[:-1]) else 2)
-    if kernel.shape[axis] % mesh.size:
-        return kernel
-    spec = [AXES if i == axis else None for i in range(kernel.ndim)]
-    return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, PartitionSpec(*spec)))

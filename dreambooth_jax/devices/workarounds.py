@@ -79,7 +79,7 @@ WORKAROUNDS = (
     ),
     Workaround(
         name="barriers",
-        why="XLA's simplifier removes roundings and merges a second computation with the first",
+        why="XLA's simplifier merges a second computation with the first",
         package="jaxlib",
         first=(0, 4),
         before=None,

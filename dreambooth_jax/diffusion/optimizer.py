@@ -78,10 +78,10 @@ def make_optimizer(
         clip_norm: limit of the gradient's global norm; None for no clipping.
         moment_dtype: dtype of AdamW's first moment; "bfloat16" saves two bytes per trainable parameter.
         multiplier: parameter name -> factor on its learning rate.
+        decays: parameter name -> whether weight decay applies; None for all.
 
     Raises:
         ValueError: unknown name.
-        decays: parameter name -> whether weight decay applies; None for all.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer = {name!r}; implemented: {', '.join(OPTIMIZERS)}")

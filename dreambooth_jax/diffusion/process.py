@@ -162,12 +162,6 @@ def target(process: Process, x0: Values, eps: Values, t: Times) -> Float[Array, 
     return _like(process.a(t), x0) * eps - _like(process.b(t), x0) * x0
 
 
-def predicted_x0(process: Process, y: Values, xt: Values, t: Times) -> Float[Array, "b ..."]:
-    """x0 of equation (3) from the model's prediction y."""
-    alpha, sigma, a, b = (_like(f(t), xt) for f in (process.alpha, process.sigma, process.a, process.b))
-    return (a * xt - sigma * y) / (a * alpha + b * sigma)
-
-
 def snr_weight(process: Process, t: Times, gamma: float) -> Float[Array, "b"]:
     """w of equation (4): min-SNR-gamma weight of the squared error of the prediction."""
     alpha, sigma, a, b = (f(t) for f in (process.alpha, process.sigma, process.a, process.b))

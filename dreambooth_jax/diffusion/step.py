@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from dreambooth_jax.diffusion.examples import Augment, TrainingData, draw
 from dreambooth_jax.diffusion.loss import Batch, Losses, Predict, dreambooth_loss
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.models.params import Params
-from dreambooth_jax.ops.barriers import keep_rounding
 from dreambooth_jax.ops.recompute import recompute_gradients
 
 Scalar = Float[Array, ""]
@@ -48,39 +46,29 @@ def init_state(trainable: Params, optimizer: optax.GradientTransformation, *, em
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), average)
 
 
-def rounded(dtype: DTypeLike) -> Callable[[Gradient], Held]:
-    """Keeps gradients in `dtype` until their global norm is known."""
+def kept(gradient: Gradient) -> Held:
+    """Keeps all gradients until their global norm is known."""
 
-    def hold(gradient: Gradient) -> Held:
-        def held(trainable: Params, frozen: Params, batch: Batch):
-            grads, losses = gradient(trainable, frozen, batch)
-            return grads, losses, lambda norm: jax.tree.map(lambda grad: keep_rounding(grad, dtype), grads)
+    def held(trainable: Params, frozen: Params, batch: Batch) -> tuple[Params, Losses, Callable[[Scalar], Params]]:
+        grads, losses = gradient(trainable, frozen, batch)
+        return grads, losses, lambda norm: grads
 
-        return held
-
-    return hold
+    return held
 
 
-_AS_COMPUTED = rounded(jnp.float32)
+def recomputed(gradient: Gradient) -> Held:
+    """Recomputes a gradient once the norm is known, instead of keeping it, where it is larger than its two factors."""
 
+    def held(trainable: Params, frozen: Params, batch: Batch) -> tuple[Params, Losses, Callable[[Scalar], Params]]:
+        (grads, losses), again = recompute_gradients(gradient)(trainable, frozen, batch)
 
-def recomputed(dtype: DTypeLike) -> Callable[[Gradient], Held]:
-    """Recomputes a gradient once the norm is known, instead of keeping it, where it is larger than its two factors;
-    keeps the others in `dtype`."""
+        def for_optimizer(grad: Array, norm: Scalar) -> Array:
+            second = again(grad, norm)
+            return grad if second is None else second
 
-    def hold(gradient: Gradient) -> Held:
-        def held(trainable: Params, frozen: Params, batch: Batch):
-            (grads, losses), again = recompute_gradients(gradient)(trainable, frozen, batch)
+        return grads, losses, lambda norm: jax.tree.map(lambda grad: for_optimizer(grad, norm), grads)
 
-            def for_optimizer(grad: Array, norm: Scalar) -> Array:
-                second = again(grad, norm)
-                return keep_rounding(grad, dtype) if second is None else second
-
-            return grads, losses, lambda norm: jax.tree.map(lambda grad: for_optimizer(grad, norm), grads)
-
-        return held
-
-    return hold
+    return held
 
 
 def make_step(
@@ -93,7 +81,7 @@ def make_step(
     prior_weight: float = 1.0,
     snr_gamma: float | None = None,
     accumulate: int = 1,
-    hold: Callable[[Gradient], Held] = _AS_COMPUTED,
+    hold: Callable[[Gradient], Held] = kept,
     ema_decay: float | None = None,
     example_shape: tuple[int, ...] | None = None,
     augment: Augment | None = None,
@@ -113,7 +101,7 @@ def make_step(
         combine: (frozen, trainable) -> params of `predict`; this is where methods differ.
         prior_weight, snr_gamma: see `dreambooth_loss`.
         accumulate: number of equal parts in which the batch is computed, one after the other.
-        hold: way in which gradients are kept until their global norm is known: `rounded` or `recomputed`.
+        hold: way in which gradients are kept until their global norm is known: `kept` or `recomputed`.
         ema_decay: decay of the parameter average, warmed up (see `_decay`); None: no average.
         example_shape: [h, w, c], where the data are flat.
         augment: see `draw`.

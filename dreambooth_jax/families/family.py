@@ -73,6 +73,15 @@ class Pictures(NamedTuple):
     target: Int[Array | np.ndarray, "b 2"]
 
 
+def check_side(side: int, multiple: int) -> None:
+    """Raises ValueError unless a picture's side is a multiple of `multiple` pixels; names the nearest sizes."""
+    if side < multiple or side % multiple:
+        below = max(side // multiple, 1) * multiple
+        raise ValueError(
+            f"resolution = {side}: this base needs a multiple of {multiple}; nearest: {below}, {below + multiple}"
+        )
+
+
 class Family(NamedTuple):
     """A kind of text-to-image model. Functions that take `params` are pure and jittable.
 

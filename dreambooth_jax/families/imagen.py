@@ -2,13 +2,13 @@
 
 Stage I paints 64 x 64 pixels from a text, stage II enlarges them four times. Both read T5's states of all 77 tokens,
 padding included, and T5 is never trained. The UNets predict the noise and, in further channels, an interpolation of the
-sampler's variance. No loss trains these channels: a trained stage is painted with the smaller variance.
+sampler's variance. No loss trains these channels: a trained stage is painted with the smaller variance. Text and
+prediction of stage I go through the models as in Stable Diffusion (`sd.FAMILY`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from dreambooth_jax.diffusion.low_resolution import LowResolution
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.diffusion.schedulers import clip_from_scheduler, process_from_scheduler
-from dreambooth_jax.families.family import DENOISER, NOISE_LEVEL, TEXT, Cond, Family, Models, Part, Pictures
+from dreambooth_jax.families import sd
+from dreambooth_jax.families.family import DENOISER, NOISE_LEVEL, TEXT, Cond, Models, Part, Pictures, check_side
 from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
 from dreambooth_jax.models.pixel_unet import PixelUNet, PixelUNetSpec
 from dreambooth_jax.models.t5 import T5EncoderModel, T5Spec
@@ -60,27 +61,13 @@ def example_shape(models: Models, height: int, width: int) -> tuple[int, int, in
     """[h, w, 3] of the pixels themselves."""
     multiple = models.specs["unet"].downscale
     for side in (height, width):
-        if side < multiple or side % multiple:
-            below = side // multiple * multiple
-            raise ValueError(
-                f"resolution = {side}: this base needs a multiple of {multiple}; "
-                f"nearest: {max(multiple, below)}, {max(multiple, below) + multiple}"
-            )
+        check_side(side, multiple)
     return height, width, 3
-
-
-def token_shapes(models: Models, count: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {"ids": jax.ShapeDtypeStruct((count, models.specs["text_encoder"].max_length), jnp.int32)}
 
 
 def tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Ids of the texts in lower case, as the reference's pipelines have them."""
     return {"ids": padded_ids(tokenizers["tokenizer"], [text.lower().strip() for text in texts])}
-
-
-def encode_text(models: Models, params: Mapping[str, Any], tokens: Cond) -> Cond:
-    """T5's states."""
-    return {"states": models.apply("text_encoder", params, tokens["ids"])}
 
 
 def encode_images(models: Models, params: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
@@ -92,10 +79,6 @@ def encode_images(models: Models, params: Mapping[str, Any], images: Array) -> t
 def decode(models: Models, params: Mapping[str, Any], pixels: Array) -> Float[Array, "b h w 3"]:
     """Pixels from [-1, 1] to [0, 1]."""
     return jnp.clip(pixels / 2 + 0.5, 0.0, 1.0)
-
-
-def predict(models: Models, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
-    return models.apply("unet", params, xt, t, cond["states"])
 
 
 def predict_larger(models: Models, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
@@ -134,20 +117,16 @@ def of_example(models: Models, pictures: Pictures) -> Cond:
     return {"low": pictures.images.reshape(len(pictures.images), -1)}
 
 
-STAGE_I = Family(
+STAGE_I = sd.FAMILY._replace(
     name="IFPipeline",
     parts={"unet": UNET, "text_encoder": TEXT_ENCODER},
-    tokenizers={"tokenizer": "text_encoder"},
     process=process,
     problems=problems,
     resolution=resolution,
     example_shape=example_shape,
-    token_shapes=token_shapes,
     tokenize=tokenize,
-    encode_text=encode_text,
     encode_images=encode_images,
     decode=decode,
-    predict=predict,
     guidance=7.0,
     split=split,
     clip=clip,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
-from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Family, Models, Part
+from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Family, Models, Part, check_side
 from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
 from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
@@ -53,12 +53,7 @@ def latent_shape(models: Models, height: int, width: int) -> tuple[int, int, int
     factor = models.specs["vae"].downscale
     multiple = factor * models.specs["unet"].downscale
     for side in (height, width):
-        if side < multiple or side % multiple:
-            below = side // multiple * multiple
-            raise ValueError(
-                f"resolution = {side}: this base needs a multiple of {multiple}; "
-                f"nearest: {max(multiple, below)}, {max(multiple, below) + multiple}"
-            )
+        check_side(side, multiple)
     return height // factor, width // factor, models.specs["vae"].latent_channels
 
 

@@ -85,10 +85,6 @@ class CLIPModel(nnx.Module):
         self.visual_projection = nnx.Linear(vision.hidden_size, projection_dim, use_bias=False, **kw)
         self.logit_scale = nnx.Param(jnp.asarray(np.log(1 / 0.07), jnp.float32))
 
-    def text_states(self, ids: Int[Array, "b l"]) -> Float[Array, "b l c"]:
-        """The states that a diffusion model is conditioned on: those of `CLIPTextModel`."""
-        return self.text_model(ids)
-
     def text_features(self, ids: Int[Array, "b l"], end: int) -> Float[Array, "b p"]:
         """Unit vectors of texts; `end` is the id of the end token, at whose first place a text's state is read."""
         states = self.text_model(ids)

@@ -34,8 +34,8 @@ class Functional(NamedTuple):
 
 
 class _OneKey(nnx.RngStream):
-    """The same key at every call: enough where only shapes are asked for, and the counting of calls, itself traced,
-    takes a time quadratic in their number."""
+    """Returns the same key on every call. Shapes do not depend on it, and tracing nnx's call counter takes time
+    quadratic in the number of parameters."""
 
     def __call__(self) -> jax.Array:
         return self.key[...]

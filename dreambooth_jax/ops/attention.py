@@ -1,9 +1,9 @@
-"""Attention, each backend by what it runs best.
+"""Attention with one implementation per backend.
 
-TPUs have a kernel (flash.py). XLA's CPU backend has none, and writes scores, probabilities and their gradients to
-memory one after the other; there the work goes head by head and block by block of queries, so that they stay in the
-cache, with the gradient of FlashAttention (arXiv 2205.14135, algorithm 4): from the normaliser of each row, no score is
-kept for the backward pass.
+TPUs use the kernel of flash.py. XLA's CPU backend has no kernel: it writes all scores, probabilities and gradients to
+memory. On CPU, attention is therefore computed for one head and one block of queries at a time, whose scores fit into
+the cache. The backward pass is that of FlashAttention (arXiv 2205.14135, algorithm 4): it recomputes the scores from
+the normaliser of each row, and no scores are stored.
 """
 
 import functools
@@ -16,7 +16,7 @@ from dreambooth_jax.devices.sharding import on_each_part
 from dreambooth_jax.ops import flash
 
 Heads = Float[Array, "b l n d"]
-# On CPU: queries whose scores are computed at once, and the fewest scores of one head for which a loop pays.
+# On CPU: number of queries in a block, and smallest number of scores per head for which blocks are faster.
 BLOCK, FEWEST_SCORES = 512, 2**13
 
 
@@ -27,7 +27,7 @@ def attention(
     *,
     causal: bool = False,
 ) -> Float[Array, "b q n d"]:
-    """softmax(QK^T / sqrt(d)) V, scores and softmax in float32 (so that `upcast_attention` always holds)."""
+    """softmax(QK^T / sqrt(d)) V. Scores and softmax are float32, as with diffusers' `upcast_attention`."""
     plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     kinds = {}
     if not causal and flash.worthwhile(query, key):
@@ -40,8 +40,8 @@ def attention(
 def blockwise_attention(
     query: Float[Array, "b q n d"], key: Float[Array, "b k n d"], value: Float[Array, "b k n d"]
 ) -> Float[Array, "b q n d"]:
-    """softmax(QK^T / sqrt(d)) V, a block of one head's scores at a time. Under `jax.set_mesh` every device computes its
-    own part of the batch."""
+    """softmax(QK^T / sqrt(d)) V, one block of one head's scores at a time. Under `jax.set_mesh` every device computes
+    its own part of the batch."""
     return on_each_part(_head_by_head, query, key, value)
 
 

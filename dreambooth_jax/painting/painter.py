@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, UInt32
 
-from dreambooth_jax.devices.sharding import batch_sharding, gather, replicated
+from dreambooth_jax.devices.sharding import batch_sharding, replicated, unshard
 from dreambooth_jax.diffusion.low_resolution import UNIFORM, make_augment
 from dreambooth_jax.diffusion.sampler import make_sampler
 from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Pictures
@@ -79,11 +79,11 @@ def make_paint_batch(
     )  # fmt: skip
     condition = picture_conditions(pipeline, resolution, sr_noise, noise_level)
     shape = pipeline.example_shape(resolution)
-    spread = batch_sharding(mesh, batch_size)
+    placement = batch_sharding(mesh, batch_size)
 
     def paint_batch(params: Params, inputs: Inputs) -> tuple[Array, Bool[Array, "3"]]:
-        inputs = jax.lax.with_sharding_constraint(inputs, spread)
-        params = gather(mesh, params)
+        inputs = jax.lax.with_sharding_constraint(inputs, placement)
+        params = unshard(mesh, params)
         own = jax.random.wrap_key_data(inputs.keys)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(own)
         tokens = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs.negative, inputs.tokens)
@@ -96,7 +96,7 @@ def make_paint_batch(
         finite = jnp.stack([_all_finite(values) for values in (both, encoded, pixels)])
         return jnp.round(pixels * 255).astype(jnp.uint8), finite
 
-    return jax.jit(paint_batch, out_shardings=(spread, replicated(mesh)))
+    return jax.jit(paint_batch, out_shardings=(placement, replicated(mesh)))
 
 
 class NonFinitePicture(FloatingPointError):
@@ -174,20 +174,21 @@ def to_paint(pipeline: Pipeline, resolution: int, requests: Sequence[Request]) -
 
 
 def make_painter(pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size: int, **kw: Any) -> Painter:
-    """Builds `paint(params, requests, everywhere=True)`, which yields (number of the request, uint8 image [h, w, 3]) as
-    they are done.
+    """Builds `paint(params, requests, all_processes=True)`, which yields (number of the request, uint8 image [h, w, 3])
+    as they are done.
 
     The pictures are computed `batch_size` at a time, split over the mesh, by one compiled program; each depends on its
-    request alone. With several processes, all of them paint the same requests; each is yielded every picture, or with
-    `everywhere=False` only its own, so that every picture is one process's. Arguments and errors are those of
-    `make_paint_batch`.
+    request alone. All processes must pass the same requests. Each yields every picture, or with `all_processes=False`
+    only its own share. Arguments and errors are those of `make_paint_batch`.
     """
     compiled = make_paint_batch(pipeline, mesh, resolution=resolution, batch_size=batch_size, **kw)
     whole = jax.jit(lambda images: images, out_shardings=replicated(mesh))
     roles = (("the text encoder", TEXT), ("the denoiser", DENOISER), ("the decoder", CODEC))
     parts = [f"{name} ({', '.join(pipeline.family.names(role))})" for name, role in roles]
 
-    def paint(params: Params, requests: Sequence[Request], everywhere: bool = True) -> Iterator[tuple[int, np.ndarray]]:
+    def paint(
+        params: Params, requests: Sequence[Request], all_processes: bool = True
+    ) -> Iterator[tuple[int, np.ndarray]]:
         for start in range(0, len(requests), batch_size):
             part = list(requests[start : start + batch_size])
             padded = part + part[-1:] * (batch_size - len(part))
@@ -201,7 +202,7 @@ def make_painter(pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size:
             with jax.set_mesh(mesh):  # kernels split their batch over it
                 images, finite = compiled(params, inputs)
             check_painted(finite, parts)
-            rows = enumerate(np.asarray(whole(images))) if everywhere else _local_rows(images)
+            rows = enumerate(np.asarray(whole(images))) if all_processes else _local_rows(images)
             for number, image in rows:
                 if number < len(part):
                     yield start + number, image

@@ -90,7 +90,7 @@ def enlarging(paint: Painter, below: Below, number: int) -> Painter:
     """
 
     def larger(
-        params: Params, requests: Sequence[Request], everywhere: bool = True
+        params: Params, requests: Sequence[Request], all_processes: bool = True
     ) -> Iterator[tuple[int, np.ndarray]]:
         pictures = iter(below([request for request in requests if request.low is None]))
         whole = [
@@ -100,7 +100,7 @@ def enlarging(paint: Painter, below: Below, number: int) -> Painter:
             )
             for request in requests
         ]
-        yield from paint(params, whole, everywhere)
+        yield from paint(params, whole, all_processes)
 
     return larger
 

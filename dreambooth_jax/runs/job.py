@@ -17,11 +17,11 @@ from dreambooth_jax.adapters.inversion import CUSTOM, both, inversion, is_row, s
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices import compiler_options
-from dreambooth_jax.devices.sharding import batch_sharding, gather, placed_shapes, replicated, state_shardings
+from dreambooth_jax.devices.sharding import batch_sharding, placed_shapes, replicated, state_shardings, unshard
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.low_resolution import make_augment
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
-from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state, make_step, recomputed, rounded, run_steps
+from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state, kept, make_step, recomputed, run_steps
 from dreambooth_jax.families.family import DENOISER, TEXT
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.models.params import Params, Shapes
@@ -161,16 +161,16 @@ def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
     config, pipeline = job.config, job.pipeline
     tokens = pipeline.family.token_shapes(pipeline.models, 1)
     cond = tokens if reads_tokens(config) else jax.eval_shape(pipeline.encode_text, pipeline.shapes, tokens)
-    cond = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), cond)
+    cond = jax.tree.map(lambda x: _replicated_shape(job, x.shape, x.dtype), cond)
 
     def resident(count: int) -> EncodedExamples:
         side = training_side(config)
-        latents = _everywhere(job, (count, math.prod(pipeline.example_shape(side))), jnp.float32)
+        latents = _replicated_shape(job, (count, math.prod(pipeline.example_shape(side))), jnp.float32)
         own = jax.eval_shape(pipeline.of_example, picture_shapes(pipeline, count, side))
-        own = jax.tree.map(lambda x: _everywhere(job, x.shape, x.dtype), own) or None
-        index = _everywhere(job, (count, config.shuffle_tags) if config.shuffle_tags else (count,), jnp.int32)
+        own = jax.tree.map(lambda x: _replicated_shape(job, x.shape, x.dtype), own) or None
+        index = _replicated_shape(job, (count, config.shuffle_tags) if config.shuffle_tags else (count,), jnp.int32)
         pixels = math.prod(pipeline.example_shape(side)[:-1])
-        weight = _everywhere(job, (count, pixels), jnp.float32) if config.masked_loss else None
+        weight = _replicated_shape(job, (count, pixels), jnp.float32) if config.masked_loss else None
         return EncodedExamples(latents, latents, cond, index, own, weight)
 
     count = num_instance if pairs_prior(config) else num_class
@@ -185,10 +185,10 @@ def training_side(config: ConfigDict) -> int:
 def key_shape(job: Job) -> jax.ShapeDtypeStruct:
     """Of the run's key."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return _everywhere(job, key.shape, key.dtype)
+    return _replicated_shape(job, key.shape, key.dtype)
 
 
-def _everywhere(job: Job, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+def _replicated_shape(job: Job, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(job.mesh))
 
 
@@ -208,31 +208,29 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
     """
     config, pipeline, mesh, dtype = job.config, job.pipeline, job.mesh, jnp.dtype(job.config.dtype)
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
-    spread = batch_sharding(mesh, batch)
+    placement = batch_sharding(mesh, batch)
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     of_base = config.prior_preservation and config.prior_target == "base"
-    if config.accumulate > 1:
-        hold = rounded(jnp.float32)
-    else:  # among several devices, recomputed products would be exchanged a second time too
-        hold = (recomputed if on_tpu and mesh.size == 1 and not mapped else rounded)(dtype)
+    # Sums over parts are no products; among several devices, recomputed products would be exchanged a second time too.
+    recomputes = on_tpu and mesh.size == 1 and not mapped and config.accumulate == 1
     low, side = pipeline.low_resolution, training_side(config)
     return make_step(
         pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
         job.optimizer,
         pipeline.process,
         batch_size=config.batch_size,
-        combine=lambda frozen, trainable: gather(mesh, job.method.combine(frozen, trainable), dtype),
+        combine=lambda frozen, trainable: unshard(mesh, job.method.combine(frozen, trainable), dtype),
         prior_weight=config.prior_weight,
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,
-        hold=hold,
+        hold=recomputed if recomputes else kept,
         ema_decay=config.ema_decay or None,
         example_shape=pipeline.example_shape(side),
-        base=(lambda frozen: gather(mesh, frozen, dtype)) if of_base else None,
+        base=(lambda frozen: unshard(mesh, frozen, dtype)) if of_base else None,
         paired=pairs_prior(config),
         dropout=config.caption_dropout,
         augment=make_augment(low, side, config.sr_noise) if low else None,
-        constrain=lambda batch: batch if mapped else jax.lax.with_sharding_constraint(batch, spread),
+        constrain=lambda batch: batch if mapped else jax.lax.with_sharding_constraint(batch, placement),
     )
 
 
@@ -261,7 +259,7 @@ def lower_painting(job: Job) -> jax.stages.Lowered:
         steps=config.sampling_steps, guidance=config.guidance_scale, trained=True, sr_noise=config.sr_noise,
     )  # fmt: skip
     inputs = jax.tree.map(
-        lambda x: _everywhere(job, x.shape, x.dtype), input_shapes(pipeline, batch, config.resolution)
+        lambda x: _replicated_shape(job, x.shape, x.dtype), input_shapes(pipeline, batch, config.resolution)
     )
     trainable, frozen = split_shapes(job)
     with jax.set_mesh(job.mesh):

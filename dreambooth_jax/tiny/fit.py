@@ -14,7 +14,7 @@ from jaxtyping import Array
 from tqdm import trange
 
 from dreambooth_jax.devices import sharding
-from dreambooth_jax.devices.sharding import spread
+from dreambooth_jax.devices.sharding import split_batch
 from dreambooth_jax.diffusion.optimizer import learning_rate
 from dreambooth_jax.diffusion.step import TrainState, init_state, run_steps
 from dreambooth_jax.models.params import Params
@@ -39,12 +39,12 @@ def fit(name: str, step: Callable, params: Params, frozen: Params, optimizer, da
         FloatingPointError: the loss is not finite.
     """
     manager = checkpoint.open_checkpoints(Path(config.workdir) / name, keep_last=1)
-    everywhere = sharding.replicated(sharding.make_mesh())
-    params = jax.device_put(jax.tree.map(np.array, params), everywhere)  # copies: the state is donated
-    state = jax.device_put(init_state(params, optimizer, ema=part.ema_decay > 0), everywhere)
+    on_all = sharding.replicated(sharding.make_mesh())
+    params = jax.device_put(jax.tree.map(np.array, params), on_all)  # copies: the state is donated
+    state = jax.device_put(init_state(params, optimizer, ema=part.ema_decay > 0), on_all)
     state = checkpoint.restore(manager, state) or state
-    frozen, data = jax.device_put(jax.tree.map(np.asarray, (frozen, data)), everywhere)
-    run = jax.jit(run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=everywhere)
+    frozen, data = jax.device_put(jax.tree.map(np.asarray, (frozen, data)), on_all)
+    run = jax.jit(run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=on_all)
     key = jax.random.key(config.seed)
     saved = time.monotonic()
     with (
@@ -80,7 +80,7 @@ def make_step(loss: Callable, optimizer, draw: Callable, ema_decay: float) -> Ca
 
     def step(state: TrainState, frozen: Params, data: Any, key: Array):
         draw_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-        batch = spread(draw(data, draw_key))
+        batch = split_batch(draw(data, draw_key))
         value, grads = jax.value_and_grad(lambda p: loss(frozen | p, batch, loss_key))(state.trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

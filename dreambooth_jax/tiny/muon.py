@@ -1,10 +1,14 @@
 """Muon, for training the embedded base from scratch."""
 
+import functools
+import math
+
 import jax
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
-from dreambooth_jax.devices.sharding import make_mesh, replicated, split_kernel
+from dreambooth_jax.devices.sharding import AXES, make_mesh, replicated
 from dreambooth_jax.diffusion.optimizer import clip_by_global_norm
 from dreambooth_jax.models.params import Params, Shapes
 
@@ -41,7 +45,19 @@ def make_muon(
         muon_weight_dimension_numbers={name: dimensions(name, x.ndim) for name, x in params.items()},
     )
     # Every device orthogonalises its share of each matrix. Otherwise all devices would do the same work.
-    divided = optax.stateless(lambda updates, params: jax.tree.map(split_kernel, updates))
-    on_all = replicated(make_mesh())
-    whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, on_all))
+    mesh = make_mesh()
+    divided = optax.stateless(lambda updates, params: jax.tree.map(functools.partial(_divided, mesh), updates))
+    whole = optax.stateless(lambda updates, params: jax.lax.with_sharding_constraint(updates, replicated(mesh)))
     return optax.chain(clip_by_global_norm(clip_norm), divided, optimizer, whole)
+
+
+def _divided(mesh: Mesh, kernel: jax.Array) -> jax.Array:
+    """[..., in, out] divided over all devices along the longer side of the matrix [... * in, out], inside a jitted
+    function; whole where that does not divide, and for vectors."""
+    if kernel.ndim < 2:
+        return kernel
+    axis = kernel.ndim - (1 if kernel.shape[-1] > math.prod(kernel.shape[:-1]) else 2)
+    if kernel.shape[axis] % mesh.size:
+        return kernel
+    spec = [AXES if i == axis else None for i in range(kernel.ndim)]
+    return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, PartitionSpec(*spec)))
