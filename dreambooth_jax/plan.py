@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 import jax
@@ -22,7 +22,16 @@ from ml_collections import ConfigDict
 from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.devices.tpu import Chip, Cost, OutOfMemory, chip_of, compile_for, devices_of, shard_bytes
+from dreambooth_jax.devices.tpu import (
+    Chip,
+    Cost,
+    OutOfMemory,
+    chip_of,
+    compile_for,
+    devices_of,
+    shard_bytes,
+    without_xla_flags,
+)
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.painting.painter import input_shapes, picture_conditions
@@ -54,6 +63,7 @@ class Plan:
         cost: the compiler's answer for the training steps; None if they do not fit, then `missing` says by how much.
         class_images: the compiler's answer for painting one batch of class images; None without prior preservation.
         class_image_seconds: for one batch.
+        painting_missing: bytes by which painting does not fit.
     """
 
     topology: str
@@ -66,10 +76,16 @@ class Plan:
     missing: int
     class_images: Cost | None
     class_image_seconds: float
+    painting_missing: int = 0
 
     @property
     def fits(self) -> bool:
         return self.cost is not None
+
+    @property
+    def sheets_peak(self) -> int:
+        """Bytes while sheets are painted: by the program of the class images, beside optimizer state and data."""
+        return self.class_images.peak + self.optimizer_state + self.data
 
     def run_seconds(self, config: ConfigDict) -> float:
         """The whole run: steps and class images, without start and compile times."""
@@ -94,14 +110,19 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
     job = make_job(config, with_cached_text(pipeline, mesh), mesh)
     state, frozen, data, key = argument_shapes(job, _instances(config))
-    cost, missing = None, 0
-    try:
-        cost = compile_for(chip, lower_steps(job, state, frozen, data, key), quick=quick)
-    except OutOfMemory as error:
-        missing = error.missing
-    painting, seconds = None, 0.0
-    if class_images and config.prior_preservation and not pairs_prior(config) and cost is not None:
-        painting, seconds = painting_cost(job, chip, quick=quick)
+    paints = class_images and config.prior_preservation and not pairs_prior(config)
+    cost, missing, painting, seconds, painting_missing = None, 0, None, 0.0, 0
+    lowered = lower_steps(job, state, frozen, data, key)
+    with without_xla_flags(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
+        painted = beside.submit(painting_cost, job, chip, quick=quick) if paints else None
+        try:
+            cost = compile_for(chip, lowered, quick=quick)
+        except OutOfMemory as error:
+            missing = error.missing
+        try:
+            painting, seconds = painted.result() if paints else (None, 0.0)
+        except OutOfMemory as error:
+            painting_missing = error.missing
     return Plan(
         topology=topology,
         devices=len(devices),
@@ -113,6 +134,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         missing=missing,
         class_images=painting,
         class_image_seconds=seconds,
+        painting_missing=painting_missing,
     )
 
 
@@ -198,6 +220,12 @@ def describe(plan: Plan, config: ConfigDict) -> str:
             "class images",
             f"{plan.class_image_seconds:.1f} s for {config.class_batch_size}, peak {painting.peak / GIB:.2f} GiB",
         ))  # fmt: skip
+        fit = "fit" if plan.sheets_peak <= chip.hbm else "do NOT fit: paint fewer at once (class_batch_size)"
+        lines.insert(-1, ("sheets", f"peak {plan.sheets_peak / GIB:.2f} GiB beside the optimizer: {fit}"))
+    if plan.painting_missing:
+        lines.append(("class images", (
+            f"do NOT fit: {plan.painting_missing / GIB:.2f} GiB too much; paint fewer at once (class_batch_size)"
+        )))  # fmt: skip
     return _lines(lines)
 
 

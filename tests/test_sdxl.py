@@ -16,13 +16,14 @@ from dreambooth_jax.adapters.method import full
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.images import read_examples
 from dreambooth_jax.data.sources import list_images
-from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import TrainingData, draw
 from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
 from dreambooth_jax.families.family import DENOISER, TEXT, Pictures
 from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
+from dreambooth_jax.families.sd import _by_picture
 from dreambooth_jax.files.safetensors import file_name
 from dreambooth_jax.painting.sheets import save_png
 from dreambooth_jax.runs.preemption import Preemption
@@ -96,6 +97,30 @@ def test_an_export_paints_in_diffusers_what_it_paints_here(base, tmp_path):
         ).images  # fmt: skip
         assert expected.std() > 0.02
         assert np.abs(np.asarray(ours) - expected).max() <= 2e-3
+
+
+def test_large_pictures_pass_the_autoencoder_one_at_a_time(base):
+    """Alone and divided over a mesh, with the numbers of the whole batch."""
+    _, pipeline, params = base
+    latents = np.random.default_rng(0).standard_normal((4, 8, 8, 4), np.float32)
+    images = np.random.default_rng(1).standard_normal((4, 16, 16, 3), np.float32)
+
+    def both(params, latents, images, size):
+        decoded, moments = (
+            _by_picture(lambda x, m=method: pipeline.models.apply("vae", params, x, method=m), batch, size)
+            for method, batch in (("decode", latents), ("encode", images))
+        )
+        return [decoded, *moments]
+
+    run = jax.jit(both, static_argnums=3)
+    expected = run(params, latents, images, (16, 16))
+    alone = run(params, latents, images, (1024, 1024))
+    mesh = make_mesh(2, 2, jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        divided = run(jax.device_put(params, replicated(mesh)), latents, images, (1024, 1024))
+    for found in (alone, divided):
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 def torch_loss(reference, batch: Batch) -> torch.Tensor:

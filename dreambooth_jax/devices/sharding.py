@@ -86,7 +86,7 @@ def state_shardings(mesh: Mesh, params: dict[str, Any], tree: Any, rules=RULES) 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def unshard(mesh: Mesh, params: dict[str, Any], dtype=None) -> dict[str, Any]:
+def unshard(mesh: Mesh, params: dict[str, Any], dtype: Any = None) -> dict[str, Any]:
     """Makes parameters whole before a computation uses them, inside a jitted function.
 
     Without it, the compiler shards activations like the parameters and exchanges activations hundreds of times per
@@ -94,18 +94,18 @@ def unshard(mesh: Mesh, params: dict[str, Any], dtype=None) -> dict[str, Any]:
     section 5).
 
     Args:
-        dtype: dtype of the computation. Sharded parameters are cast before the all-gather, which halves its traffic.
-            Replicated ones are not: the cast copy would be kept for the backward pass.
+        dtype: dtype of the computation, or name -> dtype. Sharded parameters are cast before the all-gather, which
+            halves its traffic. Replicated ones are not: the cast copy would be kept for the backward pass.
     """
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(params, dtype)
     homes = {name: param_sharding(mesh, name, x.shape) for name, x in params.items()}
 
-    def whole(x: jax.Array, home: NamedSharding) -> jax.Array:
-        rounded = jax.lax.with_sharding_constraint(
-            x.astype(dtype or x.dtype), home
-        )  # the cast comes before the all-gather
-        return _gathered(rounded, home)
+    def whole(name: str, x: jax.Array) -> jax.Array:
+        rounded = x.astype(dtypes.get(name) or x.dtype)
+        rounded = jax.lax.with_sharding_constraint(rounded, homes[name])  # the cast comes before the all-gather
+        return _gathered(rounded, homes[name])
 
-    return {name: x if homes[name].is_fully_replicated else whole(x, homes[name]) for name, x in params.items()}
+    return {name: x if homes[name].is_fully_replicated else whole(name, x) for name, x in params.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -96,7 +96,7 @@ def devices_of(topology: str) -> Sequence[Any]:
     smallest = "2x4" if chip.axes == 2 else "2x2x1"
     name = f"{generation}:{smallest}" if alone else topology
     try:
-        with _without_xla_flags():
+        with without_xla_flags():
             # The two cores of a v4 chip are one device, as by default on TPU VMs.
             cores = {"chip_config_name": "megacore"} if generation == "v4" else {}
             devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices
@@ -110,8 +110,9 @@ def devices_of(topology: str) -> Sequence[Any]:
 
 
 @contextlib.contextmanager
-def _without_xla_flags():
-    """Hides XLA_FLAGS from the TPU compiler, which ends the process over flags that only the CPU's compiler knows."""
+def without_xla_flags():
+    """Hides XLA_FLAGS from the TPU compiler, which ends the process over flags that only the CPU's compiler knows.
+    Around threads that compile, it also keeps each from giving the flags back while another compiles."""
     jax.devices()  # the CPU's compiler reads them here
     flags = os.environ.pop("XLA_FLAGS", None)
     try:
@@ -205,7 +206,7 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, *, quick: bool = False)
     """
     started = time.monotonic()
     try:
-        with _without_xla_flags():
+        with without_xla_flags():
             compiled = lowered.compile(compiler_options.planning(quick=quick))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x (arXiv 2112.10752)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dreambooth_jax.devices.sharding import on_each_part
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Family, Models, Part, check_side
 from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
@@ -73,16 +74,35 @@ def encode_text(models: Models, params: Mapping[str, Any], tokens: Cond) -> Cond
 def encode_images(models: Models, params: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
     """Mean and standard deviation of the posterior of the scaled latents, [b, h/f, w/f, c] each."""
     pixels = images.astype(jnp.float32) / 127.5 - 1.0
-    mean, logvar = models.apply("vae", params, pixels, method="encode")
+    mean, logvar = _by_picture(lambda x: models.apply("vae", params, x, method="encode"), pixels, pixels.shape[1:3])
     scale = models.specs["vae"].scaling_factor
     return mean * scale, jnp.exp(0.5 * logvar) * scale
 
 
 def decode(models: Models, params: Mapping[str, Any], latents: Array) -> Float[Array, "b h w 3"]:
     """Scaled latents to pixels in [0, 1]."""
-    z = latents / models.specs["vae"].scaling_factor
-    pixels = models.apply("vae", params, z, method="decode")
+    spec = models.specs["vae"]
+    z = latents / spec.scaling_factor
+    size = [spec.downscale * side for side in z.shape[1:3]]
+    pixels = _by_picture(lambda z: models.apply("vae", params, z, method="decode"), z, size)
     return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+# Pixels of a picture from which the autoencoder takes one at a time: its features are 128 to 256 numbers a pixel, a
+# gigabyte at 1024 x 1024 in float32.
+ONE_BY_ONE = 1024**2
+
+
+def _by_picture(function: Callable[[Array], Any], batch: Array, size: Sequence[int]) -> Any:
+    """`function` of a batch of pictures of height and width `size`; large ones are taken one at a time, by every device
+    of the mesh in its own part of the batch."""
+    if size[0] * size[1] < ONE_BY_ONE:
+        return function(batch)
+
+    def one_by_one(part: Array) -> Any:
+        return jax.tree.map(lambda x: x[:, 0], jax.lax.map(lambda one: function(one[None]), part))
+
+    return on_each_part(one_by_one, batch)
 
 
 def predict(models: Models, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:

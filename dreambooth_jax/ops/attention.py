@@ -18,6 +18,9 @@ from dreambooth_jax.ops import flash
 Heads = Float[Array, "b l n d"]
 # On CPU: number of queries in a block, and smallest number of scores per head for which blocks are faster.
 BLOCK, FEWEST_SCORES = 512, 2**13
+# Scores of one head from which every backend computes blocks: 1 GiB in float32 for the 128 x 128 latents of the
+# autoencoder, whose one head is too wide for the TPU's kernel.
+LARGE_SCORES = 2**28
 
 
 def attention(
@@ -30,6 +33,8 @@ def attention(
     """softmax(QK^T / sqrt(d)) V. Scores and softmax are float32, as with diffusers' `upcast_attention`."""
     plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     kinds = {}
+    if not causal and query.shape[1] * key.shape[1] >= LARGE_SCORES:
+        plain = blockwise_attention
     if not causal and flash.worthwhile(query, key):
         kinds["tpu"] = flash.flash_attention
     if not causal and query.shape[1] * key.shape[1] >= FEWEST_SCORES:

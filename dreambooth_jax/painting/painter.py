@@ -80,10 +80,11 @@ def make_paint_batch(
     condition = picture_conditions(pipeline, resolution, sr_noise, noise_level)
     shape = pipeline.example_shape(resolution)
     placement = batch_sharding(mesh, batch_size)
+    dtypes = {name: x.dtype for name, x in pipeline.frozen_shapes.items()}
 
     def paint_batch(params: Params, inputs: Inputs) -> tuple[Array, Bool[Array, "3"]]:
         inputs = jax.lax.with_sharding_constraint(inputs, placement)
-        params = unshard(mesh, params)
+        params = unshard(mesh, params, dtypes)
         own = jax.random.wrap_key_data(inputs.keys)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(own)
         tokens = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs.negative, inputs.tokens)
