@@ -146,6 +146,8 @@ def test_a_sweep_compares_slices_and_settings(config, monkeypatch, capsys):
 def test_text_and_json_say_the_same(planned, config):
     text, values = plan.describe(planned, config), plan.as_json(planned, config)
     assert f"{planned.cost.peak / 2**30:.2f} GiB of 15.75: fits" in text
+    assert f"sheets: peak {planned.sheets_peak / 2**30:.2f} GiB beside the optimizer: fit" in text
+    assert planned.sheets_peak == planned.class_images.peak + planned.optimizer_state + planned.data
     assert json.loads(json.dumps(values))["cost"]["peak"] == planned.cost.peak
     assert values["fits"] is True and values["run_seconds"] == planned.run_seconds(config)
 
