@@ -116,6 +116,11 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     )
     config.sample_count = 6  # pictures per prompt
     config.evaluate_every = 0  # steps between scores of the sample pictures, a multiple of sample_every; 0 for none
+    config.held_out_images = ""  # kept out of training, their loss measured: the number of last photos, or a folder
+    config.keep_best = False  # keep the weights with the highest DINO of all scored steps in workdir/best
+    config.best_max_prompt_loss = 0.02  # of those that lose no more CLIP-T than this against the base
+    config.best_max_copy = 0.0  # and paint nothing more similar to a photo (cosine in DINO); 0: from the photos
+    config.patience = 0  # scores without a better one that end the training; 0: never
     config.judge_dino = "facebook/dino-vits16"  # folders or hub names of the models that score; the embedded base is
     config.judge_clip = "openai/clip-vit-base-patch32"  # scored by the models beside it
     config.sampler = "dpm++"  # or "ddim", "euler", and ancestral "ddpm", "euler_a"; also paints the class images

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth_jax.runs.command import one_line_errors
+from dreambooth_jax.runs.command import one_line_errors, step_of
 
 FORMATS = ("folder", "single", "kohya", "peft", "embedding")
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dreambooth_jax.export", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", required=True, help="folder of a training run")
     parser.add_argument("--output", required=True, help="folder, or .safetensors file, to write")
-    parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
+    parser.add_argument("--step", type=step_of, help="step of the checkpoint, or best; default: the newest")
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="precision of the files"
     )

@@ -2,6 +2,7 @@
 
     python -m dreambooth_jax.plan --config configs/dog.py:sd15 --topology v5e:2x4
     python -m dreambooth_jax.plan --config configs/dog.py:sd15 --sweep
+    python -m dreambooth_jax.plan --config configs/protocol.py:sd15 --protocol --chip_hour_price 1.2
 
 The TPU compiler (`pip install -e ".[plan]"`) compiles the very programs that `train` would run, from shapes alone, on
 any machine: no TPU and no weights are needed. Memory figures are the compiler's own, times are estimates: docs/tpu.md
@@ -35,7 +36,7 @@ from dreambooth_jax.devices.tpu import (
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.painting.painter import input_shapes, picture_conditions
-from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs import config_file, protocol_cost
 from dreambooth_jax.runs.cascade import stage_configs
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import check_config
@@ -271,8 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--advise", action=argparse.BooleanOptionalAction, default=True, help="when it does not fit, compile what would"
     )
+    parser.add_argument("--protocol", action="store_true", help="cost of the whole protocol of configs/protocol.py")
+    parser.add_argument("--chip_hour_price", type=float, default=0.0, help="price of one chip for an hour (--protocol)")
     with one_line_errors():
         options, config, _ = config_file.parse(parser, arguments, "configs/dog.py:sd15")
+        if options.protocol:
+            runtime.start()
+            print(plan_protocol(config, options), flush=True)
+            return
         check_config(config)
         config = stage_configs(config)[max(1, config.stage) - 1]
         runtime.start()
@@ -292,6 +299,34 @@ def print_plan(config: ConfigDict, options: argparse.Namespace) -> None:
             if tried.fits:
                 answer = f"fits, peak {tried.cost.peak / GIB:.2f} GiB, {tried.cost.seconds * 1e3:.0f} ms a step"
             print(f"  {changes}: {answer}", flush=True)
+
+
+def plan_protocol(config: ConfigDict, options: argparse.Namespace) -> str:
+    """What the protocol costs on a slice, for a person.
+
+    Raises:
+        ConfigError: see `check_protocol`.
+        ValueError: a subject's training does not fit the slice.
+    """
+    scale = protocol_cost.scale_of(config)
+    train = config.train
+    check_config(train)
+    found = plan(train, options.topology, quick=not options.full)
+    if not found.fits:
+        raise ValueError(
+            f"a subject's training does not fit {options.topology}: {found.missing / GIB:.2f} GiB too much. Plan it "
+            "alone for what to change, and give that as --config.train.FIELD=VALUE"
+        )
+    mesh = make_mesh(train.mesh_data, train.mesh_fsdp, devices_of(options.topology))
+    job = make_job(train, with_cached_text(describe_base(train.base, dtype=jnp.dtype(train.dtype)), mesh), mesh)
+    batch = found.class_image_seconds or painting_cost(job, found.chip, quick=not options.full)[1]
+    steps = train.steps * found.cost.seconds
+    cost = protocol_cost.cost_of(
+        scale, run=steps, class_images=found.run_seconds(train) - steps, picture=batch / train.class_batch_size,
+        score=protocol_cost.scoring_seconds(config, mesh, found.chip, quick=not options.full),
+        chips=found.devices // found.chip.devices,
+    )  # fmt: skip
+    return protocol_cost.describe(cost, scale, config, options.chip_hour_price)
 
 
 def print_sweep(config: ConfigDict) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dreambooth_jax.runs.command import one_line_errors
+from dreambooth_jax.runs.command import one_line_errors, step_of
 from dreambooth_jax.runs.config import SAMPLERS, is_text
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="folder of a training run")
     model.add_argument("--base", help="base model: 'tiny', a diffusers folder or a hub name")
-    parser.add_argument("--step", type=int, help="step of the run's checkpoint; default: the newest")
+    parser.add_argument("--step", type=step_of, help="step of the run's checkpoint, or best; default: the newest")
     parser.add_argument(
         "--prompt", action="append", type=_text, required=True, help="prompt; may be given several times"
     )

@@ -8,10 +8,18 @@ TYPE=${TYPE:-v5litepod-8}                 # slice: v5litepod-1 to -256, v6e-1 to
 IMAGE=${IMAGE:-v2-alpha-tpuv5-lite}       # runtime version: v2-alpha-tpuv6e, v2-alpha-tpuv5, tpu-ubuntu2204-base for v4
 SPOT=${SPOT:-1}                           # 1: cheaper, may be taken away at any time; empty: on demand
 WORKDIR=${WORKDIR:-gs://my-bucket/$NAME}  # one place for all hosts: checkpoints, class images, samples
+MODULE=${MODULE:-train}                   # or "evaluate", scores of the run in WORKDIR; "protocol", configs/protocol.py
 PHOTOS=${PHOTOS:-examples/subjects/dog}   # folder of three to five pictures, copied to every host; or gs://, tfds:, hub:
+                                          # (MODULE=protocol: the data set's folder)
 RESULTS=${RESULTS:-results/$NAME}         # where fetch brings samples, metrics and trained weights to
-CONFIG=${CONFIG:-configs/dog.py:sd15}
-ARGS=${ARGS:---config.batch_size=8 --config.mesh_fsdp=8}  # more --config.FIELD=VALUE; quotes keep spaces together
+case $MODULE in
+train) DEFAULTS=(configs/dog.py:sd15 "--config.batch_size=8 --config.mesh_fsdp=8") ;;
+evaluate) DEFAULTS=("" "") ;;
+protocol) DEFAULTS=(configs/protocol.py:sd15 "--config.train.batch_size=8 --config.train.mesh_fsdp=8") ;;
+*) echo "MODULE=$MODULE: expected train, evaluate or protocol" >&2 && exit 2 ;;
+esac
+CONFIG=${CONFIG:-${DEFAULTS[0]}}
+ARGS=${ARGS-${DEFAULTS[1]}}               # more --config.FIELD=VALUE; quotes keep spaces together
 POLL=${POLL:-20}                          # seconds between two looks at the state of a slice
 DRY_RUN=${DRY_RUN:-}                      # 1: print the commands instead of running them
 
@@ -86,13 +94,19 @@ copy_to_hosts() {
 }
 
 # Starts the same command on every host; it resumes from the last checkpoint in WORKDIR. Compiled programs are kept
-# there too, for the next slice.
+# there too, for the next slice. MODULE says which command it is.
 train() {
-    local source=photos args=()
+    local source=photos args=() what=()
     photos_are_here || source=$PHOTOS
-    mapfile -d '' -t args < <(xargs printf '%s\0' <<<"$ARGS") # splits words at quotes as a shell does, runs nothing
-    on_all_hosts "cd job &&$(quoted env "JAX_COMPILATION_CACHE_DIR=$WORKDIR/xla" env/bin/python -m dreambooth_jax.train \
-        --config "$CONFIG" --config.workdir="$WORKDIR" --config.instance_images="$source" "${args[@]}")"
+    case $MODULE in
+    train) what=(train --config "$CONFIG" --config.workdir="$WORKDIR" --config.instance_images="$source") ;;
+    evaluate) what=(evaluate --workdir "$WORKDIR") ;;
+    protocol) what=(evaluate --config "$CONFIG" --config.workdir="$WORKDIR" --config.dataset="$source") ;;
+    esac
+    [[ -z $ARGS ]] ||
+        mapfile -d '' -t args < <(xargs printf '%s\0' <<<"$ARGS") # splits words at quotes as a shell does, runs nothing
+    on_all_hosts "cd job &&$(quoted env "JAX_COMPILATION_CACHE_DIR=$WORKDIR/xla" env/bin/python -m \
+        "dreambooth_jax.${what[0]}" "${what[@]:1}" "${args[@]}")"
 }
 
 # Fetches everything but the optimizer's state, which only a resumed run needs, and the compiled programs.

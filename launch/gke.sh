@@ -13,7 +13,12 @@ export TOPOLOGY=${TOPOLOGY:-2x4}                            # of the slice
 export HOSTS=${HOSTS:-2}                                    # 2x4 is two hosts ...
 export CHIPS=${CHIPS:-4}                                    # ... of four chips each
 export SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default}          # one that may read and write the bucket
-export CONFIG=${CONFIG:-configs/dog.py:sd15}
+export MODULE=${MODULE:-train}                              # or "protocol": configs/protocol.py, PHOTOS its data set
+case $MODULE in
+train) export COMMAND=train IMAGES=instance_images FIELDS= CONFIG=${CONFIG:-configs/dog.py:sd15} ;;
+protocol) export COMMAND=evaluate IMAGES=dataset FIELDS=train. CONFIG=${CONFIG:-configs/protocol.py:sd15} ;;
+*) echo "MODULE=$MODULE: expected train or protocol" >&2 && exit 2 ;;
+esac
 export PHOTOS=${PHOTOS:-gs://my-bucket/photos}
 export WORKDIR=${WORKDIR:-gs://my-bucket/$NAME}
 export BATCH=${BATCH:-8}                                    # images a step, over all chips

@@ -157,6 +157,46 @@ def test_odd_values_reach_the_hosts_as_they_are(cloud, tmp_path):
     assert not list(tmp_path.rglob("pwned"))
 
 
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("evaluate", ["dreambooth_jax.evaluate", "--workdir", "b/run"]),
+        (
+            "protocol",
+            [
+                "dreambooth_jax.evaluate", "--config", "configs/protocol.py:sd15", "--config.workdir=b/run",
+                "--config.dataset=photos", "--config.train.batch_size=8", "--config.train.mesh_fsdp=8",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_a_slice_scores_a_run_or_a_data_set(cloud, module, expected):
+    del cloud["CONFIG"], cloud["ARGS"]
+    printed = step(cloud | {"MODULE": module, "WORKDIR": "b/run", "DRY_RUN": "1"}, "train")
+    (on_host,) = [word for word in shlex.split(printed) if word.startswith("--command=")]
+    words = shlex.split(on_host)
+    assert words[words.index("-m") + 1 :] == expected
+    wrong = subprocess.run(
+        [ROOT / "launch" / "tpu_vm.sh", "train"], env=cloud | {"MODULE": "scores"}, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and "expected train, evaluate or protocol" in wrong.stderr
+
+
+def test_a_slice_trains_and_scores_a_data_set(cloud, micro, tmp_path):
+    """The whole protocol of one subject on two hosts: the table comes back."""
+    shutil.copytree(ROOT / "examples" / "subjects" / "dog", tmp_path / "set" / "dog")
+    (tmp_path / "set" / "prompts_and_classes.txt").write_text("subject_name,class\ndog,dog\n")
+    train = SMALL | {"steps": 2, "num_class_images": 2, "base": micro, "train_text_encoder": False, "batch_size": 2}
+    named = {f"train.{name}": value for name, value in train.items() if not name.startswith("sample_")}
+    named |= {"judge": "embedded", "count": 2, "class_count": 2, "prompts": "world"}
+    cloud |= {"MODULE": "protocol", "CONFIG": "configs/protocol.py", "PHOTOS": str(tmp_path / "set")}
+    cloud["ARGS"] = " ".join(f'"{flag}"' for flag in flags(**named))
+    done = subprocess.run([ROOT / "launch" / "tpu_vm.sh", "all"], env=cloud, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| dog |" in (tmp_path / "results" / "table.md").read_text()
+    assert_slice_is_gone(cloud)
+
+
 def test_a_folder_of_photos_may_have_any_name(cloud, tmp_path):
     photos = tmp_path / "d, e"
     shutil.copytree(ROOT / "examples" / "subjects" / "dog", photos)
@@ -217,4 +257,14 @@ def test_the_jobset_has_the_shape_that_kubernetes_takes():
     assert pod["nodeSelector"].keys() == {"cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"}
     (container,) = pod["containers"]
     assert container["resources"]["requests"] == container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["command"] == ["python", "-m", "dreambooth_jax.train"]
     assert all(argument.startswith("--config") for argument in container["args"])
+
+
+def test_a_jobset_runs_the_protocol():
+    job = yaml.safe_load(render(MODULE="protocol", PHOTOS="gs://b/set").stdout)
+    (container,) = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["python", "-m", "dreambooth_jax.evaluate"]
+    assert {"--config=configs/protocol.py:sd15", "--config.dataset=gs://b/set", "--config.train.batch_size=8"} <= set(
+        container["args"]
+    )

@@ -2,10 +2,10 @@
 
 import os
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from dreambooth_jax.data.images import decode_image
 from dreambooth_jax.data.sources import list_images, list_source
@@ -19,7 +19,7 @@ class Subject(NamedTuple):
 
     name: str
     class_noun: str
-    folder: Path
+    folder: epath.Path
 
 
 def read_photos(source: str | os.PathLike) -> list[Picture]:
@@ -40,11 +40,11 @@ def read_dataset(folder: str | os.PathLike) -> list[Subject]:
         FileNotFoundError: no classes file, or no subject's folder.
         ValueError: a folder of photos that the classes file does not name.
     """
-    path = Path(folder)
+    path = epath.Path(folder)
     classes = path / CLASSES_FILE
-    if not classes.is_file():
+    if not classes.exists():
         raise FileNotFoundError(f"{classes} is not there: give the folder `dataset` of google/dreambooth")
-    pairs = re.findall(r"^(\w+),([a-z][a-z ]*)$", classes.read_text(encoding="utf-8"), re.MULTILINE)
+    pairs = re.findall(r"^(\w+),([a-z][a-z ]*)$", classes.read_bytes().decode("utf-8"), re.MULTILINE)
     named = {name: noun for name, noun in pairs if (name, noun) != ("subject_name", "class")}
     there = sorted(child.name for child in path.iterdir() if child.is_dir() and list_images(child))
     unnamed = [name for name in there if name not in named]

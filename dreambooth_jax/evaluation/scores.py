@@ -190,6 +190,11 @@ def background(picture: Picture) -> Picture:
     return frame
 
 
+def copy_limit(judge: Judge, photos: Sequence[Picture]) -> float:
+    """The largest cosine in DINO of a picture that is no copy of a photo."""
+    return _largest_between(judge.subject.of(photos))
+
+
 def _largest_between(photos: np.ndarray) -> float:
     """The largest cosine of two different photos."""
     cosines = photos @ photos.T

@@ -160,6 +160,13 @@ FIELDS: dict[str, Field] = {
     "sample_prompts": Field(tuple, lambda v: all(isinstance(p, str) for p in v), "a tuple of prompts", identity=False),
     "sample_count": _positive(identity=False),
     "evaluate_every": _not_negative(int, identity=False),
+    "held_out_images": Field(
+        str, lambda v: not v.isdecimal() or int(v) > 0, "a number above 0, a folder, or empty", identity=False
+    ),
+    "keep_best": Field(bool, identity=False),
+    "best_max_prompt_loss": _not_negative(float, identity=False),
+    "best_max_copy": Field(float, lambda v: 0 <= v <= 1, "from 0 to 1", identity=False),
+    "patience": _not_negative(int, identity=False),
     "judge_dino": _text(identity=False),
     "judge_clip": _text(identity=False),
     "sampler": _one_of(*SAMPLERS),
@@ -217,7 +224,8 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
     if config.subjects and config.method not in ADAPTERS:
         problems.append(f"subjects: many subjects share a frozen base, with one of {', '.join(ADAPTERS)} as the method")
-    draws = [name for name in ("masked_loss", "shuffle_tags", "caption_dropout") if config[name]]
+    draws = ("masked_loss", "shuffle_tags", "caption_dropout", "evaluate_every")
+    draws = [name for name in draws if config[name]]
     if config.subjects and draws:
         problems.append(f"{', '.join(draws)}: not implemented for many subjects at once")
     if config.sr_crop and config.masked_loss:
@@ -229,8 +237,17 @@ def _contradictions(config: ConfigDict) -> list[str]:
             f"evaluate_every = {config.evaluate_every} is no multiple of sample_every = {config.sample_every}: sample "
             "pictures are scored"
         )
-    if config.evaluate_every and not any("{identifier}" in prompt for prompt in config.sample_prompts):
+    scored = any("{identifier}" in prompt for prompt in config.sample_prompts)
+    if config.evaluate_every and not scored and not config.held_out_images:
         problems.append("evaluate_every: no sample prompt has {identifier}; there is nothing to score")
+    if config.held_out_images and not config.evaluate_every:
+        problems.append("held_out_images: their loss is measured every evaluate_every steps, which is 0")
+    if config.keep_best and not (config.evaluate_every and scored):
+        problems.append("keep_best needs the scores of evaluate_every, of sample prompts with {identifier}")
+    if config.patience and not config.keep_best:
+        problems.append(f"patience = {config.patience} counts scores without a better one: set keep_best=True")
+    if config.keep_best and config.stages:
+        problems.append("keep_best: not implemented for a cascade, whose stages enlarge the newest pictures of others")
     prompts = {name: config[name] for name in ("instance_prompt", "class_prompt")}
     prompts |= {f"sample_prompts[{i}]": text for i, text in enumerate(config.sample_prompts)}
     for name, text in prompts.items():
@@ -257,9 +274,11 @@ def absolute_paths(config: ConfigDict) -> ConfigDict:
 def _absolute(config: Mapping[str, Any]) -> dict[str, str]:
     """Field -> absolute path; names of hubs and data sets, and buckets, stay as they are."""
     paths = {}
-    for name in ("workdir", "instance_images", "class_images", "base"):
-        text = config[name]
+    for name in ("workdir", "instance_images", "held_out_images", "class_images", "base"):
+        text = config.get(name, "")  # older versions had fewer
         if not text or re.match(r"[a-z]+:", text) or (name == "base" and (text == "tiny" or not _exists(text))):
+            continue
+        if name == "held_out_images" and text.isdecimal():  # a number of photos
             continue
         path = os.path.expanduser(text)
         paths[name] = os.path.abspath(shipped(path) if name == "instance_images" else path)

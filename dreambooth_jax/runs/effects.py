@@ -52,7 +52,12 @@ IDLE = (
         lambda c: not (c.sample_prompts or c.prior_preservation),
         "where nothing is painted: no sample_prompts, and prior_preservation = False",
     ),
-    Idle(("evaluate_every",), lambda c: not c.sample_prompts, "without sample_prompts, whose pictures are scored"),
+    Idle(
+        ("evaluate_every",),
+        lambda c: not (c.sample_prompts or c.held_out_images),
+        "without sample_prompts, whose pictures are scored, and without held_out_images",
+    ),
+    Idle(("best_max_prompt_loss", "best_max_copy"), lambda c: not c.keep_best, "with keep_best = False"),
     Idle(
         ("judge_dino", "judge_clip"),
         lambda c: not c.evaluate_every or c.base == EMBEDDED,

@@ -61,13 +61,13 @@ class Events:
 
     Args:
         path: of the file, local or in a bucket; what is there is replaced.
-        first_step: TensorBoard hides what earlier files say of this step and later ones.
+        first_step: TensorBoard hides what earlier files say of this step and later ones; None: it hides nothing.
     """
 
-    def __init__(self, path: epath.Path, *, first_step: int) -> None:
+    def __init__(self, path: epath.Path, *, first_step: int | None = None) -> None:
         self._path = path
         self._is_remote = "://" in str(path)
-        start = _event(first_step, _message(7, b"\x08\x01"))
+        start = b"" if first_step is None else _event(first_step, _message(7, b"\x08\x01"))
         self._written, self._new = b"", _event(0, _message(3, b"brain.Event:2")) + start
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:

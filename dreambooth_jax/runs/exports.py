@@ -182,7 +182,7 @@ def _for_all_tools(subject: Subject, kind: str, opened: str) -> str:
     return f"{kind} for ComfyUI, A1111, Forge, InvokeAI, kohya's scripts and diffusers ({opened})"
 
 
-def open_subject(workdir: str | os.PathLike, step: int | None) -> Subject:
+def open_subject(workdir: str | os.PathLike, step: int | str | None) -> Subject:
     """Reads the run and its base."""
     mesh = make_mesh()
     run = open_trained(workdir, mesh, step)
@@ -202,12 +202,13 @@ def default_format(config: Any, path: Path) -> str:
 
 
 def export(
-    workdir: str | os.PathLike, output: str | os.PathLike, *, step: int | None, kind: str | None, dtype: Any, rank: int,
-    hub: str = "",
+    workdir: str | os.PathLike, output: str | os.PathLike, *, step: int | str | None, kind: str | None, dtype: Any,
+    rank: int, hub: str = "",
 ) -> str:  # fmt: skip
     """Writes a run and proves the file; returns what to print.
 
     Args:
+        step: see `open_trained`.
         output: folder, or path of a .safetensors file.
         kind: key of `FORMATS`, None for `default_format`.
         dtype: stored precision: float32, float16 or bfloat16.

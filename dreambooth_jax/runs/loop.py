@@ -36,11 +36,13 @@ class Sheets(NamedTuple):
         before: paints the base's pictures, before the first step.
         paint: (state, step) -> paints the sheet of a step.
         is_missing: step -> whether the sheet that is due at that step is not there.
+        ends: step -> whether its scores end the run.
     """
 
     before: Callable[[TrainState], None]
     paint: Callable[[TrainState, int], None]
     is_missing: Callable[[int], bool]
+    ends: Callable[[int], bool] = lambda step: False
 
 
 class Store(NamedTuple):
@@ -104,7 +106,7 @@ def loop(
         sheets.before(progress.state)
     if sheets.is_missing(progress.step):  # the run was stopped between its save and its sheet
         sheets.paint(progress.state, progress.step)
-    while progress.step < config.steps:
+    while progress.step < config.steps and not sheets.ends(progress.step):
         with guard.in_loop():
             until = next_stop(progress.step, config)
             while progress.step < until:
@@ -124,6 +126,9 @@ def loop(
             report_late()  # here, so that nothing is half reported when the process leaves while it paints
         if is_painted(progress.step, config):
             sheets.paint(progress.state, progress.step)
+    if progress.step < config.steps:
+        with guard.in_loop():
+            save()
     guard.before_leaving(store.wait)
     reporter.close()
 

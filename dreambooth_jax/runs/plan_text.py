@@ -30,9 +30,11 @@ def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
         prompt = fill(config.class_prompt, config)
         prior = f"{describe_class_images(config, run.to_paint)}: {prompt!r}, weight {config.prior_weight:g}"
     axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    held_out = {} if run.held_out is None else {"held out": f"{', '.join(dict.fromkeys(run.held_out.names))}: for loss"}
     lines = {
         "base": f"{config.base} ({config.resolution}x{config.resolution}, {count(shapes) / 1e6:.1f} M parameters)",
         "subject": f"{images} images in {config.instance_images}: {run.examples.captions[0]!r}",
+        **held_out,
         "prior": prior,
         "method": f"{run.job.method.says}, {count(trained) / 1e6:.3g} M parameters, {config.optimizer}",
         "steps": f"{config.steps} of {config.batch_size} images" + (f"; going on from step {done}" if done else ""),
@@ -71,6 +73,12 @@ def checkpoint_size(run: Run) -> int:
     return checkpoint.nbytes(jax.eval_shape(initial(run.job), trained))
 
 
+def best_size(run: Run) -> int:
+    """Bytes of the best checkpoint, which has no optimizer state."""
+    trained, _ = run.job.method.shapes(run.pipeline.shapes)
+    return checkpoint.nbytes(jax.eval_shape(initial(run.job), trained)._replace(opt_state={}))
+
+
 def check_space(run: Run, *, stored: int, free: int | None = None) -> None:
     """Checks that the disk holds the checkpoints that are still to come (local workdirs only).
 
@@ -84,10 +92,10 @@ def check_space(run: Run, *, stored: int, free: int | None = None) -> None:
     config = run.config
     if "://" in config.workdir:
         return
-    size = checkpoint_size(run)
+    size, best = checkpoint_size(run), best_size(run) if config.keep_best else 0
     kept = config.keep_last + (config.steps // config.keep_every if config.keep_every else 0)
     # A new checkpoint is complete before an old one goes.
-    need = size * max(1, kept + 1 - stored)
+    need = size * max(1, kept + 1 - stored) + best
     free = shutil.disk_usage(run.workdir).free if free is None else free
     if need > free:
         raise ConfigError(

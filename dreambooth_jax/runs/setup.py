@@ -33,6 +33,7 @@ from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below, stage_folder
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
 from dreambooth_jax.runs.config_file import complete, read_json
+from dreambooth_jax.runs.held_out import divide
 from dreambooth_jax.runs.job import Job, fresh_state, make_job, open_base, pairs_prior, reads_tokens, state_shapes
 
 
@@ -42,6 +43,7 @@ class Run(NamedTuple):
     Attributes:
         paint: the base's painter.
         examples: of the subject.
+        held_out: photos that are kept out of training, or None.
         digest: of the base's weights.
         to_paint: number of class images that are missing.
         given: the config as JSON values, before what it leaves open is taken from the base.
@@ -52,6 +54,7 @@ class Run(NamedTuple):
     workdir: epath.Path
     paint: Painter
     examples: Examples
+    held_out: Examples | None
     digest: str
     to_paint: int
     given: dict[str, Any]
@@ -102,7 +105,9 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
         class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
         views=config.views, seed=config.seed, masked=config.masked_loss,
     )  # fmt: skip
+    examples, held_out = divide(examples, config)
     examples = with_templates(examples, config)
+    held_out = held_out and with_templates(held_out, config)
     if low := pipeline.low_resolution:
         folder = workdir / "samples" / f"stage{config.stage - 1}"
         below = painted_below(before, mesh, folder) if before else photos_below(examples, low.factor)
@@ -114,7 +119,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     digest = weights_digest(pipeline.single_file or pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
     paints = config.prior_preservation and not pairs_prior(config)
     to_paint = class_images_to_paint(config, digest) if paints else []
-    return Run(job, workdir, paint, examples, digest, len(to_paint), given, tuple(notes))
+    return Run(job, workdir, paint, examples, held_out, digest, len(to_paint), given, tuple(notes))
 
 
 def _prompts(config: ConfigDict) -> list[str]:

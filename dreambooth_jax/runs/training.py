@@ -7,24 +7,28 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import Array, Key
 
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.best import is_over, open_best
 from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_pixels
+from dreambooth_jax.runs.held_out import held_out_data, make_loss
 from dreambooth_jax.runs.job import held_shapes, lower_steps
 from dreambooth_jax.runs.loop import Progress, Store, loop
 from dreambooth_jax.runs.moved import check_moved, checksums
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
 from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import Reporter
-from dreambooth_jax.runs.samples import sheet_is_missing, sheets_of
+from dreambooth_jax.runs.samples import paint_prompts, sheet_is_missing, sheets_of
 from dreambooth_jax.runs.setup import Run, begin, prepare_data, start_state
-from dreambooth_jax.runs.watch import make_watch
+from dreambooth_jax.runs.watch import Watch, is_due, look_at_base, make_watch, read_rows, says_best, scored_texts
 
 
 def train(
@@ -61,29 +65,57 @@ def train(
             record["fingerprints"]["class images"] = of_pixels(class_images)
             check_same(config.workdir, earlier, record["fingerprints"])
 
-        if done < config.steps or sheet_is_missing(run, done):
-            watch = make_watch(config, run.mesh)  # before anything slow: its models may be absent
+        rows = read_rows(run.workdir, done) if done else {}
+        missing = sheet_is_missing(run, done) or (done > 0 and is_due(config, rows, done))
+        reached = done if is_over(config, rows, done) else max(done, config.steps)
+        if done < reached or missing:
+            watch = make_watch(config, run.mesh, run.workdir, rows)  # before anything slow: its models may be absent
             check_space(run, stored=len(manager.all_steps()))
             params = read(run.pipeline, run.mesh, held_shapes(run.job))
             trainable, frozen, key = begin(run.job, params)
             del params
             # The base still, in the form that the samples' painter takes: painting compiles once.
-            data = prepare_data(run, run.job.method.combine(frozen, trainable), inspect)
+            base = run.job.method.combine(frozen, trainable)
+            data = prepare_data(run, base, inspect)
+            if watch is not None:
+                watch = with_losses(watch, run, base, frozen, data, key)
+                look_at_base(watch, base, trainable, functools.partial(paint_prompts, run))
+            del base
             state = start_state(run.job, trainable, manager)
             del trainable
             steps = compile_steps(lower_steps(run.job, state, frozen, data, key))
             progress = Progress(int(state.step), state)
             look = moved_check(run, progress)
             del state
-            with contextlib.nullcontext() if runtime.is_alone() else guard.deferred():
+            with (
+                contextlib.nullcontext() if runtime.is_alone() else guard.deferred(),
+                open_best(run.workdir, config, done, record) as best,
+            ):
                 loop(
                     config, progress, lambda state, count: steps(state, frozen, data, key, count),
-                    store=store_of(manager), sheets=sheets_of(run, frozen, watch),
+                    store=store_of(manager), sheets=sheets_of(run, frozen, watch and watch._replace(best=best)),
                     reporter=reporter(run.workdir, first_step=progress.step, steps=config.steps),
                     guard=guard, agree=Agreement(run.mesh), inspect=look,
                 )  # fmt: skip
+            reached = progress.step
     if runtime.is_first_process():
-        print(farewell(run, max(done, config.steps)), flush=True)
+        print(farewell(run, reached), flush=True)
+        if config.keep_best:
+            print(says_best(config, read_rows(run.workdir, reached)), flush=True)
+
+
+def with_losses(watch: Watch, run: Run, base: Params, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> Watch:
+    """The watch with the losses of the run's held-out photos, if it has some.
+
+    Args:
+        base: parameters of the base.
+        data: for training.
+        key: the run's.
+    """
+    if run.held_out is None:
+        return watch
+    loss, held_out = make_loss(run.job), held_out_data(run.job, base, run.held_out, data)
+    return watch._replace(losses=lambda trained: loss(trained, frozen, held_out, key))
 
 
 def moved_check(run: Run, progress: Progress) -> Callable[[TrainState, int], None]:
@@ -112,4 +144,7 @@ def store_of(manager: ocp.CheckpointManager) -> Store:
 def fingerprints(run: Run) -> Fingerprints:
     """Of everything but the class images, which may not be painted yet."""
     photos, captions = of_pixels(run.examples), of_captions(run.examples)
-    return {"photos": photos, "captions": captions, "base": {"weights": run.digest}}
+    found = {"photos": photos, "captions": captions, "base": {"weights": run.digest}}
+    if run.config.keep_best:  # pictures of other prompts have other scores
+        found["scored prompts"] = dict.fromkeys(scored_texts(run.config), "")
+    return found

@@ -14,6 +14,7 @@ from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import Pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.best import folder_of
 from dreambooth_jax.runs.config_file import complete, read_json
 from dreambooth_jax.runs.job import make_method, open_base
 
@@ -47,12 +48,12 @@ class Trained(NamedTuple):
 
 
 def open_trained(
-    workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
+    workdir: str | os.PathLike, mesh: Mesh, step: int | str | None = None, *, dtype: str | None = None
 ) -> Trained:
     """Opens a run without reading the base's weights.
 
     Args:
-        step: of the checkpoint; default: the newest.
+        step: of the checkpoint, or "best"; default: the newest.
         dtype: of the computation; default: the run's.
 
     Raises:
@@ -63,13 +64,14 @@ def open_trained(
     config.resolution = config.resolution or pipeline.resolution
     method = make_method(config, pipeline)
     shapes, _ = method.shapes(pipeline.shapes)
-    manager = checkpoint.open_checkpoints(epath.Path(workdir) / "checkpoints", read_only=True)
+    folder, step = folder_of(workdir, step)
+    manager = checkpoint.open_checkpoints(folder, read_only=True)
     trained = checkpoint.restore_weights(manager, placed_shapes(mesh, shapes), average=config.ema_decay > 0, step=step)
     return Trained(config, pipeline, method, trained)
 
 
 def open_run(
-    workdir: str | os.PathLike, mesh: Mesh, step: int | None = None, *, dtype: str | None = None
+    workdir: str | os.PathLike, mesh: Mesh, step: int | str | None = None, *, dtype: str | None = None
 ) -> tuple[ConfigDict, Pipeline, Params]:
     """The personalised model of a run: parameters as `Method.combine` joins them, a LoRA's factors beside the base's
     kernels (`adapters.factors.merge` folds them in); without text encoders that are never trained, whose conditions are
