@@ -175,3 +175,17 @@ def test_unknown_slices_are_refused(topology):
 )
 def test_what_is_missing_is_read_from_the_compilers_message(message, gib):
     assert tpu.OutOfMemory(message).missing == pytest.approx(gib * 2**30, rel=1e-6)
+
+
+def test_the_whole_protocol_is_priced(micro, planned, monkeypatch, tmp_path, capsys):
+    """Hours of all subjects: each trained, painted and scored; class images once per noun."""
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: planned)
+    fields = {"dataset": "examples/subjects", "judge": "embedded", "train.base": micro, "train.steps": 40}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    command = ["--config", "configs/protocol.py", "--protocol", "--topology", "v5e:2x4", "--chip_hour_price", "2"]
+    plan.main([*command, *flags])
+    lines = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["subjects"] == "6 of 6 class nouns, 132 pictures each"  # 25 prompts x 4, and 2 x 16 of the class
+    ends = (" hours", " chip h", " at 2")
+    hours, chip_hours, price = (float(lines["in all"].split(end)[0].split()[-1]) for end in ends)
+    assert chip_hours == pytest.approx(8 * hours, abs=0.1) and price == pytest.approx(2 * chip_hours, abs=0.2)
