@@ -11,7 +11,7 @@ from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.held_out import last_names, once, without
 from dreambooth_jax.data.images import Examples, read_examples
 from dreambooth_jax.data.low_resolution import cut
-from dreambooth_jax.devices.sharding import batch_sharding, gather, replicated
+from dreambooth_jax.devices.sharding import batch_sharding, replicated, unshard
 from dreambooth_jax.diffusion.examples import TrainingData, draw
 from dreambooth_jax.diffusion.loss import Losses, dreambooth_loss
 from dreambooth_jax.diffusion.low_resolution import make_augment
@@ -79,7 +79,7 @@ def make_loss(job: Job) -> Callable[[Params, Params, TrainingData, Key[Array, ""
     of_base = config.prior_preservation and config.prior_target == "base"
 
     def loss(trainable: Params, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> Losses:
-        params = gather(mesh, job.method.combine(frozen, trainable), dtype)
+        params = unshard(mesh, job.method.combine(frozen, trainable), dtype)
 
         def one(number: Array) -> Losses:
             batch = draw(
@@ -90,7 +90,7 @@ def make_loss(job: Job) -> Callable[[Params, Params, TrainingData, Key[Array, ""
                 pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise, params,
                 jax.lax.with_sharding_constraint(batch, spread), pipeline.process, num_instance=size,
                 prior_weight=config.prior_weight, snr_gamma=config.snr_gamma or None,
-                base=gather(mesh, frozen, dtype) if of_base else None,
+                base=unshard(mesh, frozen, dtype) if of_base else None,
             )  # fmt: skip
 
         count = max(DRAWS, len(data.instance.mean))
