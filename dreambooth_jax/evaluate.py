@@ -3,6 +3,7 @@ needs no network.
 
 python -m dreambooth_jax.evaluate --workdir runs/dog
 python -m dreambooth_jax.evaluate --workdir runs/dog --prompts paper --lpips ~/.cache/dreambooth_jax/lpips-alex
+python -m dreambooth_jax.evaluate --workdir runs/many   # of many subjects: how much they mix
 python -m dreambooth_jax.evaluate --config configs/protocol.py:sd15 --config.dataset=dreambooth/dataset
 """
 
@@ -26,6 +27,8 @@ from dreambooth_jax.evaluation.table import as_json, markdown
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.bleed import markdown as markdown_of_bleed
+from dreambooth_jax.runs.bleed import measure_bleed, write_bleed
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.preemption import Preemption
 from dreambooth_jax.runs.protocol import BACKBONES, JUDGES, TRANSFORMS, check_protocol, run_protocol
@@ -112,6 +115,15 @@ def evaluate_run(options: argparse.Namespace, command: str) -> str:
     return f"{text}\n\nBest: {advice}.\nJudged by {judge.title}.\nPage: {folder}/index.html"
 
 
+def evaluate_many(options: argparse.Namespace) -> str:
+    """Compares the subjects of a run of many with one another; returns the table and where it is."""
+    mesh, folder = make_mesh(), epath.Path(options.workdir) / "evaluation"
+    judge = make_judge(options, read_config(options.workdir).base, mesh)
+    bleed = measure_bleed(options.workdir, judge, mesh, options.count)
+    write_bleed(bleed, folder)
+    return f"{markdown_of_bleed(bleed)}\nJudged by {judge.title}.\nPictures: {folder}/bleed.png"
+
+
 def evaluate_protocol(spec: str, overrides: Sequence[str], command: str) -> str:
     """Trains and scores every subject of a protocol; returns the table and where the page is."""
     config = read_protocol(spec, overrides)
@@ -145,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runtime.start()
         if options.config:
             print(evaluate_protocol(options.config, options.overrides, command))
+        elif read_config(options.workdir).subjects:
+            print(evaluate_many(options))
         else:
             print(evaluate_run(options, command))
 

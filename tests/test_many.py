@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from support.runs import ROOT, config_of, finish
 
-from dreambooth_jax.adapters.many import Lanes, finished, lane, over_subjects, stack, stacked_data
+from dreambooth_jax import evaluate
+from dreambooth_jax.adapters.many import (
+    Lanes,
+    cut_to,
+    finished,
+    lane,
+    over_subjects,
+    padded_to,
+    stack,
+    stacked_data,
+)
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
@@ -22,7 +32,7 @@ FIELDS = {
     "method": "lora", "lora_rank": 2, "learning_rate": 0.02, "batch_size": 2, "ema_decay": 0.0, "crop": "center",
     "flip": False, "views": 1, "steps": 4,
 }  # fmt: skip
-COUNTS, STOPS = (3, 5), (3, 4)
+COUNTS, STOPS, RATES, RANKS = (3, 5), (3, 4), (0.02, 0.005), (2, 1)
 
 
 def examples(count, seed, text, pipeline):
@@ -32,17 +42,25 @@ def examples(count, seed, text, pipeline):
 
 def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
     pipeline = load_pipeline(micro)
-    job = make_job(config_of(tmp_path, base=micro, **FIELDS), pipeline, make_mesh(1, 1, jax.devices()[:1]))
-    trainable, frozen, _ = begin(job, read_params(pipeline))
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    job, *solo = (
+        make_job(config_of(tmp_path, base=micro, **FIELDS | own), pipeline, mesh)
+        for own in ({}, *({"learning_rate": a, "lora_rank": r} for a, r in zip(RATES, RANKS, strict=True)))
+    )
+    params = read_params(pipeline)
+    starts = [begin(one, params)[0] for one in solo]
+    shapes, (_, frozen, _) = jax.eval_shape(lambda x: x, starts[0]), begin(job, params)
     captions = ("a sks dog", "a ktn dog")
     instances = [examples(count, k, captions[k], pipeline) for k, count in enumerate(COUNTS)]
     prior = examples(4, 9, "a dog", pipeline)
     keys = [jax.random.key(k) for k in range(len(COUNTS))]
 
-    data = stacked_data(instances, [prior] * 2, keys, batch_size=2, steps=max(STOPS))
+    rates = [rate / RATES[0] for rate in RATES]
+    data = stacked_data(instances, [prior] * 2, keys, batch_size=2, steps=max(STOPS), rates=rates)
     assert data.prior is prior
-    states = stack([fresh_state(job, trainable)] * 2)
-    lanes, stacked_keys = Lanes(data, jnp.asarray(STOPS)), jnp.stack(keys)
+    states = stack([fresh_state(job, padded_to(shapes, start)) for start in starts])
+    scales = jnp.asarray([RANKS[0] / rank for rank in RANKS])
+    lanes, stacked_keys = Lanes(data, jnp.asarray(STOPS), scales), jnp.stack(keys)
     step = over_subjects(training_step(job, mapped=True), shared_prior=True)
     run = lower_calls(job, step, states, frozen, lanes, stacked_keys).compile()
     losses = []
@@ -53,15 +71,19 @@ def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
     np.testing.assert_array_equal(states.step, STOPS)
 
     for k, stop in enumerate(STOPS):
-        state, alone = fresh_state(job, trainable), TrainingData(instances[k], prior)
-        steps = lower_steps(job, state, frozen, alone, keys[k]).compile()
+        state, alone = fresh_state(solo[k], starts[k]), TrainingData(instances[k], prior)
+        steps = lower_steps(solo[k], state, frozen, alone, keys[k]).compile()
         found = []
         for count in (2, stop - 2):
             state, metrics = steps(state, frozen, alone, keys[k], jnp.asarray(count, jnp.int32))
             found.append(np.asarray(metrics.loss[:count]))
         np.testing.assert_allclose(losses[:stop, k], np.concatenate(found), rtol=1e-4)
+        own = lane(states.trainable, k)
+        cut = cut_to(jax.eval_shape(lambda x: x, starts[k]), own)
         for name, value in state.trainable.items():
-            np.testing.assert_allclose(lane(states.trainable, k)[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(cut[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+            filled = padded_to({name: own[name]}, {name: cut[name]})[name]
+            np.testing.assert_array_equal(own[name], filled, err_msg=f"{name}: what fills up the rank stays 0")
     assert not np.allclose(losses[:, 0], losses[:, 1])
 
 
@@ -69,22 +91,27 @@ def test_finished_names_the_subjects_that_reach_their_stop():
     assert finished(np.array([0, 2, 4]), np.array([2, 3, 4]), np.array([2, 4, 4])) == [0]
 
 
-def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path):
+def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
     photos = ROOT / "examples" / "subjects"
     if not photos.is_dir():
         photos = ROOT / "dreambooth_jax" / "subjects"
     table = tmp_path / "subjects.csv"
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([("name", "photos", "steps"), ("rex", photos / "dog", 2), ("tom", photos / "cat", 4)])
-    fields = FIELDS | {"subjects": str(table), "num_class_images": 4, "save_every": 2}
+        head = ("name", "photos", "steps", "learning_rate", "lora_rank")
+        writer.writerows([head, ("rex", photos / "dog", 2, 0.02, 1), ("tom", photos / "cat", 4, 0.01, 2)])
+    fields = FIELDS | {
+        "subjects": str(table), "num_class_images": 4, "save_every": 2, "sample_count": 2,
+        "sample_prompts": ("a {identifier} {class_noun} in the snow",),
+    }  # fmt: skip
     said = finish(tmp_path / "run", base=micro, **fields)
     assert said.index("rex: 2 steps") < said.index("tom: 4 steps")
     shapes = load_pipeline(micro).shapes
     found = {name: read_adapter(tmp_path / "run" / f"{name}.safetensors", shapes)[0] for name in ("rex", "tom")}
     assert found["rex"].keys() == found["tom"].keys()
-    moved = [name for name in found["rex"] if not np.allclose(found["rex"][name], found["tom"][name])]
-    assert moved
+    ranks = {name: {x.shape[0] for n, x in factors.items() if "lora_B" in n} for name, factors in found.items()}
+    assert ranks == {"rex": {1}, "tom": {2}}
+    assert all((tmp_path / "run" / "samples" / f"{name}.png").is_file() for name in found)
     # The same command goes on from the checkpoint: nothing is left to do, and the files are written again alike.
     (tmp_path / "run" / "rex.safetensors").unlink()
     finish(tmp_path / "run", base=micro, **fields)
@@ -92,16 +119,30 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path):
     for name, value in found["rex"].items():
         np.testing.assert_array_equal(again[name], value)
 
+    evaluate.main(["--workdir", str(tmp_path / "run"), "--judge", "embedded", "--count", "2"])
+    said = capsys.readouterr().out
+    assert "| pictures of | rex | tom |" in said and "subjects resemble their own photos most" in said
+    assert (tmp_path / "run" / "evaluation" / "bleed.png").is_file()
+    # Other photos are another run.
+    table.write_text(table.read_text().replace(str(photos / "dog"), str(photos / "cat")))
+    assert "holds a run trained with other data" in finish(tmp_path / "run", 1, base=micro, **fields)
+
 
 def test_errors(tmp_path):
     with pytest.raises(ConfigError, match="many subjects share a frozen base"):
         check_config(config_of(tmp_path, subjects="photos"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("name,steps\nrex,3\n")
+    (tmp_path / "rate.csv").write_text("photos,learning_rate\nrex,fast\n")
+    (tmp_path / "negative.csv").write_text("photos,lora_rank\nrex,-1\n")
+    (tmp_path / "ranks.csv").write_text("name,photos,lora_rank\na,rex,1\nb,rex,2\n")
     for subjects, message in (
         ("gone", "expected a folder of folders of images, or a .csv table"),
         ("empty", "expected subjects of different names, found none"),
         ("table.csv", "line 2: no photos"),
+        ("rate.csv", "learning_rate = 'fast', expected a number"),
+        ("negative.csv", "lora_rank = -1, expected a number above 0"),
+        ("ranks.csv", "lora_rank = 1, 2 in one program needs method = lora or dora"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_subjects(config_of(tmp_path, subjects=str(tmp_path / subjects)))

@@ -1,7 +1,11 @@
 """Many subjects in one program: the training step mapped over a leading axis of everything that a subject owns.
 
 The frozen base has no such axis: a layer's x W is one product for all subjects, and only (x A) B is theirs. Every
-subject keeps its own key, clipping norm, optimizer state and stop: lane k computes what a run of subject k alone does.
+subject keeps its own key, clipping norm, optimizer state, learning rate and stop: lane k computes what a run of subject
+k alone does.
+
+Ranks may differ. The factors of a lower rank are filled up with zeros, columns of A and rows of B: the gradient of a
+column of A is proportional to its row of B, and the other way round, so both stay zero.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,36 +14,40 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from dreambooth_jax.adapters.factors import LORA_B, parse
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData, picks
 from dreambooth_jax.diffusion.step import Metrics, TrainState
+from dreambooth_jax.models.params import Params, Shapes
 
 
 class Lanes(NamedTuple):
     """The subjects' data.
 
     Attributes:
-        data: instance examples and order with a leading axis of subjects; prior examples too, if they differ.
+        data: instance examples, order and rates with a leading axis of subjects; prior examples too, if they differ.
         stops: number of steps of every subject.
+        scales: factor on the low-rank differences of every subject, see `rescaled`.
     """
 
     data: TrainingData
     stops: Int[Array, "n"]
+    scales: Float[Array, "n"]
 
 
 def over_subjects(step: Callable[..., tuple[TrainState, Metrics]], *, shared_prior: bool) -> Callable:
     """`step` over all subjects: (states, frozen, Lanes, keys) -> (states, metrics [n]); a subject stops at its step.
 
     Args:
-        step: (state, frozen, data, key) -> (state, metrics).
+        step: (state, (frozen, scale), data, key) -> (state, metrics), with one of `Lanes.scales`.
         shared_prior: whether all subjects have the same prior examples, without a leading axis.
     """
-    axes = TrainingData(0, None if shared_prior else 0, 0)
-    mapped = jax.vmap(step, in_axes=(0, None, axes, 0))
+    axes = TrainingData(0, None if shared_prior else 0, 0, 0)
+    mapped = jax.vmap(step, in_axes=(0, (None, 0), axes, 0))
 
     def lanes_step(states: TrainState, frozen: Any, lanes: Lanes, keys: Array) -> tuple[TrainState, Metrics]:
-        after, metrics = mapped(states, frozen, lanes.data, keys)
+        after, metrics = mapped(states, (frozen, lanes.scales), lanes.data, keys)
         trains = states.step < lanes.stops
         keep = lambda new, old: jnp.where(trains.reshape(-1, *(1,) * (new.ndim - 1)), new, old)  # noqa: E731
         return jax.tree.map(keep, after, states), metrics
@@ -59,7 +67,7 @@ def lane(tree: Any, number: int) -> Any:
 
 def stacked_data(
     instances: Sequence[EncodedExamples], priors: Sequence[EncodedExamples | None], keys: Sequence[Array], *,
-    batch_size: int, steps: int,
+    batch_size: int, steps: int, rates: Sequence[float],
 ) -> TrainingData:  # fmt: skip
     """The subjects' examples in arrays of one size: rows that no order names fill up the shorter ones.
 
@@ -67,6 +75,7 @@ def stacked_data(
         priors: per subject; the very same object for all is stored once.
         keys: the subjects' keys, of which the order of their examples comes.
         steps: number of steps for which the order is made.
+        rates: the subjects' factors on the learning rate.
     """
     most = [max(len(x.mean) for x in instances), max(len(jax.tree.leaves(x.cond)[0]) for x in instances)]
     padded = [x._replace(
@@ -76,11 +85,31 @@ def stacked_data(
     ) for x in instances]  # fmt: skip
     order = [picks(len(x.mean), batch_size, key, steps) for x, key in zip(instances, keys, strict=True)]
     shared = all(prior is priors[0] for prior in priors)
-    return TrainingData(stack(padded), priors[0] if shared else stack(priors), jnp.stack(order))
+    prior = priors[0] if shared else stack(priors)
+    return TrainingData(stack(padded), prior, jnp.stack(order), jnp.asarray(rates, jnp.float32))
 
 
 def _filled(x: Array, count: int) -> Array:
     return jnp.concatenate([x, jnp.repeat(x[:1], count - len(x), axis=0)]) if len(x) < count else jnp.asarray(x)
+
+
+def rescaled(trainable: Params, scale: Array) -> Params:
+    """LoRA's factors with their differences times `scale`: a lane of rank r has alpha / r where the largest rank has
+    alpha / R."""
+    return {name: scale * x if parse(name)[1] == LORA_B else x for name, x in trainable.items()}
+
+
+def padded_to(shapes: Shapes, trainable: Params) -> Params:
+    """Factors filled up with zeros to the ranks of `shapes`; `cut_to` is the inverse."""
+    return {
+        name: jnp.pad(x, [(0, more - own) for more, own in zip(shapes[name].shape, x.shape, strict=True)])
+        for name, x in trainable.items()
+    }
+
+
+def cut_to(shapes: Shapes, trainable: Params) -> Params:
+    """The first rows and columns of every factor, as many as `shapes` has."""
+    return {name: trainable[name][tuple(slice(size) for size in x.shape)] for name, x in shapes.items()}
 
 
 def finished(steps_before: np.ndarray, steps_after: np.ndarray, stops: np.ndarray) -> list[int]:

@@ -47,11 +47,13 @@ class TrainingData(NamedTuple):
 
     Attributes:
         order: rows of `instance` for every step, from `picks`; None: they are picked in the step.
+        rate: factor on the learning rate of these examples' run; None: 1.
     """
 
     instance: EncodedExamples
     prior: EncodedExamples | None
     order: Int[Array, "steps b"] | None = None
+    rate: Float[Array, ""] | None = None
 
 
 def draw(

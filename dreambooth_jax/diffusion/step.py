@@ -135,7 +135,8 @@ def make_step(
         batch = draw(data, process, batch_size, key, state.step, example_shape, augment, paired, dropout)
         grads, losses, for_optimizer = gradient(state.trainable, frozen, batch)
         norm = _global_norm(grads)
-        return apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay), Metrics(*losses, norm)
+        after = apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay, data.rate)
+        return after, Metrics(*losses, norm)
 
     return step
 
@@ -176,11 +177,19 @@ def _global_norm(grads: Params) -> Scalar:
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, grads: Params, norm: Scalar, ema_decay: float | None
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    grads: Params,
+    norm: Scalar,
+    ema_decay: float | None,
+    rate: Scalar | None = None,
 ) -> TrainState:
-    """The state after the update by `grads`, whose global norm the optimizer is given."""
+    """The state after the update by `grads`, whose global norm the optimizer is given; `rate` multiplies the update,
+    which every optimizer here makes proportional to the learning rate."""
     optimizer = optax.with_extra_args_support(optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, grad_norm=norm)
+    if rate is not None:
+        updates = jax.tree.map(lambda update: rate * update, updates)
     trainable = optax.apply_updates(state.trainable, updates)
     ema = state.ema and optax.incremental_update(trainable, state.ema, 1.0 - _decay(ema_decay, state.step))
     return TrainState(state.step + 1, trainable, opt_state, ema)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.adapters.factors import FORMS
 from dreambooth_jax.adapters.inversion import CUSTOM, both, inversion, is_row, stop_after
 from dreambooth_jax.adapters.lora import lora
+from dreambooth_jax.adapters.many import rescaled
 from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices import compiler_options
 from dreambooth_jax.devices.sharding import batch_sharding, placed_shapes, replicated, state_shardings, unshard
@@ -204,7 +205,8 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
     """The step (state, frozen, data, key) -> (state, metrics).
 
     Args:
-        mapped: whether it is for `jax.vmap` over subjects, which are divided over the mesh in place of the batch.
+        mapped: whether it is for `adapters.many.over_subjects`: it takes (frozen, scale), and the subjects are divided
+            over the mesh in place of the batch.
     """
     config, pipeline, mesh, dtype = job.config, job.pipeline, job.mesh, jnp.dtype(job.config.dtype)
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
@@ -214,19 +216,25 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
     # Sums over parts are no products; among several devices, recomputed products would be exchanged a second time too.
     recomputes = on_tpu and mesh.size == 1 and not mapped and config.accumulate == 1
     low, side = pipeline.low_resolution, training_side(config)
+
+    def combine(frozen: Any, trainable: Params) -> Params:
+        if mapped:
+            frozen, trainable = frozen[0], rescaled(trainable, frozen[1])
+        return unshard(mesh, job.method.combine(frozen, trainable), dtype)
+
     return make_step(
         pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
         job.optimizer,
         pipeline.process,
         batch_size=config.batch_size,
-        combine=lambda frozen, trainable: unshard(mesh, job.method.combine(frozen, trainable), dtype),
+        combine=combine,
         prior_weight=config.prior_weight,
         snr_gamma=config.snr_gamma or None,
         accumulate=config.accumulate,
         hold=recomputed if recomputes else kept,
         ema_decay=config.ema_decay or None,
         example_shape=pipeline.example_shape(side),
-        base=(lambda frozen: unshard(mesh, frozen, dtype)) if of_base else None,
+        base=(lambda frozen: unshard(mesh, frozen[0] if mapped else frozen, dtype)) if of_base else None,
         paired=pairs_prior(config),
         dropout=config.caption_dropout,
         augment=make_augment(low, side, config.sr_noise) if low else None,

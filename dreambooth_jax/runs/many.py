@@ -3,32 +3,47 @@
 import csv
 import functools
 import json
+import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from dreambooth_jax.adapters.many import Lanes, finished, lane, over_subjects, stack, stacked_data
+from dreambooth_jax.adapters.many import (
+    Lanes,
+    cut_to,
+    finished,
+    lane,
+    over_subjects,
+    padded_to,
+    stack,
+    stacked_data,
+)
 from dreambooth_jax.data.class_images import class_images_to_paint, paint_missing, read_class_images
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.images import Examples, read_examples
+from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
-from dreambooth_jax.diffusion.examples import EncodedExamples
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.files.lora_kohya import write_kohya
 from dreambooth_jax.files.shipped import shipped
-from dreambooth_jax.models.params import Params
-from dreambooth_jax.painting.painter import make_painter
+from dreambooth_jax.models.params import Params, count
+from dreambooth_jax.painting.painter import Painter, make_painter
+from dreambooth_jax.painting.sheets import paint_rows, save_sheet
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.config import ConfigError, absolute_paths
+from dreambooth_jax.runs.config import ConfigError, absolute_paths, fill
 from dreambooth_jax.runs.exports import about_adapter
+from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_pixels
 from dreambooth_jax.runs.job import (
     Job,
     held_shapes,
@@ -37,27 +52,41 @@ from dreambooth_jax.runs.job import (
     make_job,
     open_base,
     reads_tokens,
+    split_shapes,
     training_step,
 )
 from dreambooth_jax.runs.preemption import Preemption
+from dreambooth_jax.runs.report import check_finite
 from dreambooth_jax.runs.setup import begin, claim
 
 
 class Subject(NamedTuple):
-    """A row of the table of subjects: the config's fields that are its own."""
+    """A row of the table of subjects: the config's fields that are its own. Several rows may have the same photos: a
+    sweep of the learning rate and the rank."""
 
     name: str
     photos: str
     identifier: str
     class_noun: str
     steps: int
+    learning_rate: float
+    lora_rank: int
+
+    def config(self, config: ConfigDict) -> ConfigDict:
+        """The config of a run of this subject alone."""
+        return ConfigDict(dict(config) | {name: getattr(self, name) for name in _OWN})
+
+
+# Fields of the config that a row may give, and how its text is read.
+_OWN = {"identifier": str, "class_noun": str, "steps": int, "learning_rate": float, "lora_rank": int}
 
 
 def read_subjects(config: ConfigDict) -> list[Subject]:
     """The subjects that `config.subjects` names: folders of images in a folder, or the rows of a .csv table.
 
     Raises:
-        ConfigError: no such folder or table, no subjects in it, a name twice, or a row without photos.
+        ConfigError: no such folder or table, no subjects in it, a name twice, a row without photos, a value that is no
+            number, or ranks that differ where the method or the optimizer cannot fill them up.
     """
     path = Path(shipped(config.subjects)).expanduser()
     if path.suffix == ".csv" and path.is_file():
@@ -75,7 +104,7 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
         ]
     else:
         raise ConfigError(f"subjects = {config.subjects!r}: expected a folder of folders of images, or a .csv table")
-    subjects = [_subject(row, config) for row in rows]
+    subjects = [_subject(row, config, f"{path}, {row['photos']}") for row in rows]
     names = [subject.name for subject in subjects]
     if not names or len(set(names)) < len(names):
         raise ConfigError(
@@ -83,81 +112,211 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
         )
     if config.lr_schedule != "constant" and {subject.steps for subject in subjects} != {config.steps}:
         raise ConfigError(f"lr_schedule = {config.lr_schedule!r} needs the config's steps for every subject")
+    ranks = sorted({subject.lora_rank for subject in subjects})
+    fills = config.method in ("lora", "dora") and config.optimizer == "adamw" and not config.lora_ranks
+    if len(ranks) > 1 and not fills:
+        raise ConfigError(
+            f"lora_rank = {', '.join(map(str, ranks))} in one program needs method = lora or dora, optimizer = adamw "
+            "and no lora_ranks: give every subject the same rank, or train once per rank"
+        )
     return subjects
 
 
-def _subject(row: dict[str, str], config: ConfigDict) -> Subject:
-    own = {name: row.get(name) or config[name] for name in ("identifier", "class_noun", "steps")}
-    return Subject(row.get("name") or Path(row["photos"]).name, row["photos"], **own | {"steps": int(own["steps"])})
+def _subject(row: dict[str, str], config: ConfigDict, where: str) -> Subject:
+    own = {}
+    for name, read in _OWN.items():
+        try:
+            own[name] = read(row.get(name) or config[name])
+        except ValueError:
+            raise ConfigError(f"{where}: {name} = {row[name]!r}, expected a number") from None
+        if read is not str and own[name] <= 0:
+            raise ConfigError(f"{where}: {name} = {own[name]}, expected a number above 0")
+    return Subject(row.get("name") or Path(row["photos"]).name, row["photos"], **own)
+
+
+class _Lanes(NamedTuple):
+    """All subjects, ready to train.
+
+    Attributes:
+        jobs: rank -> job of a run of that rank; the largest rank's job is that of the one program.
+        examples: of each subject.
+        states: with a leading axis of subjects, before the first step.
+    """
+
+    subjects: list[Subject]
+    jobs: dict[int, Job]
+    examples: list[Examples]
+    states: TrainState
+    frozen: Params
+    lanes: Lanes
+    keys: Array
+
+    @property
+    def job(self) -> Job:
+        return self.jobs[max(self.jobs)]
+
+    def trained(self, states: TrainState, number: int) -> Params:
+        """The trained parameters of one subject or their average, of its own rank."""
+        own = lane(states.ema or states.trainable, number)
+        return cut_to(split_shapes(self.jobs[self.subjects[number].lora_rank])[0], own)
 
 
 def train_many(config: ConfigDict, guard: Preemption) -> None:
-    """Trains every subject, and writes each one's file when it is done.
+    """Trains every subject, writes each one's file when it is done, and paints each one's sheet at the end.
 
     Raises:
-        ConfigError: see `read_subjects`.
+        ConfigError: see `read_subjects`; or the workdir holds a run of other subjects or other photos.
     """
     config = absolute_paths(config)
     subjects = read_subjects(config)
     workdir = epath.Path(config.workdir)
     claim(workdir, config)
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp)
-    job = make_job(config, open_base(config, dtype=jnp.dtype(config.dtype), remat=config.remat), mesh)
-    examples = [_examples(job.config, subject) for subject in subjects]
-    params = read_params(job.pipeline, mesh, held_shapes(job))
-    trainable, frozen, key = begin(job, params)
-    stops = np.asarray([subject.steps for subject in subjects])
-    data = _data(job, params, subjects, examples, key, int(stops.max()))
-    del params
-    place = subject_sharding(job, len(subjects))
-    # Every subject begins as its own run would: from the config's seed.
-    states = jax.jit(lambda t: stack([initial(job)(t)] * len(subjects)), out_shardings=place)(trainable)
-    keys = jax.device_put(jnp.stack([key] * len(subjects)), place)
-    lanes = Lanes(data, jax.device_put(jnp.asarray(stops), place))
-    record = {"config": json.loads(config.to_json())}
+    many = _prepare(config, subjects)
+    record = {"config": json.loads(config.to_json()), "fingerprints": _fingerprints(many)}
     manager = checkpoint.open_checkpoints(workdir / "checkpoints", keep_last=config.keep_last, record=record)
     with checkpoint.closing(manager):
         guard.before_leaving(functools.partial(checkpoint.wait, manager))
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
-        states = checkpoint.restore(manager, like) or states
-        step = over_subjects(
-            training_step(job, mapped=True), shared_prior=data.prior is None or data.prior.mean.ndim == 2
-        )
-        run = lower_calls(job, step, states, frozen, lanes, keys).compile()
-        print(f"{len(subjects)} subjects, {job.method.says}, to {workdir}/NAME.safetensors", flush=True)
+        if done := manager.latest_step():
+            earlier = checkpoint.read_record(workdir / "checkpoints", done).get("fingerprints", {})
+            check_same(config.workdir, earlier, record["fingerprints"])
+        if runtime.is_first_process():
+            print(_plan(many, done or 0), flush=True)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), many.states)
+        states = checkpoint.restore(manager, like) or many.states
+        prior = many.lanes.data.prior
+        step = over_subjects(training_step(many.job, mapped=True), shared_prior=prior is None or prior.mean.ndim == 2)
+        run = lower_calls(many.job, step, states, many.frozen, many.lanes, many.keys).compile()
         with guard.in_loop():
-            _loop(job, guard, manager, subjects, stops, states, lambda states, n: run(states, frozen, lanes, keys, n))
+            states = _loop(
+                many, guard, manager, states, lambda states, n: run(states, many.frozen, many.lanes, many.keys, n)
+            )
+    _paint_sheets(many, states)
+    if runtime.is_first_process():
+        print(f"Done: {workdir}/NAME.safetensors\nHow much the subjects mix:  python -m dreambooth_jax.evaluate "
+              f"--workdir {shlex.quote(str(workdir))}", flush=True)  # fmt: skip
 
 
-def _loop(job: Job, guard: Preemption, manager, subjects, stops: np.ndarray, states: TrainState, advance) -> None:
-    config, folder = job.config, epath.Path(job.config.workdir)
+def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp)
+    pipeline = open_base(config, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    ranks = sorted({subject.lora_rank for subject in subjects})
+    jobs = {rank: make_job(ConfigDict(dict(config) | {"lora_rank": rank}), pipeline, mesh) for rank in ranks}
+    job, power = jobs[ranks[-1]], 0.5 if config.lora_scaling == "stabilized" else 1.0
+    examples = [_examples(job.config, subject) for subject in subjects]
+    params = read_params(pipeline, mesh, held_shapes(job))
+    # Every subject begins as its own run would: from the config's seed.
+    own = {rank: begin(jobs[rank], params) for rank in ranks}
+    shapes, (_, frozen, key) = split_shapes(job)[0], own[ranks[-1]]
+    data = _data(job, params, subjects, examples, key)
+    del params
+    place = subject_sharding(job, len(subjects))
+    starts = [padded_to(shapes, own[subject.lora_rank][0]) for subject in subjects]
+    states = jax.jit(lambda starts: stack([initial(job)(t) for t in starts]), out_shardings=place)(starts)
+    stops = jnp.asarray([subject.steps for subject in subjects])
+    scales = jnp.asarray([(ranks[-1] / subject.lora_rank) ** power for subject in subjects], jnp.float32)
+    lanes = Lanes(data, *(jax.device_put(x, place) for x in (stops, scales)))
+    return _Lanes(
+        subjects, jobs, examples, states, frozen, lanes, jax.device_put(jnp.stack([key] * len(subjects)), place)
+    )
+
+
+def _fingerprints(many: _Lanes) -> Fingerprints:
+    found: Fingerprints = {"photos": {}, "captions": {}}
+    for subject, examples in zip(many.subjects, many.examples, strict=True):
+        for kind, digests in (("photos", of_pixels(examples)), ("captions", of_captions(examples))):
+            found[kind] |= {f"{subject.name}/{name}": digest for name, digest in digests.items()}
+    pipeline = many.job.pipeline
+    parts = {name.split(".")[0] for name in pipeline.shapes}
+    return found | {"base": {"weights": weights_digest(pipeline.single_file or pipeline.folder, parts)}}
+
+
+def _plan(many: _Lanes, done: int) -> str:
+    job, config = many.job, many.job.config
+    trained = count(job.method.shapes(job.pipeline.shapes)[0])
+    lines = {
+        "base": f"{config.base} ({config.resolution}x{config.resolution})",
+        "method": f"{job.method.says}, {len(many.subjects)} x {trained / 1e6:.3g} M parameters, {config.optimizer}",
+        "steps": f"{config.batch_size} images of every subject" + (f"; going on from step {done}" if done else ""),
+        "mesh": f"{job.mesh.size} {jax.devices()[0].device_kind} device(s)",
+        "workdir": f"{config.workdir}/NAME.safetensors",
+    }
+    rows = []
+    for subject, examples in zip(many.subjects, many.examples, strict=True):
+        rows.append(
+            f"  {subject.name}: {len(set(examples.names))} images, {examples.captions[0]!r}, {subject.steps} steps, "
+            f"rate {subject.learning_rate:g}, rank {subject.lora_rank}"
+        )
+        rows += [f"    photos: {note}" for note in examples.notes]
+    return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *rows])
+
+
+def _loop(many: _Lanes, guard: Preemption, manager: ocp.CheckpointManager, states: TrainState, advance) -> TrainState:
+    config, subjects = many.job.config, many.subjects
+    stops = np.asarray([subject.steps for subject in subjects])
     done = np.asarray(states.step)
     number = int(done.max())
     for k in np.flatnonzero(done >= stops):
-        write_file(job, subjects[k], lane(states.ema or states.trainable, k), folder)
+        _write_file(many, states, k)
     while number < stops.max():
         until = min(int(stops.max()), number - number % config.save_every + config.save_every)
         while number < until:
-            count = min(config.steps_per_call, until - number)
-            states, metrics = advance(states, jnp.asarray(count, jnp.int32))
-            number += count
+            steps = min(config.steps_per_call, until - number)
+            states, metrics = advance(states, jnp.asarray(steps, jnp.int32))
+            number += steps
             after = np.asarray(states.step)
             for k in finished(done, after, stops):
-                write_file(job, subjects[k], lane(states.ema or states.trainable, k), folder)
-                print(f"{subjects[k].name}: {stops[k]} steps, loss {float(metrics.loss[count - 1, k]):.4f}", flush=True)
+                _write_file(many, states, k)
+                print(f"{subjects[k].name}: {stops[k]} steps, loss {float(metrics.loss[steps - 1, k]):.4f}", flush=True)
             done = after
             if guard.requested:
                 checkpoint.save(manager, number, states)
                 guard.leave()
+        check_finite(states.trainable, number)
         checkpoint.save(manager, number, states)
     checkpoint.wait(manager)
+    return states
 
 
-def write_file(job: Job, subject: Subject, trainable: Params, folder: epath.Path) -> None:
+def _write_file(many: _Lanes, states: TrainState, number: int) -> None:
     """Writes one subject's adapter, for all tools."""
-    config = ConfigDict(dict(job.config) | {"identifier": subject.identifier, "class_noun": subject.class_noun})
-    about = about_adapter(job.pipeline, config, subject.name)
-    write_kohya(folder / f"{subject.name}.safetensors", job.method.adapter(trainable), about, dtype="float32")
+    subject = many.subjects[number]
+    job = many.jobs[subject.lora_rank]
+    about = about_adapter(job.pipeline, subject.config(job.config), subject.name)
+    factors = job.method.adapter(many.trained(states, number))
+    if runtime.is_first_process():
+        write_kohya(adapter_path(job.config, subject), factors, about, dtype="float32")
+
+
+def adapter_path(config: ConfigDict, subject: Subject) -> epath.Path:
+    """The file of a subject's adapter."""
+    return epath.Path(config.workdir) / f"{subject.name}.safetensors"
+
+
+def _paint_sheets(many: _Lanes, states: TrainState) -> None:
+    """Paints the config's sample prompts for every subject, its photos above them; sheets that are there stay."""
+    config = many.job.config
+    paint = painter_of(many.job) if config.sample_prompts else None
+    for number, subject in enumerate(many.subjects):
+        path = epath.Path(config.workdir) / "samples" / f"{subject.name}.png"
+        if paint is None or path.exists():
+            continue
+        own, job = subject.config(config), many.jobs[subject.lora_rank]
+        prompts = [fill(prompt, own) for prompt in config.sample_prompts]
+        params = job.method.combine(many.frozen, many.trained(states, number))
+        rows = paint_rows(paint, params, prompts, range(config.sample_count), negative=config.negative_prompt)
+        if runtime.is_first_process():
+            photos = list(many.examples[number].images[: config.sample_count])
+            about = {"model": config.base, "adapter": f"{subject.name}.safetensors", "steps": str(subject.steps)}
+            save_sheet(path, [photos, *rows], ["training images", *prompts], about)
+
+
+def painter_of(job: Job) -> Painter:
+    """The painter of a run's pictures."""
+    config = job.config
+    return make_painter(
+        job.pipeline, job.mesh, resolution=config.resolution, batch_size=config.class_batch_size,
+        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
+    )  # fmt: skip
 
 
 def subject_sharding(job: Job, count: int) -> NamedSharding:
@@ -174,7 +333,9 @@ def _examples(config: ConfigDict, subject: Subject) -> Examples:
     )  # fmt: skip
 
 
-def _data(job: Job, params: Params, subjects: list[Subject], examples: list[Examples], key: Any, steps: int):
+def _data(
+    job: Job, params: Params, subjects: list[Subject], examples: list[Examples], key: Key[Array, ""]
+) -> TrainingData:
     """Encoded examples of all subjects; the class images of a noun are painted and encoded once."""
     config, pipeline, mesh = job.config, job.pipeline, job.mesh
     encode = make_encoder(pipeline, mesh, text_states=not reads_tokens(config))
@@ -184,12 +345,13 @@ def _data(job: Job, params: Params, subjects: list[Subject], examples: list[Exam
         priors[noun] = _class_examples(own, job, params, encode) if config.prior_preservation else None
     data = stacked_data(
         [encode(params, x) for x in examples], [priors[subject.class_noun] for subject in subjects],
-        [key] * len(subjects), batch_size=config.batch_size, steps=steps,
+        [key] * len(subjects), batch_size=config.batch_size, steps=max(subject.steps for subject in subjects),
+        rates=[subject.learning_rate / config.learning_rate for subject in subjects],
     )  # fmt: skip
     place = subject_sharding(job, len(subjects))
     shared = len(priors) == 1
     return data._replace(
-        instance=jax.device_put(data.instance, place), order=jax.device_put(data.order, place),
+        **{name: jax.device_put(getattr(data, name), place) for name in ("instance", "order", "rate")},
         prior=jax.device_put(data.prior, replicated(mesh) if shared else place),
     )  # fmt: skip
 
@@ -198,9 +360,5 @@ def _class_examples(config: ConfigDict, job: Job, params: Params, encode) -> Enc
     pipeline = job.pipeline
     digest = weights_digest(pipeline.single_file or pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
     if missing := class_images_to_paint(config, digest):
-        painter = make_painter(
-            pipeline, job.mesh, resolution=config.resolution, batch_size=config.class_batch_size,
-            sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
-        )  # fmt: skip
-        paint_missing(config, missing, painter, params, digest)
+        paint_missing(config, missing, painter_of(job), params, digest)
     return encode(params, read_class_images(config))
