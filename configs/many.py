@@ -3,9 +3,9 @@
 python -m dreambooth_jax.train --config configs/many.py --config.subjects=photos  # photos/NAME/*.jpg
 python -m dreambooth_jax.train --config configs/many.py:sd15 --config.subjects=subjects.csv
 
-A table has the columns name, photos, identifier, class_noun, steps, learning_rate and lora_rank; the config's values stand
-for those that it lacks. Every subject's file, workdir/NAME.safetensors, is written when its steps are done; paint with
-`sample --lora`, and see how much subjects mix with `evaluate --workdir`.
+A table has the columns name, photos, identifier, class_noun, steps, learning_rate and lora_rank; the config's values
+stand for those that it lacks. Every subject's file, workdir/NAME.safetensors, is written when its steps are done; paint
+with `sample --lora`, and see how much subjects mix with `evaluate --workdir`.
 """
 
 import importlib.util

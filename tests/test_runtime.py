@@ -35,3 +35,11 @@ def test_sums_over_products_are_right():
     pairs = [tuple(map(float, line.split())) for line in out.splitlines()]
     assert len(pairs) == 20
     assert all(abs(alone - beside) < 1e-4 * beside for alone, beside in pairs), pairs
+
+
+def test_a_machine_without_a_tpu_is_silent_about_it():
+    """Also where libtpu is installed, which `plan` needs."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    program = "from dreambooth_jax.devices import runtime; runtime.start(); import jax; print(jax.device_count())"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

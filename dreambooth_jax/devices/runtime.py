@@ -2,6 +2,7 @@
 
 import gc
 import glob
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -26,6 +27,8 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     """
     if not _has_tpu():
         os.environ["XLA_FLAGS"] = workarounds.with_cpu_flags(os.environ.get("XLA_FLAGS", ""))
+        if jax.config.jax_platforms is None and not importlib.metadata.entry_points(group="jax_plugins"):
+            jax.config.update("jax_platforms", "cpu")  # libtpu, which `plan` needs, prints errors where it finds no TPU
     gc.set_threshold(50_000)
     logging.set_verbosity(logging.WARNING)  # Orbax logs every save at INFO
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
