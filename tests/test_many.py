@@ -128,6 +128,12 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
     assert "holds a run trained with other data" in finish(tmp_path / "run", 1, base=micro, **fields)
 
 
+def test_a_classes_file_gives_the_nouns(tmp_path):
+    found = read_subjects(config_of(tmp_path, subjects=str(ROOT / "examples" / "subjects")))
+    assert {subject.name: subject.class_noun for subject in found}["teapot"] == "teapot"
+    assert len(found) == 6 and {subject.identifier for subject in found} == {"sks"}
+
+
 def test_errors(tmp_path):
     with pytest.raises(ConfigError, match="many subjects share a frozen base"):
         check_config(config_of(tmp_path, subjects="photos"))

@@ -33,6 +33,7 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.step import TrainState
+from dreambooth_jax.evaluation.dataset import CLASSES_FILE, read_dataset
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.files.lora_kohya import write_kohya
@@ -82,7 +83,8 @@ _OWN = {"identifier": str, "class_noun": str, "steps": int, "learning_rate": flo
 
 
 def read_subjects(config: ConfigDict) -> list[Subject]:
-    """The subjects that `config.subjects` names: folders of images in a folder, or the rows of a .csv table.
+    """The subjects that `config.subjects` names: folders of images in a folder, with the nouns of google/dreambooth's
+    classes file if it is there, or the rows of a .csv table.
 
     Raises:
         ConfigError: no such folder or table, no subjects in it, a name twice, a row without photos, a value that is no
@@ -96,6 +98,8 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
         if wrong:
             raise ConfigError(f"{path}, line {', '.join(wrong)}: no photos; columns: {', '.join(Subject._fields)}")
         rows = [row | {"photos": str(path.parent / row["photos"])} for row in rows]
+    elif (path / CLASSES_FILE).is_file():
+        rows = [{"photos": str(one.folder), "class_noun": one.class_noun} for one in read_dataset(path)]
     elif path.is_dir():
         rows = [
             {"photos": str(folder)}
