@@ -1,69 +1,146 @@
 """A training run killed again and again ends where the uninterrupted one ends, bit for bit.
 
-    python benchmarks/kills.py                 # 200 SIGKILLs in five chains; about an hour on two cores
+    python benchmarks/kills.py                          # 200 SIGKILLs in five chains; about forty minutes on two cores
     python benchmarks/kills.py --kills 20 --chains 2
+    python benchmarks/kills.py --folder runs/kills      # kept; the same command goes on where it was stopped
 
-Every chain trains the micro base of the tests. A kill comes at a random moment after a random event: a start, class
-images being painted, a checkpoint being written, committed or deleted, a sheet being painted.
+Every chain trains the micro base of the tests, whose steps take milliseconds, and saves or paints every few steps. A
+moment is random: any time of the process's life, or soon after a picture, a checkpoint or a sheet. The signal is SIGKILL;
+in every second chain one in four is SIGTERM, SIGINT or SIGHUP instead, and the run must then leave by itself, with the
+code of the signal. A chain that reaches the end is compared, and begins anew.
 """
 
 import argparse
+import collections
+import json
+import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from support.runs import assert_same_run, checkpoints, finish, kill_when, pictures, start, write_micro
+from support.runs import assert_same_run, checkpoints, finish, log_of, pictures, start, write_micro
+
+FIELDS = {"save_every": 4, "sample_every": 12, "keep_last": 2}
+MOMENTS = ("any moment", "any moment", "class image", "writing", "saved", "sheet")
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def event_of(kind: str, workdir: Path):
-    """Whether what `kind` names has happened since now."""
-    saved, painted = checkpoints(workdir), len(pictures(workdir / "class_images"))
-    sheets = len(pictures(workdir / "samples"))
-    began = time.monotonic()
+def event_of(kind: str, workdir: Path, seconds: float) -> Callable[[], bool]:
+    """Whether what `kind` names has happened since now; any moment lies within `seconds`."""
+    began, saved = time.monotonic(), checkpoints(workdir)
+    painted, sheets = (len(pictures(workdir / name)) for name in ("class_images", "samples"))
     return {
-        "start": lambda: time.monotonic() - began > 1,
-        "class images": lambda: len(pictures(workdir / "class_images")) > painted or painted >= 10,
-        "writing": lambda: any("orbax-checkpoint-tmp" in p.name for p in (workdir / "checkpoints").glob("*")),
+        "any moment": lambda: time.monotonic() - began > seconds,
+        "class image": lambda: len(pictures(workdir / "class_images")) > painted or painted >= 10,
+        "writing": lambda: any("orbax-checkpoint-tmp" in path.name for path in (workdir / "checkpoints").glob("*")),
         "saved": lambda: checkpoints(workdir) != saved,
         "sheet": lambda: len(pictures(workdir / "samples")) > sheets,
     }[kind]
 
 
-def chain(number: int, kills: int, base: Path, whole: Path, folder: Path) -> list[tuple[str, int]]:
-    """Kills one run `kills` times, then lets it end and compares; returns (event, newest step) of every kill."""
-    moments, workdir, log = random.Random(number), folder / f"chain_{number}", []
-    while len(log) < kills:
-        kind = moments.choice(["start", "class images", "writing", "saved", "sheet"])
-        process = start(workdir, base=str(base), keep_last=2)
-        if kill_when(process, event_of(kind, workdir), moments.uniform(0, 0.5)):
-            log.append((kind, max(checkpoints(workdir), default=0)))
-            print(f"chain {number}, kill {len(log)}: {kind}, step {log[-1][1]}", flush=True)
-        elif checkpoints(workdir)[-1:] == [60]:  # it had ended: begin a new one
-            assert_same_run(workdir, whole)
-            shutil.rmtree(workdir)
-    finish(workdir, base=str(base), keep_last=2)
+def send_when(process: Popen, number: signal.Signals, happened: Callable[[], bool], delay: float) -> tuple[bool, float]:
+    """Sends a signal `delay` seconds after `happened()`; (whether the process was running, seconds until its end)."""
+    while not happened() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(delay)
+    was_running = process.poll() is None
+    process.send_signal(number)
+    sent = time.monotonic()
+    process.wait(60)
+    return was_running, time.monotonic() - sent
+
+
+def ends_well(code: int, number: signal.Signals, log: str) -> bool:
+    """Whether a process may end so after a signal: by itself, or by the signal before the library was imported."""
+    return code in (0, -number) or (number in ASKED and code == 128 + number and "Traceback" not in log)
+
+
+def same(workdir: Path, whole: Path) -> None:
+    """All that a run leaves is equal, and nothing unfinished lies in its folder."""
     assert_same_run(workdir, whole)
-    return log
+    assert pictures(workdir / "samples" / "before") == pictures(whole / "samples" / "before")
+    assert not [path for path in workdir.rglob("*") if path.name.endswith(".partial") or "checkpoint-tmp" in path.name]
+
+
+def chain(number: int, kills: int, base: Path, whole: Path, seconds: float) -> dict:
+    """Kills one run `kills` times, lets it end and compares; what was done so far is in chain_N.json.
+
+    Args:
+        seconds: of the whole run without a kill.
+    """
+    workdir = whole.with_name(f"chain_{number}")
+    file = workdir.with_suffix(".json")
+    done = json.loads(file.read_text()) if file.exists() else {"kills": [], "asked": [], "ended": 0, "slowest": 0.0}
+    while len(done["kills"]) < kills:
+        random_ = random.Random(f"{number} {len(done['kills'])} {len(done['asked'])} {done['ended']}")
+        kind, delay = random_.choice(MOMENTS), random_.uniform(0, 0.3)
+        asked = number % 2 == 1 and random_.random() < 0.25
+        name = random_.choice(ASKED) if asked else signal.SIGKILL
+        before = len(log_of(workdir).read_text()) if log_of(workdir).exists() else 0
+        process = start(workdir, base=str(base), **FIELDS)
+        try:
+            was_running, took = send_when(process, name, event_of(kind, workdir, random_.uniform(0, seconds)), delay)
+        finally:
+            process.kill()
+        log = log_of(workdir).read_text()[before:]
+        assert ends_well(process.returncode, name, log), f"{kind}, {name.name}: code {process.returncode}\n{log}"
+        if process.returncode == 0:
+            same(workdir, whole)
+            shutil.rmtree(workdir)
+            done["ended"] += 1
+        elif was_running:
+            done["asked" if asked else "kills"].append((kind, name.name, max(checkpoints(workdir), default=0)))
+            done["slowest"] = max(done["slowest"], took)
+            print(f"chain {number}, {len(done['kills'])} kills: {done['asked' if asked else 'kills'][-1]}", flush=True)
+        file.write_text(json.dumps(done))
+    finish(workdir, base=str(base), **FIELDS)
+    same(workdir, whole)
+    return done
+
+
+def row(number: int, done: dict) -> str:
+    """A line of the table."""
+    moments = collections.Counter(kind for kind, *_ in done["kills"])
+    signals = collections.Counter(name for _, name, _ in done["asked"])
+    words = (", ".join(f"{name} {count}" for name, count in sorted(counter.items())) for counter in (moments, signals))
+    steps = len({step for *_, step in done["kills"]})
+    return f"| {number} | {len(done['kills'])} | {' | '.join(words)} | {steps} | {done['ended'] + 1} | yes |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs over all chains (default: 200)")
     parser.add_argument("--chains", type=int, default=5, help="runs (default: 5)")
+    parser.add_argument("--folder", type=Path, help="folder of all runs, kept (default: a temporary one)")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_micro(folder / "base")
-        finish(folder / "whole", base=str(folder / "base"), keep_last=2)
-        print("| chain | kills | at which steps | ends bit-identical |\n|---|---|---|---|")
-        for number in range(options.chains):
-            log = chain(number, options.kills // options.chains, folder / "base", folder / "whole", folder)
-            print(f"| {number} | {len(log)} | {', '.join(str(step) for _, step in log)} | yes |", flush=True)
+    folder = options.folder.absolute() if options.folder else Path(tempfile.mkdtemp())
+    base, whole = folder / "base", folder / "whole"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    if not (folder / "seconds.json").exists():
+        write_micro(base)
+        finish(whole, base=str(base), **FIELDS)
+        began = time.monotonic()  # compiled programs are found from now on
+        finish(folder / "again", base=str(base), **FIELDS)
+        same(folder / "again", whole)
+        (folder / "seconds.json").write_text(str(time.monotonic() - began))
+    seconds = json.loads((folder / "seconds.json").read_text())
+    print(f"the run alone: {seconds:.1f} s")
+    rows = [
+        row(number, chain(number, options.kills // options.chains, base, whole, seconds))
+        for number in range(options.chains)
+    ]
+    print("| chain | SIGKILLs | moments | other signals | different steps | times at the end | bit-identical |")
+    print("|---" * 7 + "|", *rows, sep="\n")
+    if options.folder is None:
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -13,29 +13,21 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.evaluation.judge import CLIP, DINO, Judge, embedded_judge, published_judge
-from dreambooth_jax.evaluation.page import page
-from dreambooth_jax.evaluation.scores import MEASURES, best
-from dreambooth_jax.evaluation.table import as_json, markdown
-from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.evaluation.choices import BACKBONES, CLIP, DINO, JUDGES, PROMPTS, TRANSFORMS
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.bleed import markdown as markdown_of_bleed
 from dreambooth_jax.runs.bleed import measure_bleed, write_bleed
 from dreambooth_jax.runs.command import one_line_errors
-from dreambooth_jax.runs.preemption import Preemption
-from dreambooth_jax.runs.protocol import BACKBONES, JUDGES, TRANSFORMS, check_protocol, run_protocol
-from dreambooth_jax.runs.scoring import PROMPTS, kept_steps, questions_of, score_run
-from dreambooth_jax.runs.setup import set_up
-from dreambooth_jax.runs.training import train
-from dreambooth_jax.runs.workdir import read_config
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from dreambooth_jax.evaluation.judge import Judge
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -82,8 +74,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: Mesh) -> Judge:
+def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: "Mesh") -> "Judge":
     """The judge that the options or the protocol name for a run of `base`."""
+    from dreambooth_jax.evaluation.judge import embedded_judge, published_judge
+
     if options.judge == "embedded" or (options.judge == "auto" and base == EMBEDDED):
         return embedded_judge(mesh)
     return published_judge(
@@ -94,6 +88,17 @@ def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: Mesh) 
 
 def evaluate_run(options: argparse.Namespace, command: str) -> str:
     """Scores every kept checkpoint of a run into workdir/evaluation; returns the table and where the page is."""
+    from etils import epath
+
+    from dreambooth_jax.devices import runtime
+    from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.evaluation.page import page
+    from dreambooth_jax.evaluation.scores import MEASURES, best
+    from dreambooth_jax.evaluation.table import as_json, markdown
+    from dreambooth_jax.files.atomic import write_atomic
+    from dreambooth_jax.runs.scoring import kept_steps, questions_of, score_run
+    from dreambooth_jax.runs.workdir import read_config
+
     workdir, mesh = options.workdir, make_mesh()
     config = read_config(workdir)
     steps = kept_steps(workdir)  # before models are read
@@ -126,6 +131,12 @@ def evaluate_many(options: argparse.Namespace) -> str:
 
 def evaluate_protocol(spec: str, overrides: Sequence[str], command: str) -> str:
     """Trains and scores every subject of a protocol; returns the table and where the page is."""
+    from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.runs.preemption import Preemption
+    from dreambooth_jax.runs.protocol import check_protocol, run_protocol
+    from dreambooth_jax.runs.setup import set_up
+    from dreambooth_jax.runs.training import train
+
     config = read_protocol(spec, overrides)
     check_protocol(config)  # before models are read
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
@@ -154,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     command = shlex.join(["python", "-m", "dreambooth_jax.evaluate", *arguments])
     with one_line_errors():
+        from dreambooth_jax.devices import runtime  # after the command line, which is read at once
+
         runtime.start()
         if options.config:
             print(evaluate_protocol(options.config, options.overrides, command))

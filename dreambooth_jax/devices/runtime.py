@@ -23,7 +23,8 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
-        cache: directory of compiled programs; JAX_COMPILATION_CACHE_DIR in the environment takes precedence.
+        cache: directory of compiled programs, and of those alone that take half a second or more to compile;
+            JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS in the environment take precedence.
     """
     if not _has_tpu():
         os.environ["XLA_FLAGS"] = workarounds.with_cpu_flags(os.environ.get("XLA_FLAGS", ""))
@@ -38,7 +39,8 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
         jax.distributed.initialize()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _has_tpu() -> bool:

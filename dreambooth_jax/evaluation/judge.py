@@ -5,11 +5,10 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from dreambooth_jax.evaluation import features
+from dreambooth_jax.evaluation.choices import CLIP, DINO
 from dreambooth_jax.evaluation.features import ImageFeatures, TextFeatures
 from dreambooth_jax.files.hub import EMBEDDED_FOLDER, resolve_model
 from dreambooth_jax.files.tokenizer import load_tokenizer
-
-DINO, CLIP = "facebook/dino-vits16", "openai/clip-vit-base-patch32"
 
 
 class Judge(NamedTuple):

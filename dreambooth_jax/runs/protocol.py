@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.evaluation.choices import BACKBONES, JUDGES, PROMPTS, TRANSFORMS
 from dreambooth_jax.evaluation.dataset import Subject, read_dataset
 from dreambooth_jax.evaluation.judge import Judge
 from dreambooth_jax.evaluation.page import Section, page
@@ -16,14 +17,13 @@ from dreambooth_jax.evaluation.scores import MEASURES
 from dreambooth_jax.evaluation.table import Row, as_json, markdown
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.runs.config import ConfigError, check_config
-from dreambooth_jax.runs.scoring import PROMPTS, protocol_of, questions_of, read_section, score_run
+from dreambooth_jax.runs.scoring import protocol_of, questions_of, read_section, score_run
 
 _KINDS = {
     "dataset": str, "subjects": tuple, "workdir": str, "keep_checkpoints": bool, "prompts": str, "count": int,
     "class_count": int, "judge": str, "dino": str, "clip": str, "transform": str, "lpips": str, "backbone": str,
     "train": ConfigDict,
 }  # fmt: skip
-JUDGES, TRANSFORMS, BACKBONES = ("auto", "embedded", "published"), ("official", "hub"), ("alex", "vgg")
 _CHOICES = {"prompts": PROMPTS, "judge": JUDGES, "transform": TRANSFORMS, "backbone": BACKBONES}
 
 

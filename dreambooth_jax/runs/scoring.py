@@ -29,7 +29,6 @@ from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.workdir import open_run, read_config
 
 CLASS_PROMPT = "a {class_noun}"  # of the paper's PRES
-PROMPTS = ("run", "paper", "world")
 
 
 class Questions(NamedTuple):
