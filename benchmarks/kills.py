@@ -4,10 +4,10 @@
     python benchmarks/kills.py --kills 20 --chains 2
     python benchmarks/kills.py --folder runs/kills      # kept; the same command goes on where it was stopped
 
-Every chain trains the micro base of the tests, whose steps take milliseconds, and saves or paints every few steps. A
-moment is random: any time of the process's life, or soon after a picture, a checkpoint or a sheet. The signal is SIGKILL;
-in every second chain one in four is SIGTERM, SIGINT or SIGHUP instead, and the run must then leave by itself, with the
-code of the signal. A chain that reaches the end is compared, and begins anew.
+Every chain trains a LoRA of the tests' micro base, whose steps take milliseconds, and saves or paints every few steps.
+A moment is random: any time of the process's life, or soon after a picture, a checkpoint or a sheet. The signal is
+SIGKILL; in every second chain one in four is SIGTERM, SIGINT or SIGHUP instead, and the run must then leave by itself,
+with the code of the signal. A chain that reaches the end is compared, and begins anew.
 """
 
 import argparse
@@ -28,7 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from support.runs import assert_same_run, checkpoints, finish, log_of, pictures, start, write_micro
 
-FIELDS = {"save_every": 4, "sample_every": 12, "keep_last": 2}
+FIELDS = {
+    "method": "lora", "lora_rank": 2, "train_text_encoder": False, "num_class_images": 6, "class_batch_size": 2,
+    "steps": 24, "save_every": 3, "sample_every": 6, "keep_last": 2,
+}  # fmt: skip
 MOMENTS = ("any moment", "any moment", "class image", "writing", "saved", "sheet")
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -39,7 +42,7 @@ def event_of(kind: str, workdir: Path, seconds: float) -> Callable[[], bool]:
     painted, sheets = (len(pictures(workdir / name)) for name in ("class_images", "samples"))
     return {
         "any moment": lambda: time.monotonic() - began > seconds,
-        "class image": lambda: len(pictures(workdir / "class_images")) > painted or painted >= 10,
+        "class image": lambda: len(pictures(workdir / "class_images")) > painted or painted >= 6,
         "writing": lambda: any("orbax-checkpoint-tmp" in path.name for path in (workdir / "checkpoints").glob("*")),
         "saved": lambda: checkpoints(workdir) != saved,
         "sheet": lambda: len(pictures(workdir / "samples")) > sheets,
@@ -54,7 +57,7 @@ def send_when(process: Popen, number: signal.Signals, happened: Callable[[], boo
     was_running = process.poll() is None
     process.send_signal(number)
     sent = time.monotonic()
-    process.wait(60)
+    process.wait(300)
     return was_running, time.monotonic() - sent
 
 
@@ -124,6 +127,9 @@ def main() -> None:
     folder = options.folder.absolute() if options.folder else Path(tempfile.mkdtemp())
     base, whole = folder / "base", folder / "whole"
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    for number in ASKED:  # the runs inherit what a shell ignores in the background
+        signal.signal(number, signal.SIG_DFL)
     if not (folder / "seconds.json").exists():
         write_micro(base)
         finish(whole, base=str(base), **FIELDS)
