@@ -188,6 +188,15 @@ def test_the_only_checkpoint_damaged_is_said_and_the_run_begins_anew(micro, work
     assert "going on" not in text
 
 
+def test_half_written_files_of_a_killed_run_are_removed(micro, workdir):
+    name = f".{'0' * 16}.partial"
+    for folder in (workdir, workdir / "class_images", workdir / "samples"):
+        (folder / name).write_bytes(b"half")
+        (folder / ".mine.partial").write_bytes(b"kept")
+    go_on(workdir, base=micro)
+    assert not list(workdir.rglob(name)) and len(list(workdir.rglob(".mine.partial"))) == 3
+
+
 # --- runs of earlier versions
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import fsspec.config
 import jax
 import numpy as np
 from absl import logging
@@ -16,8 +17,8 @@ from dreambooth_jax.devices import workarounds
 
 
 def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
-    """Joins the hosts of a pod, opens the cache of compiled programs and applies `workarounds`. Call before the first
-    computation.
+    """Joins the hosts of a pod, opens the cache of compiled programs, turns the caches of listings of buckets off and
+    applies `workarounds`. Call before the first computation.
 
     On TPU VMs and GKE, JAX finds the other hosts. Elsewhere the environment names them: JAX_COORDINATOR_ADDRESS
     (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -30,6 +31,8 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
         os.environ["XLA_FLAGS"] = workarounds.with_cpu_flags(os.environ.get("XLA_FLAGS", ""))
         if jax.config.jax_platforms is None and not importlib.metadata.entry_points(group="jax_plugins"):
             jax.config.update("jax_platforms", "cpu")  # libtpu, which `plan` needs, prints errors where it finds no TPU
+    for bucket in ("gcs", "s3", "az"):  # other hosts write there too
+        fsspec.config.conf.setdefault(bucket, {})["use_listings_cache"] = False
     gc.set_threshold(50_000)
     logging.set_verbosity(logging.WARNING)  # Orbax logs every save at INFO
     if "JAX_COORDINATOR_ADDRESS" in os.environ:

@@ -2,11 +2,18 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 from etils import epath
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path lies in a bucket."""
+    return "://" in str(path)
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
@@ -17,11 +24,33 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    if "://" in str(path):
+    if is_remote(path):
         epath.Path(path).write_bytes(data)  # object stores show an object when it is complete
         return
     with naming(path), replacing(path) as partial:
         partial.write_bytes(data)
+
+
+def create(path: str | os.PathLike, data: bytes) -> None:
+    """Makes an object of a bucket that is not there: of several processes one succeeds.
+
+    Raises:
+        FileExistsError: it is there.
+    """
+    system, name = fsspec.core.url_to_fs(os.fspath(path))
+    system.pipe_file(name, data, mode="create")
+
+
+def read_now(path: str | os.PathLike) -> bytes:
+    """The content of a file at this moment: the libraries of buckets remember what others have replaced since.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if not is_remote(path):
+        return Path(path).read_bytes()
+    system, name = fsspec.core.url_to_fs(os.fspath(path))
+    return system.cat_file(name)
 
 
 @contextlib.contextmanager
@@ -57,6 +86,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def remove_partial(folder: str | os.PathLike) -> None:
+    """Deletes what killed processes have left of files in a local folder, not below it; nobody else may write there."""
+    if not is_remote(folder) and os.path.isdir(folder):
+        for path in Path(folder).iterdir():
+            if re.fullmatch(r"\.[0-9a-f]{16}\.partial", path.name):
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

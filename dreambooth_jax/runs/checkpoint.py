@@ -25,7 +25,7 @@ from etils import epath
 
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.step import TrainState
-from dreambooth_jax.files.atomic import sync, write_atomic
+from dreambooth_jax.files.atomic import is_remote, sync, write_atomic
 
 RECORD = "run.json"
 
@@ -55,7 +55,8 @@ def open_checkpoints(
     """
     path = epath.Path(folder)
     path = path if is_remote(folder) else path.resolve()
-    logging.getLogger("absl").addFilter(_is_told)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_told)
     if read_only:
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
@@ -70,7 +71,9 @@ def open_checkpoints(
 
 def _is_told(record: logging.LogRecord) -> bool:
     """Whether a log record is for a person. Orbax logs errors that it also raises, and folders that it was told not to
-    write to."""
+    write to; of the parts of a save that fail together it raises one error, and asyncio logs the others."""
+    if record.name == "asyncio":
+        return "never retrieved" not in record.getMessage()
     repeated = record.levelno >= logging.ERROR or "read only" in str(record.msg)
     return not (repeated and "orbax" in record.pathname)
 
@@ -81,14 +84,20 @@ def _ignore_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path lies in a bucket."""
-    return "://" in str(path)
+def _is_complete(path: epath.Path) -> bool:
+    """Whether a folder is a checkpoint that was saved to its end: Orbax gives it its name then, or, in a Google bucket,
+    where nothing can be renamed, one more file."""
+    return path.name.isdigit() and (not str(path).startswith("gs://") or (path / "commit_success.txt").exists())
+
+
+def _is_unfinished(path: epath.Path) -> bool:
+    """Whether a folder is a checkpoint that is being saved, or was when its process ended."""
+    return ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _is_complete(path))
 
 
 def _seal(folder: epath.Path, record: Mapping[str, Any]) -> None:
     """Writes digests and record into the checkpoint that is about to become visible."""
-    for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+    for unfinished in filter(_is_unfinished, folder.iterdir()):
         items = sorted(path for path in unfinished.iterdir() if path.is_dir())
         # Buckets check what they store themselves, and reading it back would cost as much as the save.
         digests = {} if is_remote(folder) else {path.name: _digest(Path(path), to_disk=True) for path in items}
@@ -116,7 +125,7 @@ def _digest(item: Path, *, to_disk: bool = False) -> str:
 def steps_of(folder: str | os.PathLike) -> list[int]:
     """Steps of the complete checkpoints under `folder`, ascending."""
     folder = epath.Path(folder)
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    return sorted(int(path.name) for path in folder.iterdir() if _is_complete(path)) if folder.exists() else []
 
 
 def read_record(folder: str | os.PathLike, step: int) -> dict[str, Any]:

@@ -1,7 +1,10 @@
-"""One run per workdir: a lease that the run holds, for a disk or a bucket.
+"""One run per workdir: a lease that the run holds, on a disk or in a bucket.
 
 `lease.json` names the holder and the time of its last sign. Where holder and newcomer are on one machine, whether the
 holder's process lives decides; elsewhere its last sign does. A stale lease is taken over without a question.
+
+A bucket has no locks, renames or times that could be trusted; all that is asked of it is to make an object only where
+none is, and to read one as it is now.
 """
 
 import contextlib
@@ -19,7 +22,7 @@ from typing import Any
 
 from etils import epath
 
-from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.files.atomic import create, is_remote, read_now, write_atomic
 
 SIGN_SECONDS, STALE_SECONDS = 10.0, 60.0
 
@@ -53,9 +56,9 @@ def _is_alive(holder: dict[str, Any], now: float) -> bool:
 def _read(path: epath.Path) -> dict[str, Any]:
     """The lease, or an empty one if there is none or it cannot be read."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_now(path))
         return found if isinstance(found, dict) and {"token", "pid", "time"} <= found.keys() else {}
-    except (OSError, ValueError):
+    except Exception:  # the errors of buckets have no common type
         return {}
 
 
@@ -75,12 +78,16 @@ class Lease:
             "started": _started(pid),
         }  # fmt: skip
 
-    def _sign(self) -> None:
-        write_atomic(self._path, json.dumps(self._holder | {"time": time.time()}).encode())
+    def _sign(self, write: Callable[[epath.Path, bytes], None] = write_atomic) -> None:
+        write(self._path, json.dumps(self._holder | {"time": time.time()}).encode())
 
     def start(self) -> None:
-        """Takes the lease and signs it again and again, in a thread of its own."""
-        self._sign()
+        """Takes the lease and signs it again and again, in a thread of its own.
+
+        Raises:
+            FileExistsError: it lies in a bucket, and another process has just taken it.
+        """
+        self._sign(create if is_remote(self._path) else write_atomic)
         threading.Thread(target=self._keep, daemon=True, name="lease").start()
 
     def _keep(self) -> None:
@@ -89,13 +96,13 @@ class Lease:
             if holder and holder["token"] != self._token:
                 self._lost(f"another run, process {holder['pid']} on {holder.get('host')}, has taken {self._path} over")
                 return
-            with contextlib.suppress(OSError):  # a full disk or a network that comes back
+            with contextlib.suppress(Exception):  # a full disk or a network that comes back; buckets have own errors
                 self._sign()
 
     def release(self) -> None:
         if not self._stop.is_set():
             self._stop.set()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # as above
                 if _read(self._path).get("token") == self._token:
                     self._path.unlink()
 
@@ -120,13 +127,9 @@ def take(
         OSError: the workdir cannot be written.
     """
     folder = epath.Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"workdir = {str(workdir)!r} cannot be written ({error}); give another --config.workdir"
-        ) from error
     path = folder / "lease.json"
+    with _writing(workdir):
+        folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         holder = _read(path)
         if holder and _is_alive(holder, time.time()):
@@ -136,16 +139,35 @@ def take(
                 f"the lease of a process that is gone ends after {STALE_SECONDS:.0f} s."
             )
         lease = Lease(path, sign_seconds, lost)
-        lease.start()
-    if "://" in str(workdir) and _read(path).get("token") != lease._token:  # buckets have no locks: the last one wins
-        raise Held(f"{workdir}: another run was started at the same moment; give another --config.workdir")
+        with _writing(workdir):
+            if is_remote(path):
+                path.unlink(missing_ok=True)  # a stale one
+            try:
+                lease.start()
+            except FileExistsError as error:
+                raise Held(
+                    f"{workdir}: another run was started at the same moment; give another --config.workdir"
+                ) from error
     return lease
+
+
+@contextlib.contextmanager
+def _writing(workdir: str | os.PathLike) -> Iterator[None]:
+    """Names the workdir in any error of writing it; those of buckets have no common type."""
+    try:
+        yield
+    except Held:
+        raise
+    except Exception as error:
+        raise OSError(
+            f"workdir = {str(workdir)!r} cannot be written ({error}); give another --config.workdir"
+        ) from error
 
 
 @contextlib.contextmanager
 def _alone(folder: epath.Path) -> Iterator[None]:
     """Inside, no other process of this disk looks at the lease."""
-    if "://" in str(folder):
+    if is_remote(folder):
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -24,7 +24,7 @@ from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import Pipeline
-from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.files.atomic import remove_partial, write_atomic
 from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params
@@ -150,7 +150,7 @@ def with_templates(examples: Examples, config: ConfigDict) -> Examples:
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
-    """Makes the workdir, sets damaged checkpoints aside and writes the config.
+    """Makes the workdir, clears it of half-written files, sets damaged checkpoints aside and writes the config.
 
     Returns:
         Lines for the person: damaged checkpoints, settings that older versions did not have.
@@ -160,6 +160,9 @@ def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        if runtime.is_first_process():
+            for folder in (".", "class_images", "samples", "samples/before"):
+                remove_partial(workdir / folder)
         notes = checkpoint.set_aside_damaged(workdir / "checkpoints")
         if steps := checkpoint.steps_of(workdir / "checkpoints"):
             earlier, added = complete(earlier_config(workdir, steps[-1]))
