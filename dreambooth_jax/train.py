@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from dreambooth_jax.data.images import check_headers
 from dreambooth_jax.data.sources import list_folder
 from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.runs import config_file
@@ -45,7 +46,7 @@ def check_places(config: ConfigDict) -> None:
         ValueError, OSError: they are not; says what was expected.
     """
     if not re.match(r"[a-z]+:", config.instance_images):
-        list_folder(config.instance_images, config.captions)
+        check_headers(list_folder(config.instance_images, config.captions).items[:100], config.instance_images)
     if config.base.startswith(("/", ".")):
         resolve_base(config.base)
 

@@ -139,3 +139,12 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, capsys):
     odd = os.fsencode(tmp_path) + b"/\xff.py"
     text = outcome(capsys, "--config", os.fsdecode(odd))
     assert "no such file" in text and text.encode()
+
+
+def test_what_is_no_photo_is_refused_before_anything_slow(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda config: None)
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    (tmp_path / "c.png").write_bytes(picture("PNG", (8, 8), "RGB"))
+    text = outcome(capsys, "--config", DOG, f"--config.instance_images={tmp_path}")
+    assert "2 of 3 images" in text and "a.png" in text and "b.jpg" in text

@@ -151,6 +151,22 @@ def _captions(
 # --- pixels
 
 
+def check_headers(items: Sequence[Item], source: str) -> None:
+    """Opens images as far as their size, which is cheap.
+
+    Raises:
+      ValueError: some of them cannot be opened; they are listed.
+    """
+    bad = {}
+    for item in items:
+        try:
+            Image.open(io.BytesIO(item.read())).close()
+        except Exception as error:  # as in `_read_squares`
+            bad[item.name] = _reason(error)
+    if bad:
+        raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
+
+
 def _read_squares(
     items: Sequence[Item], resolution: int, crop: str, flip: bool, views: int, seed: int, source, masked: bool
 ) -> list[tuple[np.ndarray, tuple[int, int], tuple[int, int], np.ndarray | None]]:
