@@ -100,6 +100,22 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(folder, d
     assert checkpoint.set_aside_damaged(folder) == []
 
 
+@pytest.mark.parametrize("gone", ["run.json", "trainable", "a file"])
+def test_what_a_killed_process_was_deleting_is_deleted(folder, gone):
+    """Steps beyond keep_last that are not whole; whole ones, and those of keep_every, stay."""
+    checkpoint.finish_deletions(folder, keep_last=1)
+    assert checkpoint.steps_of(folder) == [1, 2]
+    if gone == "trainable":
+        shutil.rmtree(folder / "1" / gone)
+    else:
+        (folder / "1" / "run.json" if gone == "run.json" else files_of(folder / "1" / "ema")[0]).unlink()
+    checkpoint.finish_deletions(folder, keep_last=2)
+    checkpoint.finish_deletions(folder, keep_last=1, keep_every=1)
+    assert checkpoint.steps_of(folder) == [1, 2]
+    checkpoint.finish_deletions(folder, keep_last=1)
+    assert checkpoint.steps_of(folder) == [2]
+
+
 def test_reading_damaged_weights_says_which_step_is_there(folder):
     victim = max(files_of(folder / "2" / "ema"), key=lambda path: path.stat().st_size)
     os.truncate(victim, 10)

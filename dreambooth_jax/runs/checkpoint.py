@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -161,6 +162,22 @@ def verify(folder: str | os.PathLike, step: int, items: tuple[str, ...] = ()) ->
     ]
     if wrong:
         raise DamagedCheckpoint(f"{place} is damaged: the bytes of {', '.join(wrong)} are not those that were saved")
+
+
+def finish_deletions(folder: str | os.PathLike, *, keep_last: int, keep_every: int | None = None) -> None:
+    """Deletes what is left of checkpoints that a process was deleting when it was killed.
+
+    They are those that `open_checkpoints` with the same arguments would not keep and that are not whole.
+    """
+    if not runtime.is_first_process() or is_remote(folder):
+        return
+    for step in steps_of(folder)[:-keep_last]:
+        if keep_every is None or step % keep_every:
+            with contextlib.suppress(DamagedCheckpoint, OSError):
+                verify(folder, step)
+                if read_record(folder, step):
+                    continue
+            shutil.rmtree(Path(folder) / str(step))
 
 
 def set_aside_damaged(folder: str | os.PathLike) -> list[str]:

@@ -150,7 +150,7 @@ def with_templates(examples: Examples, config: ConfigDict) -> Examples:
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
-    """Makes the workdir, clears it of half-written files, sets damaged checkpoints aside and writes the config.
+    """Makes the workdir, clears it of half-written and half-deleted files, sets damaged checkpoints aside and writes the config.
 
     Returns:
         Lines for the person: damaged checkpoints, settings that older versions did not have.
@@ -163,6 +163,9 @@ def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
         if runtime.is_first_process():
             for folder in (".", "class_images", "samples", "samples/before"):
                 remove_partial(workdir / folder)
+        checkpoint.finish_deletions(
+            workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None
+        )
         notes = checkpoint.set_aside_damaged(workdir / "checkpoints")
         if steps := checkpoint.steps_of(workdir / "checkpoints"):
             earlier, added = complete(earlier_config(workdir, steps[-1]))
