@@ -150,7 +150,7 @@ def with_templates(examples: Examples, config: ConfigDict) -> Examples:
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
-    """Makes the workdir, clears it of half-written and half-deleted files, sets damaged checkpoints aside and writes the config.
+    """Makes the workdir, clears it of what a killed run left, sets damaged checkpoints aside and writes the config.
 
     Returns:
         Lines for the person: damaged checkpoints, settings that older versions did not have.
