@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,6 +16,7 @@ from support.runs import ROOT
 
 from dreambooth_jax import train
 from dreambooth_jax.data.images import read_examples
+from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.config import FIELDS, check_config
 from dreambooth_jax.runs.config_file import complete
@@ -148,3 +150,13 @@ def test_what_is_no_photo_is_refused_before_anything_slow(tmp_path, capsys, monk
     (tmp_path / "c.png").write_bytes(picture("PNG", (8, 8), "RGB"))
     text = outcome(capsys, "--config", DOG, f"--config.instance_images={tmp_path}")
     assert "2 of 3 images" in text and "a.png" in text and "b.jpg" in text
+
+
+def test_a_base_with_a_pipe_is_refused_at_once(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "unet" / "gone.json").symlink_to(tmp_path / "nowhere")
+    assert resolve_base(str(tmp_path)) == tmp_path
+    os.mkfifo(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: not a regular file"):
+        resolve_base(str(tmp_path))

@@ -20,6 +20,7 @@ from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.families import FAMILIES
 from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Models, Part, Pictures
 from dreambooth_jax.files import bases, single_file
+from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.diffusers_folder import (
     INDEX,
     SCHEDULER,
@@ -279,5 +280,5 @@ def save_pipeline(
         copy_folder(pipeline.folder / name, folder / name)
     read = pipeline.models.configs["scheduler"]
     if (scheduler := pipeline.family.saved_scheduler(read)) != read:
-        (folder / "scheduler" / SCHEDULER).write_text(json.dumps(dict(scheduler), indent=2) + "\n")
+        write_atomic(folder / "scheduler" / SCHEDULER, (json.dumps(dict(scheduler), indent=2) + "\n").encode())
     write_index(folder, pipeline.models.configs["index"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.models.spec import UnsupportedConfig
 
 INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
@@ -42,7 +43,7 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Writes model_index.json without the components that this library does not write."""
     absent = {name: [None, None] for name in _NOT_WRITTEN if name in index}
     checked = {"requires_safety_checker": False} if "requires_safety_checker" in index or absent else {}
-    (folder / INDEX).write_text(json.dumps(dict(index) | absent | checked, indent=2) + "\n")
+    write_atomic(folder / INDEX, (json.dumps(dict(index) | absent | checked, indent=2) + "\n").encode())
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ def resolve_base(base: str) -> Path:
 
     Raises:
         FileNotFoundError: neither a folder nor a hub name that can be fetched.
-        WeightsError: the hub has the base, but not in a format that is read.
+        WeightsError: the hub has the base, but not in a format that is read; or the folder holds a pipe.
     """
     file = None
     if ".safetensors" in base or ".ckpt" in base:
@@ -28,7 +28,7 @@ def resolve_base(base: str) -> Path:
     if base == EMBEDDED:
         return EMBEDDED_FOLDER
     if Path(base).expanduser().is_dir():
-        return Path(base).expanduser()
+        return _readable(Path(base).expanduser())
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
@@ -46,6 +46,14 @@ def resolve_base(base: str) -> Path:
             f"base = {base!r}: no such folder, and the model hub did not give it ({error}). "
             "Check the name and the network, or give a local folder with --config.base=/path."
         ) from error
+
+
+def _readable(folder: Path) -> Path:
+    """The folder of a base, if no reader can wait for ever at one of its files."""
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise WeightsError(f"{path}: not a regular file but a pipe, a socket or a device. Remove or replace it.")
+    return folder
 
 
 def resolve_model(name: str) -> Path:

@@ -19,6 +19,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dreambooth_jax.files.atomic import replacing, write_atomic
 from dreambooth_jax.files.weight_files import WeightsError, weight_files
 from dreambooth_jax.models.params import Params
 
@@ -187,7 +188,7 @@ def save_model(
         stem: one of `weight_files.WEIGHT_FILES`.
     """
     save_tensors(Path(folder) / stem, params, dtype=dtype)
-    (Path(folder) / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    write_atomic(Path(folder) / "config.json", (json.dumps(dict(config), indent=2) + "\n").encode())
 
 
 def save_tensors(path: str | os.PathLike, params: Mapping[str, Array], *, dtype=None) -> None:
@@ -198,15 +199,10 @@ def save_tensors(path: str | os.PathLike, params: Mapping[str, Array], *, dtype=
         params, dtype: see `save_model`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, value in params.items():
         array = np.asarray(value)
         axes = to_file_axes(name, array.ndim)
         tensors[file_name(name)] = np.array(array.transpose(axes), dtype=dtype or array.dtype, order="C")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(mode)  # safetensors makes files that only their owner reads
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
