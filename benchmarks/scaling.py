@@ -16,7 +16,7 @@ from pathlib import Path
 from kept import kept
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.plan import Plan, plan
+from dreambooth_jax.runs.slices import Plan, plan
 
 ROOT = Path(__file__).parent.parent
 SLICES = {

@@ -20,8 +20,8 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import CHIPS, Cost, devices_of
 from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.plan import Plan, painting_cost, plan
 from dreambooth_jax.runs.job import make_job
+from dreambooth_jax.runs.slices import Plan, painting_cost, plan
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

@@ -10,253 +10,13 @@ says how far both can be trusted.
 """
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dreambooth_jax.data.sources import list_images
-from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.devices.tpu import (
-    Chip,
-    Cost,
-    OutOfMemory,
-    chip_of,
-    compile_for,
-    devices_of,
-    shard_bytes,
-    without_xla_flags,
-)
-from dreambooth_jax.families.frozen_text import with_cached_text
-from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.painting.painter import input_shapes, picture_conditions
-from dreambooth_jax.runs import config_file, protocol_cost
-from dreambooth_jax.runs.cascade import stage_configs
+from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import check_config
-from dreambooth_jax.runs.job import Job, argument_shapes, lower_painting, lower_steps, make_job, pairs_prior
-
-GIB = 2**30
-# Tried in this order, each on top of the ones before: what costs least comes first.
-REMEDIES = (
-    ("remat=layers", {"remat": "layers"}),
-    ("mesh_fsdp=-1, mesh_data=1", {"mesh_fsdp": -1, "mesh_data": 1}),
-    ("moment_dtype=bfloat16", {"moment_dtype": "bfloat16"}),
-    ("train_text_encoder=False", {"train_text_encoder": False}),
-    ("optimizer=adafactor", {"optimizer": "adafactor"}),
-    ("method=lora", {"method": "lora"}),
-)
-SWEEP_TOPOLOGIES = ("v5e:1x1", "v5e:2x4", "v5e:16x16", "v6e:1x1", "v6e:2x4", "v5p:2x2x1", "v4:2x2x1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What one configuration costs on one slice. Bytes and seconds are per device and per step.
-
-    Attributes:
-        parameters, optimizer_state, data: bytes of the arguments, by what they are.
-        cost: the compiler's answer for the training steps; None if they do not fit, then `missing` says by how much.
-        class_images: the compiler's answer for painting one batch of class images; None without prior preservation.
-        class_image_seconds: for one batch.
-        painting_missing: bytes by which painting does not fit.
-    """
-
-    topology: str
-    devices: int
-    chip: Chip
-    parameters: int
-    optimizer_state: int
-    data: int
-    cost: Cost | None
-    missing: int
-    class_images: Cost | None
-    class_image_seconds: float
-    painting_missing: int = 0
-
-    @property
-    def fits(self) -> bool:
-        return self.cost is not None
-
-    @property
-    def sheets_peak(self) -> int:
-        """Bytes while sheets are painted: by the program of the class images, beside optimizer state and data."""
-        return self.class_images.peak + self.optimizer_state + self.data
-
-    def run_seconds(self, config: ConfigDict) -> float:
-        """The whole run: steps and class images, without start and compile times."""
-        painted = config.prior_preservation and not pairs_prior(config)
-        batches = -(-config.num_class_images // config.class_batch_size) if painted else 0
-        return config.steps * self.cost.seconds + batches * self.class_image_seconds
-
-
-def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick: bool = True) -> Plan:
-    """Compiles the run for a slice.
-
-    Args:
-        class_images: also compile the program that paints them.
-        quick: with the compiler's least effort, see `compile_for`.
-
-    Raises:
-        ValueError: unknown topology, or a mesh that does not cover it.
-    """
-    devices = devices_of(topology)
-    chip = chip_of(topology)
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
-    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    job = make_job(config, with_cached_text(pipeline, mesh), mesh)
-    state, frozen, data, key = argument_shapes(job, _instances(config))
-    paints = class_images and config.prior_preservation and not pairs_prior(config)
-    cost, missing, painting, seconds, painting_missing = None, 0, None, 0.0, 0
-    lowered = lower_steps(job, state, frozen, data, key)
-    with without_xla_flags(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
-        painted = beside.submit(painting_cost, job, chip, quick=quick) if paints else None
-        try:
-            cost = compile_for(chip, lowered, quick=quick)
-        except OutOfMemory as error:
-            missing = error.missing
-        try:
-            painting, seconds = painted.result() if paints else (None, 0.0)
-        except OutOfMemory as error:
-            painting_missing = error.missing
-    return Plan(
-        topology=topology,
-        devices=len(devices),
-        chip=chip,
-        parameters=shard_bytes(state.trainable) + shard_bytes(frozen),
-        optimizer_state=shard_bytes(state.opt_state) + (shard_bytes(state.ema) if state.ema else 0),
-        data=shard_bytes(data),
-        cost=cost,
-        missing=missing,
-        class_images=painting,
-        class_image_seconds=seconds,
-        painting_missing=painting_missing,
-    )
-
-
-def _instances(config: ConfigDict) -> int:
-    """Images in the folder, or the five of a typical subject where there is none yet."""
-    try:
-        return max(1, len(list_images(config.instance_images))) * config.views
-    except (OSError, ValueError):
-        return 5 * config.views
-
-
-def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, float]:
-    """The compiler's answer for one batch of class images, and its seconds.
-
-    The compiler counts a loop's body once: seconds are scaled by the FLOPs of all sampling steps over those counted.
-    """
-    config, pipeline, both = job.config, job.pipeline, 2 * job.config.class_batch_size
-    cost = compile_for(chip, lower_painting(job), quick=quick)
-    inputs = input_shapes(pipeline, both, config.resolution)
-    condition = picture_conditions(pipeline, config.resolution)
-    cond = jax.eval_shape(
-        lambda params, inputs: pipeline.encode_text(params, inputs.tokens)
-        | condition(inputs.pictures, jax.random.wrap_key_data(inputs.keys)),
-        pipeline.shapes, inputs,
-    )  # fmt: skip
-    x = jax.ShapeDtypeStruct((both, *pipeline.example_shape(config.resolution)), jnp.float32)
-    t = jax.ShapeDtypeStruct((both,), jnp.float32)
-    one_step = jax.jit(pipeline.denoise).lower(pipeline.shapes, x, t, cond)
-    per_device = one_step.cost_analysis()["flops"] / job.mesh.size
-    return cost, cost.seconds * (cost.flops + (config.sampling_steps - 1) * per_device) / cost.flops
-
-
-def advise(config: ConfigDict, topology: str):
-    """Yields (changes, plan), each compiled, until one fits; the changes add up."""
-    changed, names = ConfigDict(dict(config)), []
-    for name, fields in REMEDIES:
-        if all(changed[field] == value for field, value in fields.items()):
-            continue
-        if "mesh_fsdp" in fields and len(devices_of(topology)) == 1:
-            continue
-        changed.update(fields)
-        names.append(name)
-        tried = plan(changed, topology, class_images=False)
-        yield ", ".join(names), tried
-        if tried.fits:
-            return
-
-
-def describe(plan: Plan, config: ConfigDict) -> str:
-    """For a person."""
-    chip, cost = plan.chip, plan.cost
-    images = config.batch_size * (1 + config.prior_preservation)
-    lines = [
-        (
-            "slice",
-            f"{plan.topology}: {plan.devices} {'chips' if chip.devices == 1 else 'cores'} of {chip.hbm / GIB:.2f} GiB",
-        ),
-        ("batch", f"{images} images a step over all devices"),
-        ("parameters", f"{plan.parameters / GIB:7.2f} GiB a device"),
-        ("optimizer", f"{plan.optimizer_state / GIB:7.2f} GiB"),
-        ("data", f"{plan.data / GIB:7.2f} GiB"),
-    ]
-    if cost is None:
-        lines += [("fits", f"NO: {plan.missing / GIB:.2f} GiB too much")]
-        return _lines(lines)
-    spare = chip.hbm - cost.peak
-    lines += [
-        ("temporaries", f"{cost.temporaries / GIB:7.2f} GiB"),
-        ("peak", f"{cost.peak / GIB:7.2f} GiB of {chip.hbm / GIB:.2f}: fits, {spare / GIB:.2f} GiB to spare"),
-        ("work", f"{cost.flops / 1e12:.2f} TFLOP and {cost.bytes / 1e9:.1f} GB moved in HBM, a device and step"),
-    ]
-    for kind, (count, size) in cost.collectives.items():
-        lines.append((kind, f"{count} of {size / 1e6:.1f} MB in all"))
-    cycles = "" if cost.cycle_seconds is None else f"; by cycles {cost.cycle_seconds * 1e3:.0f} ms"
-    lines += [
-        ("step", f"{cost.seconds * 1e3:.0f} ms at least, bound by {cost.bound}{cycles}"),
-        ("run", f"{plan.run_seconds(config) / 60:.1f} minutes for {config.steps} steps and the class images"),
-        ("compiled in", f"{cost.compile_seconds:.0f} s"),
-    ]
-    if plan.class_images is not None:
-        painting = plan.class_images
-        lines.insert(-1, (
-            "class images",
-            f"{plan.class_image_seconds:.1f} s for {config.class_batch_size}, peak {painting.peak / GIB:.2f} GiB",
-        ))  # fmt: skip
-        fit = "fit" if plan.sheets_peak <= chip.hbm else "do NOT fit: paint fewer at once (class_batch_size)"
-        lines.insert(-1, ("sheets", f"peak {plan.sheets_peak / GIB:.2f} GiB beside the optimizer: {fit}"))
-    if plan.painting_missing:
-        lines.append(("class images", (
-            f"do NOT fit: {plan.painting_missing / GIB:.2f} GiB too much; paint fewer at once (class_batch_size)"
-        )))  # fmt: skip
-    return _lines(lines)
-
-
-def _lines(lines) -> str:
-    return "\n".join(f"{name:>18}: {text}" for name, text in lines)
-
-
-def as_json(plan: Plan, config: ConfigDict) -> dict:
-    """Everything that `describe` shows, in bytes and seconds."""
-    values = dataclasses.asdict(plan) | {"fits": plan.fits}
-    for name in ("cost", "class_images"):
-        if values[name]:
-            del values[name]["hlo"]
-    if plan.fits:
-        values["run_seconds"] = plan.run_seconds(config)
-    return values
-
-
-def sweep(config: ConfigDict):
-    """Yields (settings, plan) over slices, parameters on every device or split over all; (1+1) images a device at
-    least."""
-    # The compiler keeps one to two gigabytes of every program: each has a process of its own.
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for topology in SWEEP_TOPOLOGIES:
-            devices = len(devices_of(topology))
-            for fsdp in sorted({1, devices}):
-                changed = ConfigDict(dict(config))
-                changed.update(mesh_data=-1, mesh_fsdp=fsdp, batch_size=max(config.batch_size, devices))
-                found = pool.submit(plan, changed, topology, class_images=False)
-                yield f"fsdp {fsdp}, batch {changed.batch_size}", found.result()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -276,70 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--chip_hour_price", type=float, default=0.0, help="price of one chip for an hour (--protocol)")
     with one_line_errors():
         options, config, _ = config_file.parse(parser, arguments, "configs/dog.py:sd15")
-        if options.protocol:
-            runtime.start()
-            print(plan_protocol(config, options), flush=True)
-            return
-        check_config(config)
-        config = stage_configs(config)[max(1, config.stage) - 1]
-        runtime.start()
-        if options.sweep:
-            print_sweep(config)
-        else:
-            print_plan(config, options)
+        if not options.protocol:
+            check_config(config)
+        run(config, options)
 
 
-def print_plan(config: ConfigDict, options: argparse.Namespace) -> None:
-    found = plan(config, options.topology, quick=not options.full)
-    print(json.dumps(as_json(found, config), indent=2) if options.json else describe(found, config), flush=True)
-    if not found.fits and options.advise and not options.json:
-        print("what to change, each compiled:", flush=True)
-        for changes, tried in advise(config, options.topology):
-            answer = "still too much"
-            if tried.fits:
-                answer = f"fits, peak {tried.cost.peak / GIB:.2f} GiB, {tried.cost.seconds * 1e3:.0f} ms a step"
-            print(f"  {changes}: {answer}", flush=True)
+def run(config: ConfigDict, options: argparse.Namespace) -> None:
+    """Prints what the options ask for."""
+    from dreambooth_jax.devices import runtime  # here, so that a wrong config is refused without JAX
+    from dreambooth_jax.runs import slices
+    from dreambooth_jax.runs.cascade import stage_configs
 
-
-def plan_protocol(config: ConfigDict, options: argparse.Namespace) -> str:
-    """What the protocol costs on a slice, for a person.
-
-    Raises:
-        ConfigError: see `check_protocol`.
-        ValueError: a subject's training does not fit the slice.
-    """
-    scale = protocol_cost.scale_of(config)
-    train = config.train
-    check_config(train)
-    found = plan(train, options.topology, quick=not options.full)
-    if not found.fits:
-        raise ValueError(
-            f"a subject's training does not fit {options.topology}: {found.missing / GIB:.2f} GiB too much. Plan it "
-            "alone for what to change, and give that as --config.train.FIELD=VALUE"
-        )
-    mesh = make_mesh(train.mesh_data, train.mesh_fsdp, devices_of(options.topology))
-    job = make_job(train, with_cached_text(describe_base(train.base, dtype=jnp.dtype(train.dtype)), mesh), mesh)
-    batch = found.class_image_seconds or painting_cost(job, found.chip, quick=not options.full)[1]
-    steps = train.steps * found.cost.seconds
-    cost = protocol_cost.cost_of(
-        scale, run=steps, class_images=found.run_seconds(train) - steps, picture=batch / train.class_batch_size,
-        score=protocol_cost.scoring_seconds(config, mesh, found.chip, quick=not options.full),
-        chips=found.devices // found.chip.devices,
-    )  # fmt: skip
-    return protocol_cost.describe(cost, scale, config, options.chip_hour_price)
-
-
-def print_sweep(config: ConfigDict) -> None:
-    print("| slice | settings | peak GiB | fits | step ms | images/s | bound |\n|---|---|---|---|---|---|---|")
-    for settings, found in sweep(config):
-        row = [found.topology, settings]
-        if found.fits:
-            images = int(settings.rsplit(" ", 1)[1]) * (1 + config.prior_preservation)
-            row += [f"{found.cost.peak / GIB:.2f}", "yes", f"{found.cost.seconds * 1e3:.0f}"]
-            row += [f"{images / found.cost.seconds:.1f}", found.cost.bound]
-        else:
-            row += [f"{(found.chip.hbm + found.missing) / GIB:.2f}", "no", "", "", ""]
-        print("| " + " | ".join(row) + " |", flush=True)
+    runtime.start()
+    if options.protocol:
+        print(slices.plan_protocol(config, options), flush=True)
+        return
+    config = stage_configs(config)[max(1, config.stage) - 1]
+    if options.sweep:
+        slices.print_sweep(config)
+    else:
+        slices.print_plan(config, options)
 
 
 if __name__ == "__main__":

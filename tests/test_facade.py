@@ -22,7 +22,7 @@ def test_the_package_alone_imports_nothing_heavy():
     assert not imported_by("import dreambooth_jax; dreambooth_jax.__version__") & HEAVY
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "export", "evaluate", "identifier", "pretrain"])
+@pytest.mark.parametrize("command", ["train", "sample", "export", "evaluate", "plan", "identifier", "pretrain"])
 def test_help_needs_nothing_heavy(command):
     code = f"""
 import runpy

@@ -15,12 +15,12 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from support.runs import config_of
 
-from dreambooth_jax import plan
 from dreambooth_jax.devices import tpu
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import FeedForward
+from dreambooth_jax.runs import slices as plan
 from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
 
 pytestmark = pytest.mark.slow
