@@ -132,6 +132,7 @@ def evaluate_many(options: argparse.Namespace) -> str:
 def evaluate_protocol(spec: str, overrides: Sequence[str], command: str) -> str:
     """Trains and scores every subject of a protocol; returns the table and where the page is."""
     from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.runs import lease
     from dreambooth_jax.runs.preemption import Preemption
     from dreambooth_jax.runs.protocol import check_protocol, run_protocol
     from dreambooth_jax.runs.setup import set_up
@@ -143,7 +144,7 @@ def evaluate_protocol(spec: str, overrides: Sequence[str], command: str) -> str:
     judge = make_judge(config, config.train.base, mesh)
 
     def train_one(one: ConfigDict) -> None:
-        with Preemption() as guard:
+        with Preemption() as guard, lease.holding(one.workdir, guard.at_exit):
             train(set_up(one), guard)
 
     text = run_protocol(config, judge, mesh, train_one, command)

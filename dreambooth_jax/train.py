@@ -65,11 +65,9 @@ def run(config: ConfigDict) -> None:
 
     runtime.start()
     with Preemption() as guard, contextlib.ExitStack() as stack:
+        if runtime.is_first_process():
+            stack.enter_context(lease.holding(config.workdir, guard.at_exit))
         try:
-            if runtime.is_first_process():
-                held = lease.take(os.path.expanduser(config.workdir))
-                stack.callback(held.release)
-                guard.at_exit(held.release)
             if config.subjects:
                 train_many(config, guard)
                 return

@@ -152,6 +152,24 @@ def take(
 
 
 @contextlib.contextmanager
+def holding(workdir: str | os.PathLike, at_exit: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Holds the lease of a workdir inside.
+
+    Args:
+        at_exit: `Preemption.at_exit`, for a process that leaves inside.
+
+    Raises:
+        Held, OSError: see `take`.
+    """
+    held = take(os.path.expanduser(workdir))
+    at_exit(held.release)
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
 def _writing(workdir: str | os.PathLike) -> Iterator[None]:
     """Names the workdir in any error of writing it; those of buckets have no common type."""
     try:
