@@ -20,8 +20,6 @@ from ml_collections import ConfigDict
 from dreambooth_jax.evaluation.choices import BACKBONES, CLIP, DINO, JUDGES, PROMPTS, TRANSFORMS
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.runs import config_file
-from dreambooth_jax.runs.bleed import markdown as markdown_of_bleed
-from dreambooth_jax.runs.bleed import measure_bleed, write_bleed
 from dreambooth_jax.runs.command import one_line_errors
 
 if TYPE_CHECKING:
@@ -122,11 +120,17 @@ def evaluate_run(options: argparse.Namespace, command: str) -> str:
 
 def evaluate_many(options: argparse.Namespace) -> str:
     """Compares the subjects of a run of many with one another; returns the table and where it is."""
+    from etils import epath
+
+    from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.runs.bleed import markdown, measure_bleed, write_bleed
+    from dreambooth_jax.runs.workdir import read_config
+
     mesh, folder = make_mesh(), epath.Path(options.workdir) / "evaluation"
     judge = make_judge(options, read_config(options.workdir).base, mesh)
     bleed = measure_bleed(options.workdir, judge, mesh, options.count)
     write_bleed(bleed, folder)
-    return f"{markdown_of_bleed(bleed)}\nJudged by {judge.title}.\nPictures: {folder}/bleed.png"
+    return f"{markdown(bleed)}\nJudged by {judge.title}.\nPictures: {folder}/bleed.png"
 
 
 def evaluate_protocol(spec: str, overrides: Sequence[str], command: str) -> str:
@@ -167,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "dreambooth_jax.evaluate", *arguments])
     with one_line_errors():
         from dreambooth_jax.devices import runtime  # after the command line, which is read at once
+        from dreambooth_jax.runs.workdir import read_config
 
         runtime.start()
         if options.config:
