@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from dreambooth_jax.evaluation.judge import Judge
+    from dreambooth_jax.evaluation.scores import Scores
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -48,7 +49,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--max_copy", type=float, default=0.0,
-        help="largest similarity to a photo of the best checkpoint's pictures (default: that of two different photos)",
+        help="similarity to a photo that no picture of the best checkpoint reaches (default: copy detector's limit)",
     )  # fmt: skip
     parser.add_argument("--count", type=int, default=4, help="pictures per prompt (default: 4)")
     parser.add_argument("--class_count", type=int, default=16, help="pictures of the bare class (default: 16)")
@@ -114,8 +115,26 @@ def evaluate_run(options: argparse.Namespace, command: str) -> str:
         write_atomic(folder / "index.html", page(title, judge.title, sections, notes=notes).encode())
     scores = {section.step: section.scores for section in sections}
     chosen = best(scores, max_prompt_loss=options.max_prompt_loss, max_copy=options.max_copy)
-    advice = "no checkpoint follows prompts without copying" if chosen is None else f"step {chosen}"
-    return f"{text}\n\nBest: {advice}.\nJudged by {judge.title}.\nPage: {folder}/index.html"
+    return f"{text}\n\n{_advice(scores, chosen, options)}\nJudged by {judge.title}.\nPage: {folder}/index.html"
+
+
+def _advice(scores: "Mapping[int, Scores]", chosen: int | None, options: argparse.Namespace) -> str:
+    """Names the best checkpoint, or what every checkpoint lacks."""
+    if chosen is not None:
+        found = scores[chosen]
+        copies = f"{found.suspicious:.0%} of its pictures are suspected of being copies"
+        return f"Best: step {chosen}, DINO {found.values['DINO'].mean:.3f}; {copies}."
+    highest = max(found.values["CLIP-T"].mean for found in scores.values())
+    lines = ["Best: none."]
+    for step, found in scores.items():
+        limit, reasons = options.max_copy or found.limit, []
+        if (lost := highest - found.values["CLIP-T"].mean) > options.max_prompt_loss:
+            reasons.append(f"CLIP-T is {lost:.3f} below the highest (allowed: {options.max_prompt_loss:g})")
+        if (copy := found.values["copy"].mean) >= limit:
+            share = f"; {found.suspicious:.0%} of the pictures are suspected of being copies"
+            reasons.append(f"a picture has {copy:.3f} of similarity to a photo (limit {limit:.3f}{share})")
+        lines.append(f"  step {step}: {' and '.join(reasons)}")
+    return "\n".join(lines)
 
 
 def evaluate_many(options: argparse.Namespace) -> str:

@@ -65,11 +65,14 @@ def propose_nouns(options: argparse.Namespace) -> str:
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.evaluation import judge, nouns
     from dreambooth_jax.evaluation.dataset import read_photos
-    from dreambooth_jax.files.hub import EMBEDDED, resolve_base
+    from dreambooth_jax.files.hub import EMBEDDED, EMBEDDED_FOLDER, resolve_base
     from dreambooth_jax.files.tokenizer import load_tokenizer
 
     photos = read_photos(options.photos)
-    known = nouns.known_nouns(nouns.read_nouns(), load_tokenizer(resolve_base(options.base)))
+    known = nouns.read_nouns()
+    if options.clip is None and options.base == EMBEDDED:
+        known = nouns.taught_nouns(known, EMBEDDED_FOLDER / "clip")
+    known = nouns.known_nouns(known, load_tokenizer(resolve_base(options.base)))
     runtime.start()
     if options.clip is None and options.base == EMBEDDED:
         images, texts = judge.embedded_clip(make_mesh())

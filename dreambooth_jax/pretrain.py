@@ -37,6 +37,7 @@ def pretrain(config: ConfigDict) -> None:
     import numpy as np
 
     from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.evaluation.nouns import TAUGHT
     from dreambooth_jax.files.safetensors import save_model
     from dreambooth_jax.files.tokenizer import load_tokenizer
     from dreambooth_jax.files.weight_files import WEIGHT_FILES
@@ -71,6 +72,7 @@ def pretrain(config: ConfigDict) -> None:
     ):
         logging.info("%s: %.2f M parameters", name, count(part.params) / 1e6)
         save_model(output / name, part.params, part.config, dtype=np.float16, stem=stem)
+    (output / "clip" / TAUGHT).write_text("".join(f"{noun}\n" for noun in sorted({s.noun for s in sprites})))
     write_index(output, config.scheduler.to_dict())
 
 

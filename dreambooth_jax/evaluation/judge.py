@@ -32,7 +32,8 @@ class Judge(NamedTuple):
         """Models, revisions, transforms and rules: numbers of different protocols cannot be compared."""
         return (
             f"subject {self.subject.says}; CLIP {self.image.says}; diversity {self.look.says}; mean cosine of all "
-            "pairs of a generated and a real picture; CLIP-T with the class noun alone"
+            "pairs of a generated and a real picture; CLIP-T with the class noun alone; copies from the cosine of a "
+            "photo and itself cropped by 1/16 on"
         )
 
 

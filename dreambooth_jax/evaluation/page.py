@@ -155,12 +155,12 @@ def _section(section: Section) -> list[str]:
     parts = [
         f"<h2>{html.escape(section.row.label)}</h2>",
         f"<p>The photos among themselves: {bound}. Closest generated picture: {scores.values['copy'].mean:.3f}; "
-        f"closest two photos: {scores.limit:.3f}.</p>",
+        f"suspected of copying from {scores.limit:.3f} on.</p>",
     ]
     if scores.suspicious:
         parts.append(
-            f'<p class="warn">{scores.suspicious:.0%} of the pictures are more similar to a photo than any two photos '
-            "are to each other: look whether they copy it.</p>"
+            f'<p class="warn">{scores.suspicious:.0%} of the pictures are as similar to a photo as a photo to itself '
+            "cropped by a sixteenth: look whether they copy it.</p>"
         )
     if section.copies is not None:
         parts.append(f"<figure>{image(section.copies)}<figcaption>The closest pairs</figcaption></figure>")

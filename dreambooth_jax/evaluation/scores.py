@@ -24,6 +24,7 @@ MEASURES: dict[str, tuple[bool, str]] = {
 }  # fmt: skip
 PER_PROMPT = ("DINO", "CLIP-I", "CLIP-T", "DIV")
 _KEPT = 6  # of the closest pairs
+_ROUNDING = 1e-5  # of cosines in float32
 
 
 class Painted(NamedTuple):
@@ -59,8 +60,8 @@ class Scores(NamedTuple):
     values: measure -> mean with its interval over prompts; of measures without prompts the value alone.
     per_prompt: measure -> a value per prompt.
     bound: "DINO" and "CLIP-I" of the photos among themselves, without the pairs of a photo with itself.
-    limit: the largest similarity of two different photos: a picture above it is suspected of being a copy.
-    suspicious: share of generated pictures above `limit`.
+    limit: similarity to a photo from which on a picture is suspected of being a copy, see `copy_limit`.
+    suspicious: share of generated pictures from `limit` on.
     copies: the closest pairs, the closest first.
     """
 
@@ -109,7 +110,7 @@ def fidelity(
         ValueError: fewer than two photos.
     """
     count, flat = len(rows[0]), [picture for row in rows for picture in row]
-    reals, ours = judge.subject.of(photos), judge.subject.of(flat)
+    (reals, limit), ours = _photos_and_limit(judge, photos), judge.subject.of(flat)
     reals_clip, ours_clip = judge.image.of(photos), judge.image.of(flat)
     wanted = np.repeat(judge.text.of(texts), count, 0)
     parts = [slice(number * count, (number + 1) * count) for number in range(len(rows))]
@@ -121,7 +122,7 @@ def fidelity(
     if count > 1:
         per_prompt["DIV"] = [metrics.mean_of_pairs(features.distances(judge.look.of(row))) for row in rows]
     bound = {"DINO": float(metrics.real_bound(reals)), "CLIP-I": float(metrics.real_bound(reals_clip))}
-    return Fidelity(per_prompt, metrics.closest(ours, reals), bound, _largest_between(reals))
+    return Fidelity(per_prompt, metrics.closest(ours, reals), bound, limit)
 
 
 def score(judge: Judge, painted: Painted) -> Scores:
@@ -148,7 +149,7 @@ def score(judge: Judge, painted: Painted) -> Scores:
     cosines, numbers = found.closest
     order = np.argsort(-cosines)[:_KEPT].tolist()
     copies = [Copy(i // count, i % count, int(numbers[i]), float(cosines[i])) for i in order]
-    suspicious = float((cosines > found.limit).mean())
+    suspicious = float((cosines >= found.limit).mean())
     return Scores(values, found.per_prompt, found.bound, found.limit, suspicious, copies)
 
 
@@ -158,14 +159,14 @@ def best(scores: Mapping[int, Scores], *, max_prompt_loss: float, max_copy: floa
     Args:
         scores: step -> scores of one protocol.
         max_prompt_loss: CLIP-T that a step may lose against the step with the highest CLIP-T.
-        max_copy: largest cosine in DINO of a generated picture and a photo; 0 for that of two different photos.
+        max_copy: cosine in DINO of a generated picture and a photo that no picture reaches; 0 for `copy_limit`.
     """
     prompt = max(found.values["CLIP-T"].mean for found in scores.values())
     good = [
         step
         for step, found in scores.items()
         if found.values["CLIP-T"].mean >= prompt - max_prompt_loss
-        and found.values["copy"].mean <= (max_copy or found.limit)
+        and found.values["copy"].mean < (max_copy or found.limit)
     ]
     return max(good, key=lambda step: scores[step].values["DINO"].mean, default=None)
 
@@ -191,11 +192,30 @@ def background(picture: Picture) -> Picture:
 
 
 def copy_limit(judge: Judge, photos: Sequence[Picture]) -> float:
-    """The largest cosine in DINO of a picture that is no copy of a photo."""
-    return _largest_between(judge.subject.of(photos))
+    """The cosine in DINO from which on a picture is suspected of being a copy of a photo: that of a photo and itself
+    cropped by a sixteenth, the smallest of all photos; that of the two most similar photos if it is larger.
+
+    The second alone, the largest of a few numbers, is passed by one picture in three that is no copy: of n photos and
+    a further one of the subject, the most similar pair holds the further one with probability 2 / (n + 1).
+
+    Raises:
+        ValueError: fewer than two photos.
+    """
+    return _photos_and_limit(judge, photos)[1]
 
 
-def _largest_between(photos: np.ndarray) -> float:
-    """The largest cosine of two different photos."""
-    cosines = photos @ photos.T
-    return float(cosines[np.triu_indices(len(photos), k=1)].max())
+def _photos_and_limit(judge: Judge, photos: Sequence[Picture]) -> tuple[np.ndarray, float]:
+    """(features of the photos, `copy_limit`)."""
+    both = judge.subject.of([*photos, *map(_reframed, photos)])
+    reals, again = both[: len(photos)], both[len(photos) :]
+    one, other = np.triu_indices(len(reals), k=1)
+    if not len(one):
+        raise ValueError("the copy detector needs at least two photos")
+    pairs = (reals[one] * reals[other]).sum(-1)
+    return reals, float(max(pairs.max(), (reals * again).sum(-1).min()) - _ROUNDING)
+
+
+def _reframed(photo: Picture) -> Picture:
+    """The photo without a frame of 1/32 of its sides."""
+    top, left = (max(1, round(length / 32)) for length in photo.shape[:2])
+    return photo[top : photo.shape[0] - top, left : photo.shape[1] - left]

@@ -23,12 +23,12 @@ def best_step(rows: Rows, step: int, *, max_prompt_loss: float, max_copy: float)
 
     Args:
         max_prompt_loss: CLIP-T that a step may lose against the base.
-        max_copy: largest cosine in DINO of a generated picture and a photo.
+        max_copy: cosine in DINO of a generated picture and a photo that no picture reaches.
     """
     good = {
         number: row["DINO"]
         for number, row in rows.items()
-        if 0 < number <= step and row["CLIP-T"] >= rows[0]["CLIP-T"] - max_prompt_loss and row["copy"] <= max_copy
+        if 0 < number <= step and row["CLIP-T"] >= rows[0]["CLIP-T"] - max_prompt_loss and row["copy"] < max_copy
     }
     return max(good, key=lambda number: (good[number], -number), default=None)
 

@@ -28,7 +28,16 @@ from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import Reporter
 from dreambooth_jax.runs.samples import paint_prompts, sheet_is_missing, sheets_of
 from dreambooth_jax.runs.setup import Run, begin, prepare_data, start_state
-from dreambooth_jax.runs.watch import Watch, is_due, look_at_base, make_watch, read_rows, says_best, scored_texts
+from dreambooth_jax.runs.watch import (
+    Watch,
+    is_due,
+    look_at_base,
+    make_watch,
+    noun_warning,
+    read_rows,
+    says_best,
+    scored_texts,
+)
 
 
 def train(
@@ -78,6 +87,9 @@ def train(
             base = run.job.method.combine(frozen, trainable)
             data = prepare_data(run, base, inspect)
             if watch is not None:
+                warning = noun_warning(watch)
+                if warning and runtime.is_first_process():
+                    print(f"warning: {warning}", flush=True)
                 watch = with_losses(watch, run, base, frozen, data, key)
                 look_at_base(watch, base, trainable, functools.partial(paint_prompts, run))
             del base

@@ -19,6 +19,7 @@ from dreambooth_jax.diffusion.loss import Losses
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.evaluation.dataset import read_photos
 from dreambooth_jax.evaluation.judge import Judge, embedded_judge, published_judge
+from dreambooth_jax.evaluation.nouns import doubt
 from dreambooth_jax.evaluation.prompts import class_only
 from dreambooth_jax.evaluation.scores import copy_limit, fidelity
 from dreambooth_jax.evaluation.transforms import Picture
@@ -41,7 +42,7 @@ class Watch(NamedTuple):
         rows: step -> measure -> value, filled in as the run goes on; step 0 is the base.
         judge: of the sample pictures; None where no sample prompt has the identifier.
         photos: of the subject, all of them.
-        limit: largest cosine in DINO of a picture that is no copy of a photo.
+        limit: cosine in DINO of a picture and a photo from which on it counts as a copy.
         losses: trained parameters -> losses of held-out photos and class images; None without held-out photos.
         best: checkpoints that `keep_best` fills; None without it.
     """
@@ -167,13 +168,23 @@ def says_best(config: ConfigDict, rows: Rows) -> str:
     """A line for a person: the best of the scored steps, or that there is none."""
     best = int(rows[max(rows)].get("best", 0)) if rows else 0
     if not best:
-        limit = f"{config.best_max_copy:g}" if config.best_max_copy else "what different photos of the subject have"
+        limit = f"{config.best_max_copy:g}" if config.best_max_copy else "the copy detector's limit"
         return (
             f"Best: none. No scored step kept CLIP-T within {config.best_max_prompt_loss:g} of the base's and its "
             f"largest similarity to a photo below {limit}; {FILE} has the scores"
         )
     told = ", ".join(f"{name} {rows[best][name]:.3f} (base {rows[0][name]:.3f})" for name in ("DINO", "CLIP-T", "copy"))
     return f"Best: step {best}, {told}; --step best takes it"
+
+
+def noun_warning(watch: Watch | None) -> str:
+    """A warning if the class noun is not what CLIP sees in the photos; "" without a CLIP that knows everyday nouns.
+
+    The CLIP beside the embedded base knows its world's pictures in their own colours alone.
+    """
+    if watch is None or watch.judge is None or watch.config.base == EMBEDDED:
+        return ""
+    return doubt(watch.config.class_noun, watch.judge.image, watch.judge.text, watch.photos)
 
 
 def read_rows(workdir: epath.Path, last_step: int) -> dict[int, dict[str, float]]:
