@@ -11,7 +11,7 @@ from support.painting import painted_by_diffusers, painted_by_sample
 from support.runs import config_of, finish, read_state
 from support.sdxl_folders import write_sdxl
 
-from dreambooth_jax import export
+from dreambooth_jax import evaluate, export
 from dreambooth_jax.adapters.inversion import TEMPLATES, inversion, is_row, rows_of, stop_after, widths
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.family import TEXT
@@ -59,6 +59,11 @@ def test_only_the_new_rows_move(inverted, micro):
     # Neither optimizer nor checkpoint knows more than the rows and their moments.
     sizes = [value.size for name, value in read_state(inverted, 20).items() if value.ndim]
     assert sizes and set(sizes) == {2 * base[TABLE].shape[1]}
+
+
+def test_a_run_with_a_new_token_is_scored(inverted, capsys):
+    evaluate.main(["--workdir", str(inverted), "--judge", "embedded", "--count", "2", "--class_count", "2"])
+    assert "| step 20 |" in capsys.readouterr().out
 
 
 def test_a_new_row_starts_as_the_word_and_does_not_decay(micro, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.runs import config_of
 
+from dreambooth_jax import evaluate
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.evaluation.judge import embedded_judge
 from dreambooth_jax.runs import watch
@@ -141,12 +142,15 @@ def test_a_run_without_a_better_score_ends_and_stays_ended(micro, tmp_path, caps
     assert list(table(workdir)) == [0, 2, 4]
 
 
-def test_losses_need_no_judge(micro, tmp_path):
+def test_losses_need_no_judge(micro, tmp_path, capsys):
     """With held-out photos alone no picture is scored, for a token method too."""
     more = {"keep_best": False, "sample_prompts": (), "steps": 4, "best_max_copy": 0.0, "method": "pivotal"}
     go(tmp_path / "run", micro, **FIELDS | more | {"identifier": "<sks>", "templates": "object"})
     rows = table(tmp_path / "run")
     assert list(rows) == [0, 2, 4] and list(rows[0]) == ["step", *watch.LOSSES]
+    scored = ["--judge", "embedded", "--prompts", "world", "--count", "2", "--class_count", "2"]
+    evaluate.main(["--workdir", str(tmp_path / "run"), *scored])
+    assert "| step 4 |" in capsys.readouterr().out
 
 
 def test_fields_that_contradict_each_other(tmp_path):

@@ -26,6 +26,7 @@ from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, make_painter
 from dreambooth_jax.painting.sheets import contact_sheet, paint_rows, save_png
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.command import BEST
 from dreambooth_jax.runs.workdir import open_run, read_config
 
 CLASS_PROMPT = "a {class_noun}"  # of the paper's PRES
@@ -74,13 +75,13 @@ def questions_of(config: ConfigDict, kind: str, count: int, class_count: int) ->
 
 
 def kept_steps(workdir: str | epath.Path) -> list[int]:
-    """The steps of a run's checkpoints.
+    """The steps of a run's checkpoints, that of the best one included.
 
     Raises:
         FileNotFoundError: nothing was saved there.
     """
     read_config(workdir)
-    steps = sorted(checkpoint.open_checkpoints(epath.Path(workdir) / "checkpoints", read_only=True).all_steps())
+    steps = sorted({step for name in ("checkpoints", BEST) for step in checkpoint.steps_of(epath.Path(workdir) / name)})
     if not steps:
         raise FileNotFoundError(f"{workdir}/checkpoints: no checkpoint yet")
     return steps
