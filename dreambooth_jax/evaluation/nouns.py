@@ -49,8 +49,9 @@ def known_nouns(nouns: Mapping[str, Noun], tokenizer: Tokenizer) -> dict[str, No
 def taught_nouns(nouns: Mapping[str, Noun], clip: Path) -> dict[str, Noun]:
     """The nouns that a CLIP was trained on, all of them everyday words, if its folder lists them; else `nouns`.
 
-    A word of the tokenizer that no training caption holds has an arbitrary vector. Among 520 words of the list, 328 of
-    them never trained, the embedded base's CLIP names 45 % of 65 pictures of its own world; among its own nouns 89 %.
+    A word of the tokenizer that no training caption holds has an arbitrary vector. Among 520 words of the list, 70 of
+    them class nouns of its training, the embedded base's CLIP names 45 % of 65 pictures of its world; among its own 77
+    nouns 89 %.
     """
     if not (clip / TAUGHT).is_file():
         return dict(nouns)
