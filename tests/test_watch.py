@@ -54,6 +54,8 @@ def test_the_best_step_keeps_the_bases_prompts_and_copies_nothing():
     assert best_step(ROWS, 40, max_prompt_loss=0.02, max_copy=1.0) == 30
     assert best_step(ROWS, 40, max_prompt_loss=0.1, max_copy=0.9) == 40
     assert best_step(ROWS, 40, max_prompt_loss=0.1, max_copy=0.1) is None
+    odd = ROWS | {0: ROWS[0] | {"gap": 0.05}}  # photos that are less like the class noun themselves
+    assert best_step(odd, 40, **limits) == 40
 
 
 def test_patience_counts_the_scores_after_the_best(tmp_path):
@@ -77,7 +79,8 @@ def watched(micro, tmp_path_factory):
 def test_a_run_is_scored_beside_its_base(watched):
     rows = table(watched)
     assert list(rows) == [0, 2, 4, 6, 8]
-    assert list(rows[8]) == ["step", *watch.SCORES, *watch.LOSSES, "best"]
+    assert list(rows[8]) == ["step", *watch.SCORES, *watch.LOSSES, "gap", "best"]
+    assert float(rows[0]["gap"]) >= 0 and not rows[8]["gap"]
     values = np.array([[float(row[name]) for name in (*watch.SCORES, *watch.LOSSES)] for row in rows.values()])
     assert np.isfinite(values).all() and (values[1:] != values[0]).any(0).all()  # each moves as the run trains
     kept = int(rows[8]["best"])

@@ -22,13 +22,14 @@ def best_step(rows: Rows, step: int, *, max_prompt_loss: float, max_copy: float)
     """The step up to `step` with the highest DINO among those that follow prompts and copy no photo, or None.
 
     Args:
-        max_prompt_loss: CLIP-T that a step may lose against the base.
+        max_prompt_loss: CLIP-T that a step may lose against the base, besides the subject's gap (`watch.subject_gap`).
         max_copy: cosine in DINO of a generated picture and a photo that no picture reaches.
     """
+    least = rows[0]["CLIP-T"] - rows[0].get("gap", 0.0) - max_prompt_loss
     good = {
         number: row["DINO"]
         for number, row in rows.items()
-        if 0 < number <= step and row["CLIP-T"] >= rows[0]["CLIP-T"] - max_prompt_loss and row["copy"] < max_copy
+        if 0 < number <= step and row["CLIP-T"] >= least and row["copy"] < max_copy
     }
     return max(good, key=lambda number: (good[number], -number), default=None)
 

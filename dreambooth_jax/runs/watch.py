@@ -32,6 +32,7 @@ from dreambooth_jax.runs.events import Events
 SCORES = ("DINO", "CLIP-I", "CLIP-T", "copy")
 LOSSES = ("held-out loss", "class loss")
 FILE = "scores.csv"
+_CLASS = "a {class_noun}"
 
 
 class Watch(NamedTuple):
@@ -133,7 +134,21 @@ def look_at_base(
         return
     prompts = scored_texts(watch.config)
     values, _ = score_pictures(watch, paint(base, prompts) if prompts else [])
+    if watch.config.keep_best:
+        values["gap"] = subject_gap(watch, paint(base, [class_only(_CLASS, watch.config.class_noun)])[0])
     record(watch, 0, values | score_losses(watch, trainable))
+
+
+def subject_gap(watch: Watch, of_class: Sequence[Picture]) -> float:
+    """CLIP-T by which the photos, with the class noun as their text, stay behind the base's pictures of the class; at
+    least 0. A blue dog is less of a dog to CLIP than most are: as much is no loss of a model that paints it.
+
+    Args:
+        of_class: the base's pictures of the bare class.
+    """
+    text = watch.judge.text.of([class_only(_CLASS, watch.config.class_noun)])[0]
+    ours, photos = (watch.judge.image.of(pictures) @ text for pictures in (of_class, watch.photos))
+    return max(0.0, float(ours.mean() - photos.mean()))
 
 
 def scored_texts(config: ConfigDict) -> list[str]:
@@ -170,7 +185,8 @@ def says_best(config: ConfigDict, rows: Rows) -> str:
     if not best:
         limit = f"{config.best_max_copy:g}" if config.best_max_copy else "the copy detector's limit"
         return (
-            f"Best: none. No scored step kept CLIP-T within {config.best_max_prompt_loss:g} of the base's and its "
+            f"Best: none. No scored step kept CLIP-T within {config.best_max_prompt_loss:g} of the base's "
+            "(less the subject's own gap) and its "
             f"largest similarity to a photo below {limit}; {FILE} has the scores"
         )
     told = ", ".join(f"{name} {rows[best][name]:.3f} (base {rows[0][name]:.3f})" for name in ("DINO", "CLIP-T", "copy"))
@@ -202,7 +218,7 @@ def record(watch: Watch, step: int, values: Mapping[str, float]) -> None:
     watch.rows[step] = {name: float(f"{value:.6g}") for name, value in values.items()}  # as a resumed run reads them
     if not runtime.is_first_process():
         return
-    names = [name for name in (*SCORES, *LOSSES, "best") if any(name in row for row in watch.rows.values())]
+    names = [name for name in (*SCORES, *LOSSES, "gap", "best") if any(name in row for row in watch.rows.values())]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(["step", *names])
