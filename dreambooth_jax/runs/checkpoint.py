@@ -265,6 +265,8 @@ def wait(manager: ocp.CheckpointManager) -> None:
     """
     with _told(manager):
         manager.wait_until_finished()
+        if not is_remote(manager.directory):
+            sync(Path(manager.directory))  # the name of the new checkpoint
 
 
 @contextlib.contextmanager
