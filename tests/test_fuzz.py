@@ -1,6 +1,7 @@
 """Folders of random files, random captions and random config values: one line that names the thing, or a plan; never a
 traceback, and nothing that exists is changed."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -17,6 +18,10 @@ from support.runs import ROOT
 from dreambooth_jax import train
 from dreambooth_jax.data.images import read_examples
 from dreambooth_jax.files.hub import resolve_base
+from dreambooth_jax.models.clip_text import CLIPTextSpec
+from dreambooth_jax.models.spec import UnsupportedConfig
+from dreambooth_jax.models.unet import UNetSpec
+from dreambooth_jax.models.vae import VAESpec
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.config import FIELDS, check_config
 from dreambooth_jax.runs.config_file import complete
@@ -160,3 +165,28 @@ def test_a_base_with_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: not a regular file"):
         resolve_base(str(tmp_path))
+
+
+entries = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.just({}))
+
+
+@FAST
+@given(
+    spec=st.sampled_from([UNetSpec, VAESpec, CLIPTextSpec]), data=st.data(),
+    value=st.one_of(entries, st.lists(entries, max_size=3)),
+)  # fmt: skip
+def test_any_value_in_a_models_config_is_taken_or_refused_by_name(spec, data, value):
+    """Such as widths that are text."""
+    name = data.draw(st.sampled_from([field.name for field in dataclasses.fields(spec)]))
+    try:
+        spec.from_config({name: value})
+    except UnsupportedConfig as error:
+        assert name in str(error) or "blocks" in str(error)
+
+
+@pytest.mark.parametrize("value", ["16", ["16"], {}])
+def test_widths_that_are_text_are_refused(value):
+    with pytest.raises(UnsupportedConfig, match=r"cross_attention_dim = .* \(expected numbers\)"):
+        UNetSpec.from_config({"cross_attention_dim": value})
+    with pytest.raises(UnsupportedConfig, match=r"block_out_channels = .* \(expected a list of numbers\)"):
+        UNetSpec.from_config({"block_out_channels": value})

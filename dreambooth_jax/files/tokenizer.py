@@ -62,7 +62,12 @@ def load_tokenizer(
     os.environ.setdefault("USE_TORCH", "0")
     import transformers  # takes seconds, which a wrong path need not
 
-    tokenizer = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the Rust library's have no type
+        raise UnsupportedConfig(f"{folder}: the tokenizer cannot be read ({error}). Download it again.") from error
     if vocab_size is not None and len(tokenizer) > vocab_size:
         raise UnsupportedConfig(
             f"{folder}: {len(tokenizer)} tokens, but the text encoder has embeddings for {vocab_size}: these folders "

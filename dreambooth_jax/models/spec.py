@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -44,14 +45,43 @@ def read_spec(
             problems.append(f"{name} = {value!r} (unknown field)")
         elif value not in neutral[name]:
             problems.append(f"{name} = {value!r} (implemented: {' or '.join(map(repr, neutral[name]))})")
-    spec = cls(**values)
-    problems += problems_of(spec)
+    kinds = typing.get_type_hints(cls)
+    wrong = [
+        f"{name} = {value!r} (expected {_expected(kinds[name])})"
+        for name, value in values.items()
+        if not _is_of_kind(value, kinds[name]) or (_is_list(kinds[name]) and not isinstance(value, tuple))
+    ]
+    spec = None if wrong else cls(**values)
+    problems += wrong or problems_of(spec)
     if problems:
         kind = config.get("_class_name", config.get("architectures", cls.__name__))
         raise UnsupportedConfig(f"{kind}: this config is not supported: " + "; ".join(problems))
     if spare := sorted(config.keys() & set(ignored)):
         logging.warning("%s: fields ignored, training does not read them: %s", cls.__name__, ", ".join(spare))
     return spec
+
+
+def _kinds_in(kind: Any) -> set[Any]:
+    """The types of single values in an annotation."""
+    inner = [inner for inner in typing.get_args(kind) if inner not in (..., type(None))]
+    return set().union(*map(_kinds_in, inner)) if inner else {kind}
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Whether text stands where text is expected, and numbers where numbers are."""
+    if isinstance(value, tuple):
+        return all(_is_of_kind(entry, kind) for entry in value)
+    kinds = _kinds_in(kind)
+    return value is None or (str in kinds if isinstance(value, str) else kinds != {str} and not isinstance(value, dict))
+
+
+def _expected(kind: Any) -> str:
+    what = "text" if str in _kinds_in(kind) else "numbers"
+    return f"a list of {what}" if _is_list(kind) else what
 
 
 def _frozen(value):
