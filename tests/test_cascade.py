@@ -98,6 +98,7 @@ def test_a_stage_paints_the_reference_s_picture(name, stages, monkeypatch):
     assert_same_picture(ours, paint_in_torch(reference, name, low, level))
 
 
+@pytest.mark.slow
 def test_the_cascade_paints_the_reference_s_pictures(stages, monkeypatch):
     """Stage II enlarges what stage I has painted."""
     two = [Stage(painter(stages, name), stages[name][3]) for name in ("I", "II")]
@@ -134,6 +135,7 @@ def test_prompts_are_encoded_as_the_reference_does(stages):
     np.testing.assert_allclose(states, theirs.detach(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_leaves_the_variance_channels_alone(stages):
     _, _, pipeline, params = stages["I"]
     cond = pipeline.encode_text(params, pipeline.tokenize([PROMPT]))

@@ -4,6 +4,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -15,6 +16,7 @@ from dreambooth_jax.models.clip_text import CLIPTextSpec
 from dreambooth_jax.models.params import functional
 
 
+@pytest.mark.slow
 def test_features_are_those_of_transformers():
     folder = EMBEDDED_FOLDER / "clip"
     config = json.loads((folder / "config.json").read_text())

@@ -21,6 +21,7 @@ def world(tmp_path_factory):
     return atlas.make_atlas(sprites, tokenizer, VIEW.size, subject_share=0.5)
 
 
+@pytest.mark.slow
 def test_pairs_show_one_individual_in_two_pictures(world):
     batch = jax.jit(contrastive.draw_pairs(VIEW))(world, jax.random.key(0))
     np.testing.assert_array_equal(batch.individual[:8], batch.individual[8:])
@@ -28,6 +29,7 @@ def test_pairs_show_one_individual_in_two_pictures(world):
     assert not (np.asarray(batch.images[:8]) == np.asarray(batch.images[8:])).all((1, 2, 3)).any()
 
 
+@pytest.mark.slow
 def test_half_of_the_batches_have_one_background(world):
     """Corners of pictures of one plain colour agree up to their light."""
     draw = jax.jit(contrastive.draw_alike(VIEW))

@@ -46,6 +46,7 @@ def test_every_command_has_options_and_fields_that_exist(page, monkeypatch):
             check_config(override(load(files[0]), [(name, value) for name, _, value in fields]))
 
 
+@pytest.mark.slow
 def test_python_guide_runs_in_order():
     text = (DOCS / "python.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

@@ -29,6 +29,7 @@ def arguments(workdir, *more):
     return ["--workdir", str(workdir), "--judge", "embedded", "--count", "2", "--class_count", "2", *more]
 
 
+@pytest.mark.slow
 def test_it_scores_every_kept_checkpoint(scored, capsys):
     workdir, command = scored
     evaluate.main(command)
@@ -63,6 +64,7 @@ def test_what_cannot_be_scored_says_why(tmp_path, scored):
         evaluate.main(["--workdir", str(workdir), "--judge", "published", "--dino", str(tmp_path / "none")])
 
 
+@pytest.mark.slow
 def test_sample_pictures_are_scored_while_a_run_trains(micro, tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "published_judge", lambda mesh, **models: embedded_judge(mesh))
     fields = {"steps": 4, "sample_every": 2, "save_every": 2, "num_class_images": 2, "train_text_encoder": False}

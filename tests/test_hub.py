@@ -72,6 +72,7 @@ def test_only_what_is_read_is_fetched(sd15, hub):
     assert not [name for name in names if "fp16" in name or "safety" in name or name.endswith((".bin", ".ckpt"))]
 
 
+@pytest.mark.slow
 def test_a_base_that_was_fetched_opens_without_the_network(sd15, hub, monkeypatch):
     shutil.copytree(sd15.folder, hub / "once")
     folder = resolve_base("me/once")

@@ -65,6 +65,7 @@ def test_it_starts_at_the_base_with_the_shapes_it_promised(base, tmp_path):
     assert randomly == {name for name in trainable if ".lora_A." in name}
 
 
+@pytest.mark.slow
 def test_the_difference_is_of_low_rank_on_the_targets_alone(tuned, base):
     _, _, factored = open_run(tuned, make_mesh())
     params = merge(factored)
@@ -81,12 +82,14 @@ def test_the_difference_is_of_low_rank_on_the_targets_alone(tuned, base):
         assert values[1] > 1e-5 and values[2:].max(initial=0) < 1e-5 * values[0], name
 
 
+@pytest.mark.slow
 def test_the_checkpoint_holds_the_factors_alone(tuned):
     assert checkpoints(tuned) == [20]
     names = [name for name in read_state(tuned, 20) if "kernel" in name or "bias" in name or "scale" in name]
     assert names and all(".lora_" in name for name in names)
 
 
+@pytest.mark.slow
 def test_diffusers_paints_with_the_file_what_sample_paints(tuned, micro, tmp_path):
     export.main(["--workdir", str(tuned), "--output", str(tmp_path / "lora"), "--format=peft"])
     theirs = StableDiffusionPipeline.from_pretrained(micro)
@@ -100,12 +103,14 @@ def test_diffusers_paints_with_the_file_what_sample_paints(tuned, micro, tmp_pat
     assert len(loaded) == len(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_exported_too(tuned, tmp_path):
     export.main(["--workdir", str(tuned), "--output", str(tmp_path / "model"), "--format=folder"])
     ours = painted_by_sample(tmp_path / "pictures", "--workdir", str(tuned))
     assert np.abs(painted_by_diffusers(tmp_path / "model") - ours).max() <= 2e-3 + 0.5 / 255
 
 
+@pytest.mark.slow
 def test_the_file_for_all_tools_is_the_default_and_paints_alike(tuned, micro, tmp_path, capsys):
     path = tmp_path / "sks_dog.safetensors"
     export.main(["--workdir", str(tuned), "--output", str(path)])
@@ -125,6 +130,7 @@ def test_the_file_for_all_tools_is_the_default_and_paints_alike(tuned, micro, tm
         assert np.abs(painted - expected).max() <= (0 if expected is base else 1.01 / 255)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_file(micro, tmp_path):
     def begun(**fields):
         job = make_job(config_of(tmp_path, base=micro, **FIELDS | fields), load_pipeline(micro), make_mesh())
@@ -143,6 +149,7 @@ def test_training_goes_on_from_a_file(micro, tmp_path):
         begun(init_adapter=str(path), method="full")
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does(base, tmp_path):
     pipeline, params = base
     config = config_of(tmp_path, **FIELDS | {"batch_size": 4, "steps_per_call": 2})
@@ -175,6 +182,7 @@ def test_eight_devices_compute_what_one_does(base, tmp_path):
     np.testing.assert_allclose(losses(make_mesh(2, 4)), alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_layer_computes_with_its_factors_what_it_computes_with_the_merged_kernel(tuned, base):
     pipeline, rng = base[0], np.random.default_rng(0)
     _, _, factored = open_run(tuned, make_mesh())

@@ -40,6 +40,7 @@ def examples(count, seed, text, pipeline):
     return EncodedExamples(mean, jnp.zeros_like(mean), pipeline.tokenize([text]), jnp.zeros(count, jnp.int32))
 
 
+@pytest.mark.slow
 def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
     pipeline = load_pipeline(micro)
     mesh = make_mesh(1, 1, jax.devices()[:1])
@@ -91,6 +92,7 @@ def test_finished_names_the_subjects_that_reach_their_stop():
     assert finished(np.array([0, 2, 4]), np.array([2, 3, 4]), np.array([2, 4, 4])) == [0]
 
 
+@pytest.mark.slow
 def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
     photos = ROOT / "examples" / "subjects"
     if not photos.is_dir():

@@ -169,7 +169,14 @@ def torch_loss(pipe, batch: Batch, num_instance: int, prior_weight: float, gamma
     return each[:num_instance].mean() + prior_weight * each[num_instance:].mean()
 
 
-@pytest.mark.parametrize(("name", "remat"), [("sd15", "nothing"), ("sd15", "elementwise"), ("sd21", "layers")])
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        ("sd15", "nothing"),
+        pytest.param("sd15", "elementwise", marks=pytest.mark.slow),
+        pytest.param("sd21", "layers", marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_of_the_training_loss(name, remat, request):
     """Every parameter of UNet and text encoder, with activations kept and recomputed. Adding a constant to all keys
     changes no softmax, so that the text encoder's key biases have no gradient: only there is rounding all there is."""

@@ -163,6 +163,7 @@ for module in pkgutil.walk_packages(dreambooth_jax.__path__, "dreambooth_jax."):
 
 
 @pytest.mark.parametrize("program", [USE, ABSENT + USE], ids=["not imported", "not needed"])
+@pytest.mark.slow
 def test_torch(sd15, program):
     """A base is read without importing PyTorch, and every module works where there is none."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}

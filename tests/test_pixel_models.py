@@ -85,6 +85,7 @@ def assert_same_gradients(ours, reference) -> None:
     assert max(errors.values()) <= 1e-3, max(errors.items(), key=lambda item: item[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "remat"), [*zip(UNETS, ("nothing", "elementwise", "layers"), strict=True)])
 def test_unet_has_the_values_and_gradients_of_the_reference(name, remat, tmp_path):
     config = UNETS[name]

@@ -29,6 +29,7 @@ def command(micro, tmp_path_factory):
     return folder / "run", ["--config", "configs/protocol.py", *overrides(folder / "run", folder / "photos", micro)]
 
 
+@pytest.mark.slow
 def test_every_subject_is_trained_and_scored(command, capsys):
     workdir, arguments = command
     evaluate.main(arguments)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 # The norm of a UNet's gradients, alone and beside the gradients themselves: XLA compiles different programs for them.
 NORMS = """
 from dreambooth_jax.devices import runtime
@@ -24,6 +26,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_sums_over_products_are_right():
     """In a process of its own, as a command has it: without the flags of these tests."""
     here = Path(__file__).parent

@@ -137,6 +137,7 @@ def torch_loss(reference, batch: Batch) -> torch.Tensor:
     return each[:1].mean() + PRIOR * each[1:].mean()
 
 
+@pytest.mark.slow
 def test_gradients_and_training_are_those_of_pytorch(base):
     """Loss, the gradient of every parameter of UNet and both towers, and five AdamW steps. Layers that no result
     depends on have no gradient and do not move; the key biases of the towers have none but rounding."""

@@ -149,6 +149,7 @@ def test_a_run_as_one_file_paints_alike(finished, micro, tmp_path, capsys):
     assert not path.with_suffix(".yaml").exists() and 'parameterization: "v"' in V_YAML
 
 
+@pytest.mark.slow
 def test_a_lora_of_a_full_fine_tuning(finished, tmp_path, capsys):
     """All differences are the run; of a rank that is high enough too; a lower rank loses what it says."""
     lost = {}

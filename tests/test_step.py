@@ -117,6 +117,7 @@ def on_one_device(real):
     return real[0](make_mesh(1, 1, devices=jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_five_steps_of_adamw(sd15, real, on_one_device):
     _, trainable, data = real
     (state, losses, _), pipe = on_one_device, sd15.torch
@@ -151,6 +152,7 @@ def test_five_steps_of_adamw(sd15, real, on_one_device):
         assert (out - expected).norm() <= 1e-4 * expected.norm(), name
 
 
+@pytest.mark.slow
 def test_eight_devices_and_one_train_alike(real, on_one_device):
     """Two examples of each half on eight devices: some compute the same, and nothing changes. What the devices exchange
     is parameters and their gradients, not activations."""

@@ -59,6 +59,7 @@ def test_the_models_of_the_metrics_lie_beside_it(model, part):
     assert all(name.startswith("pooler.") for name in about["missing_keys"])  # features are the class token's
 
 
+@pytest.mark.slow
 def test_prompts_are_understood(base):
     """A text tower beside another tokenizer than its own, or a wrong scale, paints nonsense without an error."""
     pipeline, params = base
@@ -75,6 +76,7 @@ def test_prompts_are_understood(base):
     assert nearest.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_clip_names_what_the_base_paints(base):
     """Both would fail a text tower that tells backgrounds and colours apart but not things."""
     pipeline, params = base

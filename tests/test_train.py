@@ -306,6 +306,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(small_disk):
     again.close()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_with_one_line(micro, small_disk, tmp_path):
     workdir, log = small_disk / "run", tmp_path / "full"
     fields = {"steps": 100_000, "save_every": 20, "sample_every": 100_000, "sample_prompts": (), "sample_count": 6}
@@ -440,6 +441,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_variants_train_without_compiling_twice(micro, finished, tmp_path, variant):
     shutil.copytree(finished / "class_images", tmp_path / "run" / "class_images")
     fields = {"steps": 8, "steps_per_call": 1, "save_every": 2, "sample_every": 2, "sample_prompts": ("a dog",)}

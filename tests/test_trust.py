@@ -241,6 +241,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read(micro, old):
         np.testing.assert_array_equal(value, stored[f"['ema']['{name}']"])
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_goes_on_as_it_was(micro, old, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)  # its photos are named from here
     go_on(old, base=micro, read=read_params, steps=6, **FIELDS)
