@@ -1,13 +1,28 @@
-"""The table of workarounds: every row is needed by a supported release, and its module is there."""
+"""The table of workarounds: every row is needed by a supported release, and its module and its test are there."""
 
 import dataclasses
+import gc
+import os
 import re
+import subprocess
+import sys
+import time
+import types
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from support.tiny_unet import UNET, normal
 
-from dreambooth_jax.devices import workarounds
+from dreambooth_jax.devices import tpu, workarounds
 from dreambooth_jax.devices.workarounds import WORKAROUNDS, Workaround, applies, version_of, with_cpu_flags
+from dreambooth_jax.models.layers import Linear
+from dreambooth_jax.models.params import _OneKey, functional
+from dreambooth_jax.models.unet import UNet2DConditionModel
+from dreambooth_jax.ops import convolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +40,8 @@ def test_a_supported_release_needs_it(row):
         lowest = lowest_supported(row.package)
         assert lowest and lowest < row.before, f"no supported release of {row.package} needs {row.name!r}: remove it"
     assert (ROOT / "dreambooth_jax" / row.where).is_file()
+    file, _, test = row.test.partition("::")
+    assert f"def {test}(" in (ROOT / "tests" / file).read_text()
 
 
 def test_flags_are_given_to_releases_that_know_them(monkeypatch):
@@ -41,5 +58,94 @@ def test_flags_are_given_to_releases_that_know_them(monkeypatch):
 
 def test_versions():
     assert version_of("jax") >= (0, 10)
-    newest = Workaround("", "", "jax", (0, 0), None, "", "")
+    newest = Workaround("", "", "jax", (0, 0), None, "", "", "")
     assert applies(newest) and not applies(dataclasses.replace(newest, before=(0, 1)))
+
+
+def test_collections_take_time_from_tracing():
+    """At Python's own threshold the collector has more than a twentieth of the time of tracing."""
+    unet = functional(lambda rngs: UNet2DConditionModel(UNET, rngs=rngs))
+    inputs = normal(0, 1, 8, 8, 4), jnp.ones(1), normal(1, 1, 3, 16)
+    collecting, began, own = [], [0.0], gc.get_threshold()
+
+    def count(phase: str, info: dict) -> None:
+        if phase == "start":
+            began[0] = time.perf_counter()
+        else:
+            collecting.append(time.perf_counter() - began[0])
+
+    def trace() -> float:
+        collecting.clear()
+        jax.clear_caches()
+        started = time.perf_counter()
+        jax.make_jaxpr(jax.grad(lambda params: unet.apply(params, *inputs).sum()))(unet.shapes)
+        return sum(collecting) / (time.perf_counter() - started)
+
+    gc.callbacks.append(count)
+    try:
+        gc.set_threshold(700, 10, 10)
+        default = trace()
+        gc.set_threshold(50_000)
+        raised = trace()
+    finally:
+        gc.callbacks.remove(count)
+        gc.set_threshold(*own)
+    assert default > 0.05 and default > 2 * raised
+
+
+def test_xla_s_gradients_of_convolutions_are_slow_on_cpu():
+    """Inside a loop, the best of a few tries."""
+    kernel, x = normal(0, 3, 3, 32, 32), normal(1, 2, 32, 32, 32)
+
+    def seconds(conv) -> float:
+        def step(kernel, _):
+            loss = lambda kernel: jnp.square(conv(jnp.tanh(conv(x, kernel, 1, 1)), kernel, 2, 1)).sum()  # noqa: E731
+            return kernel - 1e-9 * jax.grad(loss)(kernel), None
+
+        run = jax.jit(lambda kernel: jax.lax.scan(step, kernel, length=2)[0])
+        jax.block_until_ready(run(kernel))
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            jax.block_until_ready(run(kernel))
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert seconds(convolve._convolve) > 2 * seconds(convolve.convolve)
+
+
+class Chain(nnx.Module):
+    """Many small layers."""
+
+    def __init__(self, count, rngs):
+        self.layers = nnx.List([Linear(2, 2, rngs=rngs) for _ in range(count)])
+
+
+def test_counting_keys_takes_time_from_tracing():
+    def seconds(rngs) -> float:
+        started = time.perf_counter()
+        nnx.eval_shape(lambda: Chain(300, rngs()))
+        return time.perf_counter() - started
+
+    one_key = lambda: types.SimpleNamespace(params=_OneKey(0, tag="params"))  # noqa: E731
+    seconds(one_key)
+    assert seconds(lambda: nnx.Rngs(0)) > 1.5 * seconds(one_key)
+
+
+@pytest.mark.skipif(version_of("libtpu") < (0, 0, 52), reason="releases of libtpu before 0.0.52 have no such loops")
+def test_large_products_of_v6e_become_loops():
+    place = SingleDeviceSharding(tpu.devices_of("v6e:1x1")[0])
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=place)
+    with tpu._without_xla_flags():
+        assert "while(" in jax.jit(lambda x: x @ x).lower(x).compile().as_text()
+
+
+def test_libtpu_ends_the_process_over_flags_of_the_cpu():
+    program = (
+        "import jax; jax.devices(); from jax.experimental import topologies; "
+        "topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4'); print('it goes on')"
+    )
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode and "it goes on" not in done.stdout
+    assert "flag" in done.stderr.lower()

@@ -1,7 +1,7 @@
 """Everything in the library that exists because of a fault or limit of another project's releases.
 
-A row of `WORKAROUNDS` says what, why, for which releases, and where it is applied. tests/test_workarounds.py fails for
-a row that no supported release needs any more.
+A row of `WORKAROUNDS` says what, why, for which releases, and where it is applied. Every row has a test that fails when
+the row is no longer needed.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ class Workaround:
         before: first release without it; None: the newest release has it.
         issue: upstream report; "" where there is none.
         where: module that applies it.
+        test: test that fails when it is no longer needed.
         xla_flag: flag of XLA's CPU backend that applies it; "" for none. Releases outside the range may not know the
             flag, and XLA ends the process over an unknown one.
     """
@@ -34,6 +35,7 @@ class Workaround:
     before: Version | None
     issue: str
     where: str
+    test: str
     xla_flag: str = ""
 
 
@@ -47,6 +49,7 @@ WORKAROUNDS = (
         before=(0, 11),
         issue="",
         where="devices/runtime.py",
+        test="test_workarounds.py::test_a_supported_release_needs_it",
         xla_flag="--xla_cpu_experimental_ynn_fusion_type=",
     ),
     Workaround(
@@ -57,6 +60,7 @@ WORKAROUNDS = (
         before=None,
         issue="",
         where="devices/runtime.py",
+        test="test_workarounds.py::test_collections_take_time_from_tracing",
     ),
     Workaround(
         name="convolution gradients",
@@ -66,6 +70,7 @@ WORKAROUNDS = (
         before=None,
         issue="https://github.com/jax-ml/jax/issues/12868",
         where="ops/convolve.py",
+        test="test_workarounds.py::test_xla_s_gradients_of_convolutions_are_slow_on_cpu",
     ),
     Workaround(
         name="recomputed gradients",
@@ -76,6 +81,7 @@ WORKAROUNDS = (
         before=None,
         issue="",
         where="ops/recompute.py",
+        test="test_recompute.py::test_on_a_tpu_wide_gradients_are_not_kept",
     ),
     Workaround(
         name="barriers",
@@ -85,6 +91,7 @@ WORKAROUNDS = (
         before=None,
         issue="",
         where="ops/barriers.py",
+        test="test_recompute.py::test_on_a_tpu_wide_gradients_are_not_kept",
     ),
     Workaround(
         name="one key for shapes",
@@ -94,6 +101,7 @@ WORKAROUNDS = (
         before=None,
         issue="",
         where="models/params.py",
+        test="test_workarounds.py::test_counting_keys_takes_time_from_tracing",
     ),
     Workaround(
         name="whole products",
@@ -103,6 +111,7 @@ WORKAROUNDS = (
         before=None,
         issue="",
         where="devices/compiler_options.py",
+        test="test_workarounds.py::test_large_products_of_v6e_become_loops",
     ),
     Workaround(
         name="XLA_FLAGS and libtpu",
@@ -112,6 +121,7 @@ WORKAROUNDS = (
         before=None,
         issue="",
         where="devices/tpu.py",
+        test="test_workarounds.py::test_libtpu_ends_the_process_over_flags_of_the_cpu",
     ),
 )
 
