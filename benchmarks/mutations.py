@@ -29,8 +29,10 @@ COPY, LOG = Path("runs/mutations"), Path("runs/mutations.json")
 FOLDERS = ("data", "adapters", "diffusion", "ops")
 # Module -> the tests that belong to it, fast ones first.
 TESTS = {
-    "data/captions": "test_images test_masks_and_captions test_config",
-    "data/class_images": "test_prior",
+    "data/captions": "test_sources test_images test_masks_and_captions::test_tags_change_places_and_the_first_one_stays",
+    "data/class_images": (
+        "test_prior test_masks_and_captions::test_a_run_with_all_of_them_has_the_shapes_that_plans_have"
+    ),
     "data/contradictions": "test_contradictions",
     "data/encode": "test_encode test_masks_and_captions",
     "data/identifiers": "test_identifier",
@@ -219,7 +221,8 @@ def tested(chosen: list[Mutant], known: dict[str, dict], again: bool) -> Iterato
     module = left[0].module
     ended, cpu = run_tests(module, 3600)
     if ended != "passed":
-        sys.exit(f"{module}: its tests fail without a mutation; see {COPY}/{module.replace('/', '_')}.log")
+        print(f"{module}: its tests fail without a mutation; see {COPY}/{module.replace('/', '_')}.log", flush=True)
+        return
     path = COPY / "dreambooth_jax" / f"{module}.py"
     source = path.read_text()
     for mutant in left:

@@ -45,3 +45,7 @@ def test_a_caption_that_is_too_long_says_what_is_lost(micro):
     assert "end'" in sentence and "identifier" not in sentence
     (sentence,) = too_long([f"{long} dog"], "dog", tokenizer)
     assert "the identifier 'dog'" in sentence
+    fitting = " ".join(["a"] * (words - 2))  # beside the tokens of start and end
+    assert too_long([fitting], "dog", tokenizer) == []
+    (sentence,) = too_long([f"{fitting} last"], "dog", tokenizer)
+    assert "lost: 'last'" in sentence
