@@ -29,7 +29,9 @@ COPY, LOG = Path("runs/mutations"), Path("runs/mutations.json")
 FOLDERS = ("data", "adapters", "diffusion", "ops")
 # Module -> the tests that belong to it, fast ones first.
 TESTS = {
-    "data/captions": "test_sources test_images test_masks_and_captions::test_tags_change_places_and_the_first_one_stays",
+    "data/captions": (
+        "test_sources test_images test_masks_and_captions::test_tags_change_places_and_the_first_one_stays"
+    ),
     "data/class_images": (
         "test_prior test_masks_and_captions::test_a_run_with_all_of_them_has_the_shapes_that_plans_have"
     ),
