@@ -54,6 +54,7 @@ def test_clip_is_content_when_equal_captions_share_their_pictures():
     assert float(contrastive.clip_loss(wrong, end=0)({}, batch_of([4, 4, 5], [0, 1, 2]), jax.random.key(0))) > 10
 
 
+@pytest.mark.slow
 def test_the_vit_is_content_when_partners_agree_and_others_do_not():
     partners = jnp.eye(4)[jnp.asarray([0, 1, 0, 1])]
     vit = Functional({}, None, lambda params, *args, method: partners)

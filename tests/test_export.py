@@ -40,6 +40,7 @@ def test_others_may_read_the_files(exported):
     assert modes == {(exported / "plain").stat().st_mode}
 
 
+@pytest.mark.slow
 def test_half_precision(exported, finished, tmp_path):
     export.main(["--workdir", str(finished), "--output", str(tmp_path), "--dtype", "float16"])
     full, half = (read_params(load_pipeline(str(folder))) for folder in (exported, tmp_path))

@@ -11,6 +11,8 @@ from dreambooth_jax.devices.sharding import batch_sharding, make_mesh
 from dreambooth_jax.ops import flash
 from dreambooth_jax.ops.attention import attention
 
+pytestmark = pytest.mark.slow
+
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)

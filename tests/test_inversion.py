@@ -46,6 +46,7 @@ def job_of(micro, tmp_path, **fields):
     return job, params, trainable, frozen
 
 
+@pytest.mark.slow
 def test_only_the_new_rows_move(inverted, micro):
     config, pipeline, params = open_run(inverted, make_mesh())
     base = read_params(load_pipeline(micro))
@@ -109,6 +110,7 @@ def test_custom_diffusion_trains_the_token_and_cross_attentions_keys_and_values(
     assert TABLE in frozen and list(rows_of(trainable)) == ["text_encoder"]
 
 
+@pytest.mark.slow
 def test_diffusers_paints_with_the_embedding_what_we_paint(inverted, micro, tmp_path, capsys):
     path = tmp_path / "sks.safetensors"
     export.main(["--workdir", str(inverted), "--output", str(path)])

@@ -25,6 +25,7 @@ def examples(count, seed, text, pipeline):
     return EncodedExamples(mean, jnp.zeros_like(mean), pipeline.tokenize([text]), jnp.zeros(count, jnp.int32))
 
 
+@pytest.mark.slow
 def test_at_the_start_the_prior_is_kept_exactly_and_later_it_is_not(micro, tmp_path):
     config = config_of(tmp_path, base=micro, **FIELDS)
     pipeline = load_pipeline(micro)

@@ -47,7 +47,8 @@ def test_only_what_is_larger_than_its_factors_is_computed_again():
         np.testing.assert_array_equal(second[name], grads[name])
 
 
-@pytest.mark.parametrize("remat", [pytest.param(r, marks=[pytest.mark.slow] * (r != "elementwise")) for r in REMAT])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", REMAT)
 def test_the_step_is_the_same(remat):
     unet = functional(lambda rngs: UNet2DConditionModel(UNET, remat=remat, rngs=rngs))
     optimizer = make_optimizer("adamw", optax.constant_schedule(1e-3))

@@ -118,7 +118,7 @@ class Chain(nnx.Module):
     """Many small layers."""
 
     def __init__(self, count, rngs):
-        self.layers = nnx.List([Linear(2, 2, rngs=rngs) for _ in range(count)])
+        self.layers = nnx.List([Linear(2, 2, dtype=jnp.float32, rngs=rngs) for _ in range(count)])
 
 
 def test_counting_keys_takes_time_from_tracing():
@@ -141,10 +141,16 @@ def test_large_products_of_v6e_become_loops():
 
 
 def test_libtpu_ends_the_process_over_flags_of_the_cpu():
-    program = (
-        "import jax; jax.devices(); from jax.experimental import topologies; "
-        "topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x4'); print('it goes on')"
-    )
+    program = """
+import jax
+from jax.experimental import topologies
+
+jax.devices()
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices[0]
+x = jax.ShapeDtypeStruct((8, 128), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
+jax.jit(lambda x: x + 1).lower(x).compile()
+print("it goes on")
+"""
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode and "it goes on" not in done.stdout
