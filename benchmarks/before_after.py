@@ -221,6 +221,7 @@ def main() -> None:
     pairs: dict[str, list[tuple[float, float]]] = {}
     for tree in (before, ROOT):  # fills the caches of compiled programs and of Python's files
         one_round(tree, fields | {"cold": False}, options.steps, commands=COMMANDS)
+        print(f"{tree} is ready", file=sys.stderr, flush=True)
     for number in range(options.rounds):
         trees = (before, ROOT) if number % 2 == 0 else (ROOT, before)
         commands = COMMANDS if number % 3 == 0 else COMMANDS[:1]

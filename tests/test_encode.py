@@ -9,7 +9,7 @@ from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 
-CAPTIONS = ("a, b, c", "d", "a, b, c", "e")
+CAPTIONS = ("a, b, c, d, e", "f", "a, b, c, d, e", "g")
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 from support.tiny_unet import UNET, normal
 
-from dreambooth_jax.devices import tpu, workarounds
+from dreambooth_jax.devices import workarounds
 from dreambooth_jax.devices.workarounds import WORKAROUNDS, Workaround, applies, version_of, with_cpu_flags
+from dreambooth_jax.diffusion.step import make_step
 from dreambooth_jax.models.layers import Linear
 from dreambooth_jax.models.params import _OneKey, functional
 from dreambooth_jax.models.unet import UNet2DConditionModel
@@ -40,8 +40,9 @@ def test_a_supported_release_needs_it(row):
         lowest = lowest_supported(row.package)
         assert lowest and lowest < row.before, f"no supported release of {row.package} needs {row.name!r}: remove it"
     assert (ROOT / "dreambooth_jax" / row.where).is_file()
-    file, _, test = row.test.partition("::")
-    assert f"def {test}(" in (ROOT / "tests" / file).read_text()
+    if row.test:
+        file, _, test = row.test.partition("::")
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text()
 
 
 def test_flags_are_given_to_releases_that_know_them(monkeypatch):
@@ -56,6 +57,15 @@ def test_flags_are_given_to_releases_that_know_them(monkeypatch):
         assert with_cpu_flags(own) == own  # the user's choice stands
 
 
+def test_a_step_warns_where_the_flags_are_absent(monkeypatch, caplog):
+    build = lambda: make_step(None, None, None, batch_size=1)  # noqa: E731
+    build()
+    assert not caplog.records
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
+    build()
+    assert len(caplog.records) == any(row.xla_flag and applies(row) for row in WORKAROUNDS)
+
+
 def test_versions():
     assert version_of("jax") >= (0, 10)
     newest = Workaround("", "", "jax", (0, 0), None, "", "", "")
@@ -63,34 +73,30 @@ def test_versions():
 
 
 def test_collections_take_time_from_tracing():
-    """At Python's own threshold the collector has more than a twentieth of the time of tracing."""
+    """Python's own threshold of 700 objects makes the collector run all the time, even for a small model."""
     unet = functional(lambda rngs: UNet2DConditionModel(UNET, rngs=rngs))
     inputs = normal(0, 1, 8, 8, 4), jnp.ones(1), normal(1, 1, 3, 16)
-    collecting, began, own = [], [0.0], gc.get_threshold()
+    phases, own = [], gc.get_threshold()
 
-    def count(phase: str, info: dict) -> None:
-        if phase == "start":
-            began[0] = time.perf_counter()
-        else:
-            collecting.append(time.perf_counter() - began[0])
-
-    def trace() -> float:
-        collecting.clear()
+    def collections() -> int:
+        phases.clear()
         jax.clear_caches()
-        started = time.perf_counter()
         jax.make_jaxpr(jax.grad(lambda params: unet.apply(params, *inputs).sum()))(unet.shapes)
-        return sum(collecting) / (time.perf_counter() - started)
+        return phases.count("start")
 
-    gc.callbacks.append(count)
+    def note(phase: str, info: dict) -> None:
+        phases.append(phase)
+
+    gc.callbacks.append(note)
     try:
-        gc.set_threshold(700, 10, 10)
-        default = trace()
+        gc.set_threshold(700)
+        default = collections()
         gc.set_threshold(50_000)
-        raised = trace()
+        raised = collections()
     finally:
-        gc.callbacks.remove(count)
+        gc.callbacks.remove(note)
         gc.set_threshold(*own)
-    assert default > 0.05 and default > 2 * raised
+    assert default > 20 and default > 10 * raised
 
 
 def test_xla_s_gradients_of_convolutions_are_slow_on_cpu():
@@ -132,15 +138,8 @@ def test_counting_keys_takes_time_from_tracing():
     assert seconds(lambda: nnx.Rngs(0)) > 1.5 * seconds(one_key)
 
 
-@pytest.mark.skipif(version_of("libtpu") < (0, 0, 52), reason="releases of libtpu before 0.0.52 have no such loops")
-def test_large_products_of_v6e_become_loops():
-    place = SingleDeviceSharding(tpu.devices_of("v6e:1x1")[0])
-    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=place)
-    with tpu._without_xla_flags():
-        assert "while(" in jax.jit(lambda x: x @ x).lower(x).compile().as_text()
-
-
 def test_libtpu_ends_the_process_over_flags_of_the_cpu():
+    """Releases that the table names do, and others do not."""
     program = """
 import jax
 from jax.experimental import topologies
@@ -151,7 +150,8 @@ x = jax.ShapeDtypeStruct((8, 128), "float32", sharding=jax.sharding.SingleDevice
 jax.jit(lambda x: x + 1).lower(x).compile()
 print("it goes on")
 """
+    (row,) = (row for row in WORKAROUNDS if row.name == "XLA_FLAGS and libtpu")
     environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode and "it goes on" not in done.stdout
-    assert "flag" in done.stderr.lower()
+    ends = re.search("Unknown flags? in XLA_FLAGS", done.stderr) is not None
+    assert ends == (done.returncode != 0) == applies(row), done.stderr

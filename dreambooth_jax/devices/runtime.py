@@ -53,6 +53,16 @@ def _has_tpu() -> bool:
     return bool(chips) and wanted and importlib.util.find_spec("libtpu") is not None
 
 
+def warn_unless_started() -> None:
+    """Warns of a CPU whose programs are compiled without the flags of `workarounds`: their numbers may be wrong."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if jax.default_backend() == "cpu" and workarounds.with_cpu_flags(flags) != flags:
+        logging.warning(
+            "this release of jaxlib computes some sums wrongly on CPU unless dreambooth_jax.start() is called before "
+            "the first computation"
+        )
+
+
 def is_first_process() -> bool:
     """Whether this is process 0, which writes logs and files."""
     return jax.process_index() == 0

@@ -230,13 +230,18 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, *, quick: bool = False)
         compute_seconds=flops / chip.flops,
         memory_seconds=cost["bytes accessed"] / chip.bandwidth,
         interconnect_seconds=sum(size for _, size in exchanged.values()) / chip.interconnect,
-        # The cost model counts every call of a kernel as -1 second.
-        roofline_seconds=cost["optimal_seconds"] % 1.0 + kernel_seconds,
+        roofline_seconds=_of_program(cost["optimal_seconds"]) + kernel_seconds,
         cycle_seconds=None if quick else hlo.cycles(text) / chip.clock + kernel_seconds,
         kernel_seconds=kernel_seconds,
         compile_seconds=seconds,
         hlo=text,
     )
+
+
+def _of_program(seconds: float) -> float:
+    """The cost model's seconds. Some releases count a kernel's call as -1 second, so that the sum is negative; the
+    whole seconds of a longer program are then lost."""
+    return seconds if seconds >= 0 else seconds % 1.0
 
 
 def shard_bytes(tree: Any) -> int:

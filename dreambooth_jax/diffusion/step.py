@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.examples import Augment, TrainingData, draw
 from dreambooth_jax.diffusion.loss import Batch, Losses, Predict, dreambooth_loss
 from dreambooth_jax.diffusion.process import Process
@@ -115,6 +116,7 @@ def make_step(
     if batch_size % accumulate:
         divisors = [d for d in range(1, batch_size + 1) if batch_size % d == 0]
         raise ValueError(f"accumulate = {accumulate} does not divide batch_size = {batch_size}; possible: {divisors}")
+    runtime.warn_unless_started()
 
     def loss_of_part(trainable: Params, frozen: Params, batch: Batch) -> tuple[Scalar, Losses]:
         losses = dreambooth_loss(
