@@ -11,7 +11,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from dreambooth_jax.runs.config import SAMPLERS, is_text
 
 if TYPE_CHECKING:
     from etils import epath
+    from jax.sharding import Mesh
+
+    from dreambooth_jax.families.pipeline import Pipeline
+    from dreambooth_jax.models.params import Params
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,7 +84,7 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def _open(options: argparse.Namespace, mesh):
+def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Params, int, float, dict[str, Any]]":
     """(name of the model, pipeline, params, resolution, guidance, what the painter must know of the run)."""
     import jax.numpy as jnp
 

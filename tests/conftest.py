@@ -3,25 +3,27 @@
 import os
 from pathlib import Path
 
-from dreambooth_jax.devices import workarounds
-
 # Before jax is imported, and inherited by the programs that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import jaxtyping
+import support.typecheck  # noqa: F401  named in the hook
+
+# Annotations are checked at every call, in every module of the package: none is imported before.
+jaxtyping.install_import_hook(["dreambooth_jax"], "support.typecheck.checked")
+
+from dreambooth_jax.devices import workarounds  # noqa: E402
+
 # Compiling takes most of the tests' time: without optimisation, and with the older code generator, a quarter of it.
 # Later releases of jaxlib do not know the older one and end the process over its flag.
 _OLDER = "--xla_cpu_use_fusion_emitters=false" if workarounds.version_of("jaxlib") < (0, 11) else ""
 _COMPILE_FAST = f"--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 {_OLDER}"
 _FLAGS = f"--xla_force_host_platform_device_count=8 {_COMPILE_FAST} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["XLA_FLAGS"] = workarounds.with_cpu_flags(_FLAGS)  # as `runtime.start` does
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
-
-# Annotations are checked at every call of these packages.
-TYPECHECKED: tuple[str, ...] = ("dreambooth_jax.data", "dreambooth_jax.evaluation", "dreambooth_jax.tiny")
-jaxtyping.install_import_hook(list(TYPECHECKED), "beartype.beartype")
 
 
 class Base:

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_prompts_are_encoded_as_the_reference_does(stages):
 def test_the_loss_leaves_the_variance_channels_alone(stages):
     _, _, pipeline, params = stages["I"]
     cond = pipeline.encode_text(params, pipeline.tokenize([PROMPT]))
-    x, t = np.zeros((1, 16, 16, 3), np.float32), np.int32([500])
+    x, t = jnp.zeros((1, 16, 16, 3)), jnp.asarray([500])
     grads = jax.grad(lambda p: (pipeline.denoise(params | p, x, t, cond) ** 2).sum())(
         {"unet.conv_out.bias": params["unet.conv_out.bias"]}
     )["unet.conv_out.bias"]

@@ -32,8 +32,8 @@ def test_features_are_those_of_transformers():
     with torch.no_grad():
         out = theirs(input_ids=torch.tensor(ids), pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)))
     ours_text = clip.apply(params, jnp.asarray(ids), tokenizer.eos_token_id, method="text_features")
-    ours_image = clip.apply(params, pixels, method="image_features")
+    ours_image = clip.apply(params, jnp.asarray(pixels), method="image_features")
     np.testing.assert_allclose(ours_text, out.text_embeds, atol=1e-5)
     np.testing.assert_allclose(ours_image, out.image_embeds, atol=1e-5)
-    logits = clip.apply(params, jnp.asarray(ids)[:2], pixels, tokenizer.eos_token_id, method="logits")
+    logits = clip.apply(params, jnp.asarray(ids)[:2], jnp.asarray(pixels), tokenizer.eos_token_id, method="logits")
     np.testing.assert_allclose(logits, out.logits_per_image[:, :2], rtol=1e-4, atol=1e-4)

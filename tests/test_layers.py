@@ -1,4 +1,4 @@
-"""The house's two rules: imports run one way, and only the families know the names of models."""
+"""The rules of the house: imports run one way, only the families know the names of models, functions are annotated."""
 
 import ast
 from pathlib import Path
@@ -78,3 +78,28 @@ def test_only_families_know_the_names_of_parts(path):
         elif isinstance(node, ast.Attribute) and node.attr in names:
             wrong.append(f"line {node.lineno}: .{node.attr}")
     assert not wrong, f"{path.relative_to(PACKAGE)}: " + ", ".join(wrong)
+
+
+def functions(tree: ast.AST, prefix: str = ""):
+    """(dotted name, whether it is a method, function) of the functions of a module and of its classes."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from functions(node, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
+            static = any(isinstance(x, ast.Name) and x.id == "staticmethod" for x in node.decorator_list)
+            yield prefix + node.name, bool(prefix) and not static, node
+
+
+def test_every_function_is_annotated():
+    """All arguments and results; `__init__` has none to name. Whether the annotations are true is seen while the tests
+    run (conftest.py)."""
+    wrong = []
+    for path in MODULES:
+        for name, is_method, node in functions(ast.parse(path.read_text())):
+            several = [x for x in (node.args.vararg, node.args.kwarg) if x]
+            arguments = [*node.args.posonlyargs, *node.args.args][is_method:] + node.args.kwonlyargs + several
+            bare = [argument.arg for argument in arguments if argument.annotation is None]
+            bare += ["its result"] if node.returns is None and node.name != "__init__" else []
+            if bare:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {name}: {', '.join(bare)}")
+    assert not wrong, "\n".join(wrong)

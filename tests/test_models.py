@@ -95,7 +95,7 @@ def test_unet_takes_one_timestep_for_the_batch_and_refuses_sizes_it_cannot_halve
     apply = jax.jit(split.apply)
     np.testing.assert_allclose(apply(params, x, 5.0, context), apply(params, x, np.float32([5, 5]), context), atol=1e-5)
     with pytest.raises(ValueError, match=r"5x4.*multiples of 2"):
-        split.apply(params, normal(1, 5, 4, 4), 5.0, context[:1])
+        split.apply(params, *map(jnp.asarray, (normal(1, 5, 4, 4), 5.0, context[:1])))
 
 
 VAES = {
@@ -139,7 +139,7 @@ def test_vae_clips_the_log_variance_and_refuses_odd_sizes(sd15):
     _, logvar = jax.jit(lambda p, x: split.apply(p, x, method="encode"))(params, np.zeros((1, 8, 8, 3), np.float32))
     np.testing.assert_array_equal(logvar[..., :2], expected[..., :2])
     with pytest.raises(ValueError, match=r"8x9.*multiples of 2"):
-        split.apply(params, np.zeros((1, 8, 9, 3), np.float32), method="encode")
+        split.apply(params, jnp.zeros((1, 8, 9, 3)), method="encode")
 
 
 @pytest.mark.parametrize("config", [TEXT_15, TEXT_21, TEXT_15 | {"num_hidden_layers": 12, "layer_norm_eps": 1e-3}])
@@ -183,7 +183,7 @@ def test_gradient_of_the_training_loss(name, remat, request):
     base = request.getfixturevalue(name)
     pipeline, parts = load_pipeline(str(base.folder), remat=remat), (base.torch.unet, base.torch.text_encoder)
     ids = pipeline.tokenize(["a sks dog", "a dog", "a cat"])
-    batch = Batch(normal(3, 8, 8, 4), normal(3, 8, 8, 4, seed=1), np.int32([10, 450, 999]), ids)
+    batch = Batch(normal(3, 8, 8, 4), normal(3, 8, 8, 4, seed=1), jnp.asarray([10, 450, 999]), ids)
     trainable = {n: v for n, v in base.params.items() if not n.startswith("vae.")}
 
     def loss(params):
@@ -239,8 +239,8 @@ def test_convolution(size, stride, padding, height, width):
     grads = torch.autograd.grad(expected, (tx, tkernel), nchw(cotangent))
     assert relative(out, expected.movedim(1, -1)) <= 1e-5
     elsewhere = (  # than on CPU
-        convolve._input_gradient(kernel, cotangent, stride, padding, x.shape),
-        convolve._kernel_gradient(x, cotangent, stride, padding, kernel.shape),
+        convolve._input_gradient(jnp.asarray(kernel), jnp.asarray(cotangent), stride, padding, x.shape),
+        convolve._kernel_gradient(jnp.asarray(x), jnp.asarray(cotangent), stride, padding, kernel.shape),
     )
     for dx, dkernel in (backward(cotangent), elsewhere):
         assert relative(dx, grads[0].movedim(1, -1)) <= 1e-5
@@ -249,7 +249,7 @@ def test_convolution(size, stride, padding, height, width):
 
 def test_remat_stores_less(sd15):
     spec, shapes = sd15.pipeline.models.specs["unet"], sd15.pipeline.models.functions["unet"].shapes
-    x, t, context = normal(2, 16, 16, 4), np.float32([3, 700]), normal(2, 7, 32)
+    x, t, context = map(jnp.asarray, (normal(2, 16, 16, 4), np.float32([3, 700]), normal(2, 7, 32)))
     stored = {}
     for remat in unet.REMAT:
         apply = functional(lambda rngs, r=remat: unet.UNet2DConditionModel(spec, remat=r, rngs=rngs)).apply

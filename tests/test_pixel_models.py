@@ -93,7 +93,7 @@ def test_unet_has_the_values_and_gradients_of_the_reference(name, remat, tmp_pat
     inputs, weights = arguments(config), normal(2, 8, 16, config["out_channels"], seed=2)
 
     def total(params):
-        out = split.apply(params, *inputs)
+        out = split.apply(params, *map(jnp.asarray, inputs))
         return (out * weights).mean(), out
 
     grads, out = jax.jit(jax.grad(total, has_aux=True))(params)
@@ -105,7 +105,7 @@ def test_unet_has_the_values_and_gradients_of_the_reference(name, remat, tmp_pat
 
 def test_unet_refuses_what_it_cannot_compute(tmp_path):
     _, split, params = make_unet(IF_STAGE_II, tmp_path)
-    x, t, text, level = arguments(IF_STAGE_II)
+    x, t, text, level = map(jnp.asarray, arguments(IF_STAGE_II))
     with pytest.raises(ValueError, match=r"7x16.*multiples of 2"):
         split.apply(params, x[:, :7], t, text, level)
     with pytest.raises(ValueError, match="noise level None"):
@@ -159,7 +159,7 @@ def test_x4_unet_has_the_values_and_gradients_of_the_reference(tmp_path):
     weights = normal(2, 8, 16, 4, seed=2)
 
     def total(params):
-        out = split.apply(params, *inputs)
+        out = split.apply(params, *map(jnp.asarray, inputs))
         return (out * weights).mean(), out
 
     grads, out = jax.jit(jax.grad(total, has_aux=True))(params)
@@ -168,7 +168,7 @@ def test_x4_unet_has_the_values_and_gradients_of_the_reference(tmp_path):
     assert relative(out, expected) <= 1e-4
     assert_same_gradients(grads, as_ours(reference, params, lambda parameter: parameter.grad))
     with pytest.raises(ValueError, match="noise level None"):
-        split.apply(params, *inputs[:3])
+        split.apply(params, *map(jnp.asarray, inputs[:3]))
 
 
 def make_t5(folder, dtype=jnp.float32, **changes):

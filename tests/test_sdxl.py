@@ -145,7 +145,7 @@ def test_gradients_and_training_are_those_of_pytorch(base):
     rng = np.random.default_rng(0)
     x0, eps = (rng.standard_normal((3, 8, 8, 4), np.float32) for _ in range(2))
     cond = pipeline.tokenize(PROMPTS) | pipeline.of_example(SIZES)
-    batch = Batch(x0, eps, np.int32([10, 450, 999]), cond)
+    batch = Batch(x0, eps, jnp.asarray([10, 450, 999]), cond)
     trainable, frozen = full(pipeline.trainable(DENOISER, TEXT)).start(params, None)
     optimizer = optax.with_extra_args_support(
         make_optimizer("adamw", optax.constant_schedule(RATE), weight_decay=DECAY, clip_norm=None)

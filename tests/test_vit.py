@@ -31,13 +31,13 @@ def test_features_are_those_of_transformers(tmp_path, pooler):
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         out = theirs(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
-    np.testing.assert_allclose(vit.apply(params, pixels), out.last_hidden_state, atol=2e-5)
-    hidden = vit.apply(params, pixels, method="hidden_states")
+    np.testing.assert_allclose(vit.apply(params, jnp.asarray(pixels)), out.last_hidden_state, atol=2e-5)
+    hidden = vit.apply(params, jnp.asarray(pixels), method="hidden_states")
     assert len(hidden) == 4
     for ours, reference in zip(hidden, out.hidden_states, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=2e-5)
     first = out.last_hidden_state[:, 0]
-    features = vit.apply(params, pixels, method="features")
+    features = vit.apply(params, jnp.asarray(pixels), method="features")
     np.testing.assert_allclose(features, first / first.norm(dim=-1, keepdim=True), atol=2e-5)
     np.testing.assert_allclose(jnp.linalg.norm(features, axis=-1), 1, rtol=1e-5)
 

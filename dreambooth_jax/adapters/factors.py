@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from dreambooth_jax.adapters.method import Value
-from dreambooth_jax.models.params import Params
+from dreambooth_jax.models.params import Tensors, Value
 
 LORA_A, LORA_B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
 INPUT_MAGNITUDE = "lora_input_magnitude"  # of files that normalise per input channel; not trained
@@ -56,7 +56,7 @@ FORMS: dict[str, Form] = {
 def parse(name: str) -> tuple[str, str, str] | None:
     """(module, factor, leaf) of a factor's name, None for a name of the base."""
     found = _FACTOR.match(name)
-    return found and found.groups()
+    return (found[1], found[2], found[3]) if found else None
 
 
 def by_module(params: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
@@ -79,7 +79,7 @@ def shapes(form: str, kernel: tuple[int, ...], rank: int) -> dict[str, tuple[int
         a, b = (columns, rank), (rank, rows * math.prod(window))
         return {"hada_w1_a.weight": a, "hada_w1_b.weight": b, "hada_w2_a.weight": a, "hada_w2_b.weight": b}
     (rows_1, rows_2), (columns_1, columns_2) = _two_factors(rows), _two_factors(columns)
-    first = {"lokr_w1.weight": (columns_1, rows_1)}
+    first: dict[str, tuple[int, ...]] = {"lokr_w1.weight": (columns_1, rows_1)}
     if 2 * rank >= max(rows_2, columns_2):  # two factors would be larger than their product
         return first | {"lokr_w2.weight": (columns_2, rows_2, *window)}
     return first | {"lokr_w2_a.weight": (columns_2, rank), "lokr_w2_b.weight": (rank, rows_2 * math.prod(window))}
@@ -91,7 +91,7 @@ def _two_factors(size: int) -> tuple[int, int]:
     return a, size // a
 
 
-def rank_of(factors: Mapping[str, Value]) -> int:
+def rank_of(factors: Tensors) -> int:
     """The rank by which a file's alpha is divided: 1 alone for a LoKr of which nothing is factored (then alpha is
     ignored by every reader), the inner size of w2 where both are factored."""
     for name, axis in (("lora_B.kernel", 0), ("hada_w1_b.weight", 0), ("lokr_w2_b.weight", 0), ("lokr_w1_b.weight", 0)):
@@ -100,7 +100,9 @@ def rank_of(factors: Mapping[str, Value]) -> int:
     return 1
 
 
-def difference(kernel: Float[Array, "*k cin cout"], factors: Params) -> Float[Array, "*k cin cout"]:
+def difference(
+    kernel: Float[Array | np.ndarray, "*k cin cout"], factors: Tensors
+) -> Float[Array | np.ndarray, "*k cin cout"]:
     """The difference to `kernel` that a module's factors make, their scale already in them."""
     plain = _plain_difference(kernel, factors)
     if f"{MAGNITUDE}.scale" in factors:
@@ -110,14 +112,14 @@ def difference(kernel: Float[Array, "*k cin cout"], factors: Params) -> Float[Ar
     return plain
 
 
-def _with_norm(kernel: Array, magnitude: Array, axis: int) -> Array:
+def _with_norm(kernel: Array | np.ndarray, magnitude: Array | np.ndarray, axis: int) -> Array | np.ndarray:
     """`kernel` scaled so that its norm over all axes but `axis` is `magnitude`."""
     others = tuple(i for i in range(kernel.ndim) if i != axis % kernel.ndim)
     norm = jnp.sqrt(jnp.square(kernel).sum(others, keepdims=True))
     return kernel / norm * jnp.expand_dims(magnitude, [i for i in range(kernel.ndim) if i in others])
 
 
-def _plain_difference(kernel: Array, factors: Params) -> Array:
+def _plain_difference(kernel: Array | np.ndarray, factors: Tensors) -> Array | np.ndarray:
     if "diff.kernel" in factors:
         return factors["diff.kernel"]
     if "lora_B.kernel" in factors:
@@ -127,28 +129,27 @@ def _plain_difference(kernel: Array, factors: Params) -> Array:
         first, second = (_product(named, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}") for i in (1, 2))
         whole = first.reshape(*first.shape[:2], -1) * second.reshape(*second.shape[:2], -1)
     else:
-        first, second = (named.get(f"lokr_w{i}") for i in (1, 2))
-        first = _product(named, "lokr_w1_a", "lokr_w1_b") if first is None else first
-        second = _product(named, "lokr_w2_a", "lokr_w2_b", "lokr_t2") if second is None else second
+        first = named["lokr_w1"] if "lokr_w1" in named else _product(named, "lokr_w1_a", "lokr_w1_b")
+        second = named["lokr_w2"] if "lokr_w2" in named else _product(named, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
         second = second.reshape(second.shape[0], kernel.shape[-2] // first.shape[1], -1)
         whole = jnp.einsum("ab,cdx->acbdx", first, second)
     *window, rows, columns = kernel.shape
     return jnp.moveaxis(whole.reshape(columns, rows, *window), (0, 1), (-1, -2))
 
 
-def _product(named: Params, a: str, b: str, core: str = "") -> Array:
+def _product(named: Tensors, a: str, b: str, core: str = "") -> Array | np.ndarray:
     """a b, or with a Tucker core t [p, q, h, w] the sum over p and q of a[p, out] b[q, in] t."""
     if core not in named:
         return named[a] @ named[b]
     return jnp.einsum("pqhw,po,qi->oihw", named[core], named[a], named[b])
 
 
-def merge(params: Params) -> Params:
+def merge(params: Tensors) -> dict[str, Array | np.ndarray]:
     """The plain parameters of a model: every difference among `params` is added to its parameter."""
     return add({name: value for name, value in params.items() if not parse(name)}, params)
 
 
-def add(base: Params, factors: Params, weight: float = 1.0) -> Params:
+def add(base: Tensors, factors: Tensors, weight: float = 1.0) -> dict[str, Array | np.ndarray]:
     """`base` with `weight` times the differences that the `factors` make to it; weight 0 is the base exactly.
 
     Raises:
@@ -162,4 +163,4 @@ def add(base: Params, factors: Params, weight: float = 1.0) -> Params:
         if set(named) - {"diff.bias", "diff.scale", "diff.embedding"}:
             kernel = base[f"{module}.kernel"]
             changed[f"{module}.kernel"] = kernel + weight * difference(kernel, named)
-    return base | changed
+    return {**base, **changed}

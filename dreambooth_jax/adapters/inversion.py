@@ -6,15 +6,16 @@ values of cross-attention).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, Key
 
 from dreambooth_jax.adapters.method import Method
-from dreambooth_jax.models.params import Params, Shapes
+from dreambooth_jax.models.params import Params, Shapes, Tensors
 
 ROWS = ".new"
 _TABLE = re.compile(r"\.(token_embedding|shared)\.embedding$")
@@ -49,7 +50,7 @@ def inversion(parts: str, count: int, initial: Callable[[], Mapping[str, Sequenc
         ValueError: from `shapes` and `start`, if the parts have no table of token embeddings.
     """
 
-    def tables(params: Mapping[str, object]) -> list[str]:
+    def tables(params: Iterable[str]) -> list[str]:
         found = [name for name in params if re.search(parts, name) and _TABLE.search(name)]
         if not found:
             raise ValueError("this base has no table of token embeddings that new tokens could join")
@@ -98,12 +99,12 @@ def is_row(name: str) -> bool:
     return name.endswith(ROWS)
 
 
-def rows_of(trainable: Mapping[str, Array]) -> dict[str, Array]:
+def rows_of(trainable: Tensors) -> dict[str, Array | np.ndarray]:
     """Text part -> rows of its new tokens [n, D]."""
     return {name.partition(".")[0]: value for name, value in trainable.items() if is_row(name)}
 
 
-def with_rows(params: Params, rows: Mapping[str, Array]) -> Params:
+def with_rows(params: Params, rows: Tensors) -> Params:
     """`params` with the rows of new tokens, text part -> [n, D], at the end of their tables."""
     tables = {name: rows.get(name.partition(".")[0]) for name in params if _TABLE.search(name)}
     longer = {n: jnp.concatenate([params[n], jnp.asarray(new)]) for n, new in tables.items() if new is not None}
@@ -118,7 +119,7 @@ def widths(shapes: Shapes) -> dict[str, int]:
 def both(rows: Method, other: Method) -> Method:
     """New rows beside another method: pivotal tuning with LoRA, Custom Diffusion with full fine-tuning."""
 
-    def divided(trainable: Params) -> tuple[Params, Params]:
+    def divided(trainable: Tensors) -> tuple[dict[str, Array | np.ndarray], dict[str, Array | np.ndarray]]:
         new = {name: value for name, value in trainable.items() if is_row(name)}
         return new, {name: value for name, value in trainable.items() if name not in new}
 
@@ -134,9 +135,9 @@ def both(rows: Method, other: Method) -> Method:
         new, rest = divided(trainable)
         return rows.combine(other.combine(frozen, rest), new)
 
-    def adapter(trainable: Params) -> Params:
+    def adapter(trainable: Tensors) -> dict[str, Array | np.ndarray]:
         new, rest = divided(trainable)
-        return new | other.adapter(rest)
+        return {**new, **other.adapter(rest)}
 
     return Method(
         shapes, start, combine, f"{rows.says}, {other.says}", adapter=adapter if other.adapter else None,

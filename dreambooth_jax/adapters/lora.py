@@ -9,15 +9,17 @@ their differences to the kernels.
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from dreambooth_jax.adapters.factors import FORMS, LORA_B, MAGNITUDE, by_module, merge, parse, shapes
 from dreambooth_jax.adapters.method import Method, Value
 from dreambooth_jax.models.layers import column_norms
-from dreambooth_jax.models.params import Params, Shapes
+from dreambooth_jax.models.params import Params, Shapes, Tensors
 
 # Modules that get a difference: regexes for the end of the module's name.
 TARGETS = {
@@ -70,7 +72,7 @@ def lora(
         wanted = shapes_of({name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()})[0]
         kernels = {f"{module}.kernel": params[f"{module}.kernel"] for module in by_module(wanted)}
 
-        def first(key, kernels) -> Params:
+        def first(key: Key[Array, ""], kernels: Params) -> Params:
             magnitudes = {n: parse(n)[0] for n in wanted if parse(n)[1] == MAGNITUDE}
             return {n: _first(form, n, x.shape, key) for n, x in wanted.items() if n not in magnitudes} | {
                 n: _norms(kernels[f"{module}.kernel"]) for n, module in magnitudes.items()
@@ -78,15 +80,15 @@ def lora(
 
         return jax.jit(first, out_shardings=key.sharding)(key, kernels if form == "dora" else {}), params
 
-    def scaled(trainable: Params) -> Params:
+    def scaled(trainable: Tensors) -> dict[str, Array | np.ndarray]:
         carries = FORMS[form].scaled
         return {
             n: scale(module) * x if f == carries else x for n, x in trainable.items() for module, f, _ in [parse(n)]
         }
 
     def combine(frozen: Params, trainable: Params) -> Params:
-        joined = frozen | scaled(trainable)
-        return joined if form in ("lora", "dora") else merge(joined)
+        joined = frozen | cast(Params, scaled(trainable))
+        return joined if form in ("lora", "dora") else cast(Params, merge(joined))
 
     return Method(
         shapes_of, start, combine, f"{_SAYS[form]} of rank {rank} on {names}", adapter=scaled,

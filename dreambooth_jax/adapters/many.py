@@ -9,7 +9,7 @@ column of A is proportional to its row of B, and the other way round, so both st
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from dreambooth_jax.adapters.factors import LORA_B, parse
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData, picks
 from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.models.params import Params, Shapes
+
+Tree = TypeVar("Tree")
 
 
 class Lanes(NamedTuple):
@@ -36,7 +38,9 @@ class Lanes(NamedTuple):
     scales: Float[Array, "n"]
 
 
-def over_subjects(step: Callable[..., tuple[TrainState, Metrics]], *, shared_prior: bool) -> Callable:
+def over_subjects(
+    step: Callable[..., tuple[TrainState, Metrics]], *, shared_prior: bool
+) -> Callable[[TrainState, Params, Lanes, Array], tuple[TrainState, Metrics]]:
     """`step` over all subjects: (states, frozen, Lanes, keys) -> (states, metrics [n]); a subject stops at its step.
 
     Args:
@@ -46,7 +50,7 @@ def over_subjects(step: Callable[..., tuple[TrainState, Metrics]], *, shared_pri
     axes = TrainingData(0, None if shared_prior else 0, 0, 0)
     mapped = jax.vmap(step, in_axes=(0, (None, 0), axes, 0))
 
-    def lanes_step(states: TrainState, frozen: Any, lanes: Lanes, keys: Array) -> tuple[TrainState, Metrics]:
+    def lanes_step(states: TrainState, frozen: Params, lanes: Lanes, keys: Array) -> tuple[TrainState, Metrics]:
         after, metrics = mapped(states, (frozen, lanes.scales), lanes.data, keys)
         trains = states.step < lanes.stops
         keep = lambda new, old: jnp.where(trains.reshape(-1, *(1,) * (new.ndim - 1)), new, old)  # noqa: E731
@@ -55,12 +59,12 @@ def over_subjects(step: Callable[..., tuple[TrainState, Metrics]], *, shared_pri
     return lanes_step
 
 
-def stack(trees: Sequence[Any]) -> Any:
+def stack(trees: Sequence[Tree]) -> Tree:
     """One tree whose arrays have a leading axis of subjects."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def lane(tree: Any, number: int) -> Any:
+def lane(tree: Tree, number: int) -> Tree:
     """The part of one subject."""
     return jax.tree.map(lambda x: x[number], tree)
 
@@ -89,7 +93,7 @@ def stacked_data(
     return TrainingData(stack(padded), prior, jnp.stack(order), jnp.asarray(rates, jnp.float32))
 
 
-def _filled(x: Array, count: int) -> Array:
+def _filled(x: Array | np.ndarray, count: int) -> Array:
     return jnp.concatenate([x, jnp.repeat(x[:1], count - len(x), axis=0)]) if len(x) < count else jnp.asarray(x)
 
 

@@ -9,9 +9,9 @@ from typing import NamedTuple, TypeVar
 
 from jaxtyping import Array, Key
 
-from dreambooth_jax.models.params import Params, Shapes
+from dreambooth_jax.models.params import Params, Shape, Shapes, Tensors
 
-Value = TypeVar("Value")
+Value = TypeVar("Value", bound=Shape)
 
 
 class Method(NamedTuple):
@@ -33,7 +33,7 @@ class Method(NamedTuple):
     start: Callable[[Params, Key[Array, ""]], tuple[Params, Params]]
     combine: Callable[[Params, Params], Params]
     says: str
-    adapter: Callable[[Params], Params] | None = None
+    adapter: Callable[[Tensors], Tensors] | None = None
     multiplier: Callable[[str], float] = lambda name: 1.0
     decays: Callable[[str], bool] | None = None
 

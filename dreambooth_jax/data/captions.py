@@ -193,8 +193,8 @@ def _rows(path: epath.Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str
 def _json_rows(whole: Any) -> dict[str, Any]:
     """[{"file_name": ..., "text": ...}], {"0.jpg": {"caption": ...}} or {"0.jpg": "a caption"}."""
     if isinstance(whole, Mapping):
-        entries = {name: value if isinstance(value, Mapping) else {"text": value} for name, value in whole.items()}
-        return {f"{name!r}": {NAME_COLUMNS[0]: name, **value} for name, value in entries.items()}
+        by_name = {name: value if isinstance(value, Mapping) else {"text": value} for name, value in whole.items()}
+        return {f"{name!r}": {NAME_COLUMNS[0]: name, **value} for name, value in by_name.items()}
     entries = whole if isinstance(whole, list) else [whole]
     return {f"entry {number}": entry for number, entry in enumerate(entries, 1)}
 

@@ -124,7 +124,8 @@ def damaged_class_images(folder: str | os.PathLike, prompt: str, digest: str) ->
     Raises:
         ValueError: pictures of another prompt or of another base; all of them are named.
     """
-    damaged, others = [], {}
+    damaged: list[int] = []
+    others: dict[str, str] = {}
     for path in list_images(folder):
         if not (match := _OURS.fullmatch(path.name)):
             continue

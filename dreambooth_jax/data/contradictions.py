@@ -3,13 +3,13 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data.captions import fill
 from dreambooth_jax.data.class_images import class_folders
+from dreambooth_jax.files.tokenizer import Tokenizer
 
 
 def contradictions(config: ConfigDict, captions: Sequence[str]) -> list[str]:
@@ -45,7 +45,7 @@ def contradictions(config: ConfigDict, captions: Sequence[str]) -> list[str]:
     return found
 
 
-def too_long(captions: Sequence[str], identifier: str, tokenizer: Any) -> list[str]:
+def too_long(captions: Sequence[str], identifier: str, tokenizer: Tokenizer) -> list[str]:
     """Captions of more tokens than the text encoder reads, each with its lost end, as sentences."""
     limit, found = tokenizer.model_max_length, []
     for text in dict.fromkeys(captions):
@@ -61,7 +61,7 @@ def too_long(captions: Sequence[str], identifier: str, tokenizer: Any) -> list[s
     return found
 
 
-def _read_part(text: str, tokenizer: Any, limit: int) -> str:
+def _read_part(text: str, tokenizer: Tokenizer, limit: int) -> str:
     """The longest run of leading words that fits."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     low, high = 0, len(ends)

@@ -1,12 +1,11 @@
 """From image files to the resident training data: everything encoded once, before the first step."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, PyTree, UInt8
 
 from dreambooth_jax.data.captions import shuffled_tags
 from dreambooth_jax.data.images import Examples
@@ -16,6 +15,8 @@ from dreambooth_jax.diffusion.examples import EncodedExamples
 from dreambooth_jax.families.family import Pictures
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
+
+Encoder = Callable[[Params, Examples], EncodedExamples]
 
 
 def make_encoder(
@@ -27,7 +28,7 @@ def make_encoder(
     orders: int = 0,
     with_empty: bool = False,
     seed: int = 0,
-) -> Callable[[Params, Examples], EncodedExamples]:
+) -> Encoder:
     """Builds `encode(params, examples) -> EncodedExamples`, flat examples on every device of the mesh.
 
     Args:
@@ -43,9 +44,9 @@ def make_encoder(
 
     def encode(params: Params, examples: Examples) -> EncodedExamples:
         mean, std = in_batches(lambda part: encode_images(params, part), examples.images, batch_size)
-        texts = examples.captions
+        texts: Sequence[str] | list[list[str]] = examples.captions
         if orders:
-            texts = [shuffled_tags(text, orders, seed) for text in texts]
+            texts = [shuffled_tags(text, orders, seed) for text in examples.captions]
         captions, caption = np.unique(texts, return_inverse=True)
         cond = pipeline.tokenize(captions.tolist() + [""] * with_empty)
         if text_states:
@@ -74,7 +75,7 @@ def pictures(pipeline: Pipeline, examples: Examples) -> Pictures:
     return Pictures(small, examples.original, examples.crop, target)
 
 
-def in_batches(function: Callable[[Any], Any], rows: Any, size: int) -> Any:
+def in_batches(function: Callable[[PyTree], PyTree], rows: PyTree, size: int) -> PyTree:
     """Applies `function` to equal batches of the rows of a pytree: one compiled shape for any number of rows.
 
     Args:

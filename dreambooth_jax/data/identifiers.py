@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from dreambooth_jax.files.tokenizer import Tokenizer
+
 PAPER_RANKS = (5000, 10000)  # of T5's 32000, section 3.2
 
 
-def default_ranks(tokenizer) -> tuple[int, int]:
+def default_ranks(tokenizer: Tokenizer) -> tuple[int, int]:
     """The vocabulary ranks [lo, hi) that identifiers are drawn from: the last fifth; for T5 the paper's 5000 to 10000.
 
     The rank is the token id. SentencePiece sorts a T5 vocabulary by frequency, so that 10000 to 32000 are rarer still,
@@ -21,7 +23,7 @@ def default_ranks(tokenizer) -> tuple[int, int]:
     return hi - hi // 5, hi
 
 
-def rare_tokens(tokenizer, ranks: tuple[int, int], count: int, seed: int, max_chars: int = 3) -> list[str]:
+def rare_tokens(tokenizer: Tokenizer, ranks: tuple[int, int], count: int, seed: int, max_chars: int = 3) -> list[str]:
     """Draws identifiers from the ranks [lo, hi): words that are exactly one token, in the order of the draw.
 
     A token qualifies if it decodes to at most `max_chars` Unicode characters, all of them letters (digits, punctuation
@@ -37,7 +39,8 @@ def rare_tokens(tokenizer, ranks: tuple[int, int], count: int, seed: int, max_ch
     lo, hi = ranks
     if not 0 <= lo < hi <= len(tokenizer):
         raise ValueError(f"ranks {lo}:{hi} must be a range within 0:{len(tokenizer)}, the tokenizer's vocabulary")
-    special, words = set(tokenizer.all_special_ids), []
+    special = set(tokenizer.all_special_ids)
+    words: list[str] = []
     for rank in np.random.default_rng(seed).permutation(np.arange(lo, hi)).tolist():
         if len(words) == count:
             break
@@ -49,7 +52,7 @@ def rare_tokens(tokenizer, ranks: tuple[int, int], count: int, seed: int, max_ch
     return words
 
 
-def check_identifier(tokenizer, identifier: str) -> list[str]:
+def check_identifier(tokenizer: Tokenizer, identifier: str) -> list[str]:
     """What speaks against an identifier, as sentences for the person who chose it; empty if nothing does."""
     ranks, rare = _encode(tokenizer, identifier), default_ranks(tokenizer)[0]
     if not ranks:
@@ -68,9 +71,9 @@ def check_identifier(tokenizer, identifier: str) -> list[str]:
     return [f"the identifier {identifier!r} {problem}"]
 
 
-def _encode(tokenizer, text: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _is_sentencepiece(tokenizer) -> bool:
+def _is_sentencepiece(tokenizer: Tokenizer) -> bool:
     return any(token.startswith("\u2581") for token in tokenizer.get_vocab())

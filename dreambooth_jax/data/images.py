@@ -122,7 +122,7 @@ def _crop_notes(sizes: Mapping[str, tuple[int, int]], crop: str) -> list[str]:
     return [f"cropped to squares, {where}: {'; '.join(cut)}"] if cut else []
 
 
-def _check_arguments(resolution, captions, crop, flip, views) -> None:
+def _check_arguments(resolution: int, captions: str, crop: str, flip: bool, views: int) -> None:
     if resolution < 1 or views < 1:
         raise ValueError(f"resolution and views must be positive, got resolution={resolution}, views={views}")
     if crop not in ("center", "random"):
@@ -136,7 +136,7 @@ def _check_arguments(resolution, captions, crop, flip, views) -> None:
 
 
 def _captions(
-    items: Sequence[Item], captions: str, template: str, identifier: str, class_noun: str, source
+    items: Sequence[Item], captions: str, template: str, identifier: str, class_noun: str, source: str | os.PathLike
 ) -> list[str]:
     own = [" ".join((item.caption or "").split()) if captions == "auto" else "" for item in items]
     missing = [item.name for item, text in zip(items, own, strict=True) if not text]
@@ -168,7 +168,14 @@ def check_headers(items: Sequence[Item], source: str) -> None:
 
 
 def _read_squares(
-    items: Sequence[Item], resolution: int, crop: str, flip: bool, views: int, seed: int, source, masked: bool
+    items: Sequence[Item],
+    resolution: int,
+    crop: str,
+    flip: bool,
+    views: int,
+    seed: int,
+    source: str | os.PathLike,
+    masked: bool,
 ) -> list[tuple[np.ndarray, tuple[int, int], tuple[int, int], np.ndarray | None]]:
     """(square, size of the image, corner of the square, square of the mask) of every view."""
     squares, bad, small = [], {}, []
@@ -183,7 +190,9 @@ def _read_squares(
         if min(image.size) < resolution:
             small.append(f"{item.name} ({image.width} x {image.height})")
         for view in _draw_views(item.name, crop, flip, views, seed):
-            squares.append((*_square(image, resolution, *view), mask and _square(mask, resolution, *view)[0]))
+            squares.append(
+                (*_square(image, resolution, *view), None if mask is None else _square(mask, resolution, *view)[0])
+            )
     if bad:
         raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
     if small:
@@ -257,7 +266,8 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Applies the embedded colour profile: phones save Display P3, print shops CMYK."""
     mode = "RGBA" if image.mode == "RGBA" else "RGB"
     try:
-        return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode=mode)
+        srgb = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode=mode)
+        return srgb or image
     except (ImageCms.PyCMSError, OSError):
         return image  # a damaged or mismatched profile: show the stored values, as every viewer does
 

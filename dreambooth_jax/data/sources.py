@@ -13,7 +13,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -228,7 +228,8 @@ def _list_flat(
     """
     paths = {printable(path.name): path for path in files.pictures}
     unused = {prefix + name: reason for name, reason in files.unused.items()}
-    texts, remarks = {}, []
+    texts: dict[str, str] = {}
+    remarks: list[str] = []
     if captions == "template":
         unused |= {prefix + printable(p.name): "captions = 'template'" for p in (*files.metadata, *files.captions)}
     else:
@@ -323,7 +324,7 @@ def tfds_items(source: str) -> list[Item]:
     return items
 
 
-def _open_tfds(name: str, split: str, data_dir: str | None):
+def _open_tfds(name: str, split: str, data_dir: str | None) -> tuple[Any, str, str | None]:
     """The random-access records of a split with images left encoded, its image key and its caption key or None."""
     try:
         import tensorflow_datasets as tfds  # slow to import, and only these sources need it

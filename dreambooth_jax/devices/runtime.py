@@ -29,7 +29,7 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     """
     if not _has_tpu():
         os.environ["XLA_FLAGS"] = workarounds.with_cpu_flags(os.environ.get("XLA_FLAGS", ""))
-        if jax.config.jax_platforms is None and not importlib.metadata.entry_points(group="jax_plugins"):
+        if _platforms() is None and not importlib.metadata.entry_points(group="jax_plugins"):
             jax.config.update("jax_platforms", "cpu")  # libtpu, which `plan` needs, prints errors where it finds no TPU
     for bucket in ("gcs", "s3", "az"):  # other hosts write there too
         fsspec.config.conf.setdefault(bucket, {})["use_listings_cache"] = False
@@ -46,10 +46,14 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _platforms() -> str | None:
+    return jax.config.jax_platforms  # type: ignore[attr-defined]
+
+
 def _has_tpu() -> bool:
     """Whether this host has TPU chips and JAX may use them."""
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    wanted = jax.config.jax_platforms is None or "tpu" in jax.config.jax_platforms
+    wanted = "tpu" in (_platforms() or "tpu")
     return bool(chips) and wanted and importlib.util.find_spec("libtpu") is not None
 
 

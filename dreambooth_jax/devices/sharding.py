@@ -7,13 +7,19 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 AXES = ("data", "fsdp")
 Rule = Callable[[tuple[int, ...], int], PartitionSpec]
+Rules = Sequence[tuple[str, Rule]]
+Shape = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+Tree = TypeVar("Tree")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -53,19 +59,19 @@ def split_largest(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 
 
 # First match wins. Vectors and low-rank factors are not worth a collective each.
-RULES: tuple[tuple[str, Rule], ...] = (
+RULES: Rules = (
     (r"\.(bias|scale)$|\.((lora|hada|lokr)_|new$)", replicate),
     (r".*", split_largest),
 )
 
 
-def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], rules=RULES) -> NamedSharding:
+def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:
     """Sharding of the parameter `name` of `shape`, by the first rule whose regex is found in the name."""
     rule = next(rule for pattern, rule in rules if re.search(pattern, name))
     return NamedSharding(mesh, rule(shape, mesh.shape["fsdp"]))
 
 
-def placed_shapes(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def placed_shapes(mesh: Mesh, shapes: Mapping[str, Shape]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of parameters with the shardings that `param_sharding` gives them."""
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=param_sharding(mesh, name, x.shape))
@@ -73,11 +79,11 @@ def placed_shapes(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, jax.ShapeD
     }
 
 
-def state_shardings(mesh: Mesh, params: dict[str, Any], tree: Any, rules=RULES) -> Any:
+def state_shardings(mesh: Mesh, params: Mapping[str, Shape], tree: PyTree, rules: Rules = RULES) -> PyTree:
     """Shardings for any tree that holds values named and shaped like `params` (moments, EMA, the params themselves);
     whatever is shaped otherwise (counters, factored moments) is replicated."""
 
-    def place(path, leaf) -> NamedSharding:
+    def place(path: jax.tree_util.KeyPath, leaf: Shape) -> NamedSharding:
         name = next((str(part.key) for part in reversed(path) if isinstance(part, jax.tree_util.DictKey)), None)
         if name in params and params[name].shape == leaf.shape:
             return param_sharding(mesh, name, leaf.shape, rules)
@@ -86,7 +92,9 @@ def state_shardings(mesh: Mesh, params: dict[str, Any], tree: Any, rules=RULES) 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def unshard(mesh: Mesh, params: dict[str, Any], dtype: Any = None) -> dict[str, Any]:
+def unshard(
+    mesh: Mesh, params: dict[str, jax.Array], dtype: DTypeLike | Mapping[str, DTypeLike] | None = None
+) -> dict[str, jax.Array]:
     """Makes parameters whole before a computation uses them, inside a jitted function.
 
     Without it, the compiler shards activations like the parameters and exchanges activations hundreds of times per
@@ -141,7 +149,7 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
-def on_each_part(function: Callable, *batches: jax.Array) -> jax.Array:
+def on_each_part(function: Callable[..., Tree], *batches: jax.Array) -> Tree:
     """Applies `function`, which treats batch elements independently, to arrays that share their leading axis. Under
     `jax.set_mesh` every device computes its own part; the compiler does not divide kernels and loops by itself."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -152,7 +160,7 @@ def on_each_part(function: Callable, *batches: jax.Array) -> jax.Array:
     return jax.shard_map(function, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)(*batches)
 
 
-def split_batch(batch: Any) -> Any:
+def split_batch(batch: Tree) -> Tree:
     """Divides a batch over all devices, inside a jitted function."""
     place = batch_sharding(make_mesh(), len(jax.tree.leaves(batch)[0]))
     return jax.lax.with_sharding_constraint(batch, place)

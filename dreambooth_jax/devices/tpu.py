@@ -7,12 +7,12 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jaxtyping import PyTree
 
 from dreambooth_jax.devices import compiler_options, hlo
 
@@ -81,7 +81,7 @@ def _sizes(shape: str) -> list[int]:
 
 
 @functools.cache
-def devices_of(topology: str) -> Sequence[Any]:
+def devices_of(topology: str) -> Sequence[jax.Device]:
     """The devices of a slice, for meshes to compile against. "v5e:1x1" is one chip of a host.
 
     Raises:
@@ -110,7 +110,7 @@ def devices_of(topology: str) -> Sequence[Any]:
 
 
 @contextlib.contextmanager
-def without_xla_flags():
+def without_xla_flags() -> Iterator[None]:
     """Hides XLA_FLAGS from the TPU compiler, which ends the process over flags that only the CPU's compiler knows.
     Around threads that compile, it also keeps each from giving the flags back while another compiles."""
     jax.devices()  # the CPU's compiler reads them here
@@ -244,7 +244,7 @@ def _of_program(seconds: float) -> float:
     return seconds if seconds >= 0 else seconds % 1.0
 
 
-def shard_bytes(tree: Any) -> int:
+def shard_bytes(tree: PyTree[jax.Array | jax.ShapeDtypeStruct]) -> int:
     """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize

@@ -5,16 +5,16 @@ devices: a resumed run repeats the uninterrupted one bit for bit, and four photo
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt
 
 from dreambooth_jax.diffusion.loss import Batch
 from dreambooth_jax.diffusion.process import Process
 
-Augment = Callable[[Any, Key[Array, ""]], Any]
+Augment = Callable[[PyTree, Key[Array, ""]], PyTree]
 # Up to this number of examples an epoch's order is a random permutation. Its time grows with their number: 185 ms per
 # step for 40,000 on a CPU.
 PERMUTED = 4096
@@ -36,9 +36,9 @@ class EncodedExamples(NamedTuple):
 
     mean: Float[Array, "n ..."]
     std: Float[Array, "n ..."]
-    cond: Any
+    cond: PyTree
     cond_index: Int[Array, "n"] | Int[Array, "n k"]
-    of_example: dict[str, Any] | None = None
+    of_example: dict[str, Array] | None = None
     weight: Float[Array, "n ..."] | None = None
 
 
@@ -105,7 +105,7 @@ def draw(
 
 def _take(
     examples: EncodedExamples, index: Int[Array, "b"], keys: Key[Array, "b"], dropout: float
-) -> tuple[Array, Array, Any, Array | None]:
+) -> tuple[Array, Array, PyTree, Array | None]:
     """Mean, standard deviation, condition and weight of the examples `index`; `keys` draw their conditions."""
     row = examples.cond_index[index]
     if row.ndim == 2:

@@ -6,15 +6,15 @@ Both means come from one forward pass over the concatenated batch. `f` is any `p
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, PyTree, Real
 
 from dreambooth_jax.diffusion.process import Process, corrupt, snr_weight, target
 
-Predict = Callable[[Any, Array, Array, Any], Array]
+Predict = Callable[[PyTree, Array, Array, PyTree], Array]
 
 
 class Batch(NamedTuple):
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     x0: Float[Array, "b ..."]
     eps: Float[Array, "b ..."]
     t: Real[Array, "b"]
-    cond: Any
+    cond: PyTree
     weight: Float[Array, "b ..."] | None = None
 
 
@@ -45,14 +45,14 @@ class Losses(NamedTuple):
 
 def dreambooth_loss(
     predict: Predict,
-    params: Any,
+    params: PyTree,
     batch: Batch,
     process: Process,
     *,
     num_instance: int,
     prior_weight: float = 1.0,
     snr_gamma: float | None = None,
-    base: Any = None,
+    base: PyTree = None,
 ) -> Losses:
     """The prior-preserving loss of one batch.
 

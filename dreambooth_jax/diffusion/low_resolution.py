@@ -9,7 +9,7 @@ alike: the timestep of the stage's own schedule whose variance sigma^2 is neares
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 UNIFORM = "uniform"
+Cond = dict[str, Array | np.ndarray]
 
 
 class LowResolution(NamedTuple):
@@ -65,7 +66,7 @@ class LowResolution(NamedTuple):
 
 def make_augment(
     low: LowResolution, side: int, noise: str, level: int | None = None
-) -> Callable[[dict[str, Any], Key[Array, ""]], dict[str, Any]]:
+) -> Callable[[Cond, Key[Array, ""]], Cond]:
     """Builds `augment(condition of one example, key)`: turns its "low", uint8 [h*w*3], into the float picture that goes
     into the model, in [-1, 1] before noise, and adds its "level".
 
@@ -77,7 +78,7 @@ def make_augment(
     small, variances = side // low.factor, jnp.asarray(low.sigma**2, jnp.float32)
     weights = _bilinear(small, side) if low.enlarged else np.eye(small, dtype=np.float32)
 
-    def augment(cond: dict[str, Any], key: Key[Array, ""]) -> dict[str, Any]:
+    def augment(cond: Cond, key: Key[Array, ""]) -> Cond:
         level_key, noise_key = jax.random.split(key)
         if noise != UNIFORM:
             number, variance = jnp.int32(low.nearest_level(float(noise))), jnp.float32(float(noise))

@@ -1,10 +1,14 @@
 """Optimizers from optax, over flat trainable params."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
+
+from dreambooth_jax.models.params import Params
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -34,7 +38,7 @@ def learning_rate(kind: str, peak: float, *, warmup: int, steps: int) -> optax.S
 def scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformation:
     """Multiplies each named update by `factor(name)`: a per-module learning-rate multiplier."""
 
-    def update(updates: Mapping[str, jax.Array], state, params=None):
+    def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
         return {name: value * factor(name) for name, value in updates.items()}, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -47,7 +51,14 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     own clipping reads every gradient again.
     """
 
-    def update(updates, state, params=None, *, grad_norm: jax.Array | None = None, **extra):
+    def update(
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree = None,
+        *,
+        grad_norm: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, optax.OptState]:
         norm = optax.tree.norm(updates) if grad_norm is None else grad_norm
         scale = limit / jnp.maximum(norm, limit)
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
@@ -85,7 +96,7 @@ def make_optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer = {name!r}; implemented: {', '.join(OPTIMIZERS)}")
-    mask = decays and (lambda params: {name: decays(name) for name in params})
+    mask = None if decays is None else lambda params: {name: decays(name) for name in params}
     core = (
         optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, mu_dtype=moment_dtype)
         if name == "adamw"

@@ -30,7 +30,7 @@ The last form is finite also where sigma is 0. For epsilon w = min(snr, gamma) /
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Key, Real
 
 # Integers for a table of noise levels, real numbers for a flow.
 Times = Real[Array, "b"] | Real[np.ndarray, "b"]
-Level = Array | np.ndarray | float
+Value = TypeVar("Value", Array, np.ndarray, float)
 Values = Float[Array, "b ..."] | Float[np.ndarray, "b ..."]
 
 
@@ -142,7 +142,7 @@ def flow_process(
     return Process(lambda t: 1 - level(t), level, one, one, draw_t, nodes)
 
 
-def shifted(u: Level, shift: float) -> Level:
+def shifted(u: Value, shift: float) -> Value:
     """k u / (1 + (k - 1) u), which maps [0, 1] to itself (arXiv 2403.03206, equation 23)."""
     return shift * u / (1 + (shift - 1) * u)
 

@@ -24,12 +24,12 @@ Primes denote the levels after the step.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dreambooth_jax.diffusion.loss import Predict
 from dreambooth_jax.diffusion.process import Nodes, Process
@@ -57,18 +57,21 @@ class Table(NamedTuple):
     init_scale: float
 
 
-def _first_order(nodes: Nodes) -> tuple[np.ndarray, ...]:
+_Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _first_order(nodes: Nodes) -> _Columns:
     a = nodes.next_sigma / nodes.sigma
     return a, nodes.next_alpha - nodes.alpha * a, np.zeros_like(a), np.zeros_like(a)
 
 
-def _ancestral(nodes: Nodes) -> tuple[np.ndarray, ...]:
+def _ancestral(nodes: Nodes) -> _Columns:
     kept = nodes.alpha * nodes.next_sigma / (nodes.next_alpha * nodes.sigma)
     a = kept * nodes.next_sigma / nodes.sigma
     return a, nodes.next_alpha - nodes.alpha * a, np.zeros_like(a), nodes.next_sigma * np.sqrt(1 - kept**2)
 
 
-def _second_order(nodes: Nodes) -> tuple[np.ndarray, ...]:
+def _second_order(nodes: Nodes) -> _Columns:
     a, b, c, d = _first_order(nodes)
     # Second order from the second step on; the last step goes to lambda = infinity, where only the first is defined.
     with np.errstate(divide="ignore"):  # a flow starts at lambda = -infinity, which leaves its second step first order
@@ -79,7 +82,7 @@ def _second_order(nodes: Nodes) -> tuple[np.ndarray, ...]:
 
 
 # name -> rule by which steps are spaced, coefficients
-_SAMPLERS: dict[str, tuple[str, Callable[[Nodes], tuple[np.ndarray, ...]]]] = {
+_SAMPLERS: dict[str, tuple[str, Callable[[Nodes], _Columns]]] = {
     "ddim": ("ddim", _first_order),
     "dpm++": ("dpm++", _second_order),
     "euler": ("euler", _first_order),
@@ -141,10 +144,10 @@ def make_sampler(
     rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), table._replace(init_scale=None))
 
     def sample(
-        params: Any,
+        params: PyTree,
         noise: Float[Array, "b ..."],
-        cond: Any,
-        uncond: Any,
+        cond: PyTree,
+        uncond: PyTree,
         guidance: Float[Array, ""] | float,
         keys: Key[Array, "b"] | None = None,
     ) -> Float[Array, "b ..."]:
@@ -152,17 +155,17 @@ def make_sampler(
             raise ValueError(f"sampler = {sampler!r} draws noise at every step: expected keys, one per image")
         both = cond if uncond is None else jax.tree.map(lambda *pair: jnp.concatenate(pair), uncond, cond)
 
-        def guided(x, t):
+        def guided(x: Float[Array, "b ..."], t: Float[Array, ""]) -> tuple[Array, Array | None]:
             if uncond is None:
                 return split(predict(params, x, jnp.full(len(x), t), both).astype(jnp.float32))
             output = predict(params, jnp.concatenate([x, x]), jnp.full(2 * len(x), t), both).astype(jnp.float32)
             (without, _), (with_, f) = map(split, jnp.split(output, 2))
             return without + guidance * (with_ - without), f
 
-        def fresh(i):
+        def fresh(i: Int[Array, ""]) -> Float[Array, "b ..."]:
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), noise.shape[1:]))(keys)
 
-        def body(carry, numbered_row):
+        def body(carry: tuple[Array, Array], numbered_row: tuple[Array, Table]) -> tuple[tuple[Array, Array], None]:
             (x, before), (i, row) = carry, numbered_row
             prediction, f = guided(x, row.t)
             x0 = (row.xt * x - row.y * prediction) / row.norm
@@ -177,7 +180,7 @@ def make_sampler(
     return sample
 
 
-def _deviation(row: Table, f: Array | None) -> Array:
+def _deviation(row: Table, f: Array | None) -> Array | np.ndarray:
     """d, or between d and e as the model has it (arXiv 2102.09672, equation 15)."""
     if f is None:
         return row.d

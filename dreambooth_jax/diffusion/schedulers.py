@@ -162,7 +162,9 @@ def _spaced(grid: str, spacing: str, offset: int, count: int, steps: int) -> np.
 _Levels = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], float]
 
 
-def _ddim_levels(alpha, sigma, t, spacing, steps, final_one) -> _Levels:
+def _ddim_levels(
+    alpha: np.ndarray, sigma: np.ndarray, t: np.ndarray, spacing: str, steps: int, final_one: bool
+) -> _Levels:
     """Every step goes T // steps times back, whatever the spacing; the last one to the clean image or to time 0."""
     earlier = t - len(alpha) // steps
     end = (1.0, 0.0) if final_one else (alpha[0], sigma[0])
@@ -170,16 +172,22 @@ def _ddim_levels(alpha, sigma, t, spacing, steps, final_one) -> _Levels:
     return (alpha[t], sigma[t]), tuple(after), 1.0
 
 
-def _ddpm_levels(alpha, sigma, t, spacing, steps, final_one) -> _Levels:
+def _ddpm_levels(
+    alpha: np.ndarray, sigma: np.ndarray, t: np.ndarray, spacing: str, steps: int, final_one: bool
+) -> _Levels:
     return (alpha[t], sigma[t]), _following(alpha[t], sigma[t]), 1.0
 
 
-def _dpm_levels(alpha, sigma, t, spacing, steps, final_one) -> _Levels:
+def _dpm_levels(
+    alpha: np.ndarray, sigma: np.ndarray, t: np.ndarray, spacing: str, steps: int, final_one: bool
+) -> _Levels:
     alpha, sigma = (values[t] for values in _never_zero(alpha, sigma))
     return (alpha, sigma), _following(alpha, sigma), 1.0
 
 
-def _euler_levels(alpha, sigma, t, spacing, steps, final_one) -> _Levels:
+def _euler_levels(
+    alpha: np.ndarray, sigma: np.ndarray, t: np.ndarray, spacing: str, steps: int, final_one: bool
+) -> _Levels:
     """Levels at fractional times: sigma / alpha is interpolated."""
     alpha, sigma = _never_zero(alpha, sigma)
     s = np.interp(t, np.arange(len(alpha)), sigma / alpha)
@@ -219,8 +227,8 @@ def _flow(config: Mapping[str, Any]) -> Process:
             raise ValueError(f"{steps} sampling steps: expected at least 1")
         # The scheduler shifts twice: the ends of its range are shifted already. Pipelines with dynamic shifting go
         # from 1 to 1 / steps instead.
-        ends = (1.0, 1 / steps) if dynamic else (1.0, shifted(1 / count, shift))
-        s = shifted(np.linspace(*ends, steps), shift)
+        end = 1 / steps if dynamic else shifted(1 / count, shift)
+        s = shifted(np.linspace(1.0, end, steps), shift)
         one = np.ones(steps)
         return Nodes(count * s, 1 - s, s, one, one, *_following(1 - s, s), 1.0)
 

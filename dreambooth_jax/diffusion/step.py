@@ -1,21 +1,23 @@
 """The training step, a pure function of its number: draw a batch, differentiate the loss, update the parameters."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.examples import Augment, TrainingData, draw
 from dreambooth_jax.diffusion.loss import Batch, Losses, Predict, dreambooth_loss
 from dreambooth_jax.diffusion.process import Process
-from dreambooth_jax.models.params import Params
 from dreambooth_jax.ops.recompute import recompute_gradients
 
 Scalar = Float[Array, ""]
+# Parameters as arrays in any tree; the library's own are flat.
+Params: TypeAlias = PyTree[Array]
+Sums = tuple[Params, Losses]
 # (trainable, frozen, batch) -> (gradient, losses)
 Gradient = Callable[[Params, Params, Batch], tuple[Params, Losses]]
 # (trainable, frozen, batch) -> (gradient, losses, function of the gradient's norm -> gradient for the optimizer)
@@ -27,7 +29,7 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     trainable: Params
-    opt_state: Any
+    opt_state: PyTree
     ema: Params | None
 
 
@@ -86,7 +88,7 @@ def make_step(
     ema_decay: float | None = None,
     example_shape: tuple[int, ...] | None = None,
     augment: Augment | None = None,
-    constrain: Callable[[Any], Any] = lambda batch: batch,
+    constrain: Callable[[Batch], Batch] = lambda batch: batch,
     base: Callable[[Params], Params] | None = None,
     paired: bool = False,
     dropout: float = 0.0,
@@ -153,7 +155,7 @@ def mean_gradient(
         return gradient
 
     def mean(trainable: Params, frozen: Params, batch: Batch) -> tuple[Params, Losses]:
-        def add_part(total, batch):
+        def add_part(total: Sums, batch: Batch) -> tuple[Sums, None]:
             return jax.tree.map(lambda a, b: a + b / parts, total, gradient(trainable, frozen, batch)), None
 
         halves = 1 if len(batch.x0) == num_instance else 2
@@ -203,7 +205,9 @@ def _decay(limit: float, step: Int[Array, ""]) -> Scalar:
     return jnp.minimum(limit, (1 + step) / (10 + step))
 
 
-def run_steps(step: Callable, capacity: int) -> Callable:
+def run_steps(
+    step: Callable[..., tuple[TrainState, PyTree]], capacity: int
+) -> Callable[..., tuple[TrainState, PyTree]]:
     """Builds `run(state, frozen, data, key, count) -> (state, metrics stacked [capacity])`, up to `capacity` steps on
     the device in one call.
 
@@ -213,9 +217,9 @@ def run_steps(step: Callable, capacity: int) -> Callable:
     step = jax.jit(step, inline=True)  # traced once, for its shapes and for the loop
 
     def run(
-        state: TrainState, frozen: Params, data: TrainingData, key: Key[Array, ""], count: Int[Array, ""] | int
-    ) -> tuple[TrainState, Metrics]:
-        def body(i, carry):
+        state: TrainState, frozen: Params, data: PyTree, key: Key[Array, "..."], count: Int[Array, ""] | int
+    ) -> tuple[TrainState, PyTree]:
+        def body(i: Int[Array, ""], carry: tuple[TrainState, PyTree]) -> tuple[TrainState, PyTree]:
             state, log = carry
             state, metrics = step(state, frozen, data, key)
             return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), log, metrics)

@@ -18,12 +18,13 @@ from dreambooth_jax.devices.sharding import batch_sharding, replicated
 from dreambooth_jax.evaluation import transforms
 from dreambooth_jax.evaluation.transforms import Picture, Transform
 from dreambooth_jax.files.safetensors import read_model
+from dreambooth_jax.files.tokenizer import Tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextSpec
 from dreambooth_jax.models.dinov2 import Dinov2Model, Dinov2Spec
 from dreambooth_jax.models.efficientnet import EfficientNetLite0
 from dreambooth_jax.models.lpips import BACKBONES, LPIPS
-from dreambooth_jax.models.params import Functional, functional
+from dreambooth_jax.models.params import Functional, Params, functional
 from dreambooth_jax.models.spec import UnsupportedConfig
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
 
@@ -68,7 +69,7 @@ def subject_features(
         raise ValueError(f"transform = {transform!r}: expected one of {', '.join(TRANSFORMS)}")
     folder = Path(folder)
     config = _config(folder)
-    kinds = {"vit": (ViTSpec, ViTModel), "dinov2": (Dinov2Spec, Dinov2Model)}
+    kinds: dict[str, tuple[Any, type]] = {"vit": (ViTSpec, ViTModel), "dinov2": (Dinov2Spec, Dinov2Model)}
     if config.get("model_type") not in kinds:
         raise UnsupportedConfig(f"{folder}: model_type = {config.get('model_type')!r}; expected one of {sorted(kinds)}")
     spec_of, build = kinds[config["model_type"]]
@@ -79,7 +80,7 @@ def subject_features(
 
 
 def clip_features(
-    folder: str | os.PathLike, mesh: Mesh, tokenizer: Any, *, transform: str = "official"
+    folder: str | os.PathLike, mesh: Mesh, tokenizer: Tokenizer, *, transform: str = "official"
 ) -> tuple[ImageFeatures, TextFeatures]:
     """Both towers of a CLIP as transformers saves it.
 
@@ -135,7 +136,7 @@ def vit_states(folder: str | os.PathLike, mesh: Mesh, *, transform: str = "offic
     spec = ViTSpec.from_config(_config(Path(folder)))
     model = functional(lambda rngs: ViTModel(spec, rngs=rngs))
 
-    def apply(params, pixels, method):
+    def apply(params: Params, pixels: Array, method: str) -> Float[Array, "b n"]:
         states = [state[:, 1:] for state in model.apply(params, pixels, method=method)]
         units = [state / jnp.linalg.norm(state, axis=-1, keepdims=True) for state in states]
         return _joined([unit[:, :, None] / np.sqrt(len(units)) for unit in units])
@@ -164,7 +165,9 @@ def _image_features(folder: Path, model: Functional, transform: Transform, mesh:
     return ImageFeatures(f"{_name(folder)}, {transform}", _over_pictures(model, params, transform, mesh, method))
 
 
-def _over_pictures(model: Functional, params: Mapping[str, Array], transform: Transform, mesh: Mesh, method: str):
+def _over_pictures(
+    model: Functional, params: Mapping[str, Array], transform: Transform, mesh: Mesh, method: str
+) -> Callable[[Sequence[Picture]], np.ndarray]:
     run = jax.jit(lambda params, pixels: model.apply(params, pixels, method=method))
 
     def features(pictures: Sequence[Picture]) -> np.ndarray:

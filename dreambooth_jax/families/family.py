@@ -12,13 +12,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from dreambooth_jax.diffusion.low_resolution import LowResolution
+from dreambooth_jax.diffusion.low_resolution import Cond, LowResolution
 from dreambooth_jax.diffusion.process import Process
-from dreambooth_jax.models.params import Functional, under_prefix
+from dreambooth_jax.files.tokenizer import Tokenizer
+from dreambooth_jax.models.params import Functional, Params, under_prefix
 
 DENOISER, TEXT, CODEC = "denoiser", "text", "codec"
 NOISE_LEVEL = "_noise_level"  # in model_index.json: level that a super-resolution stage is painted at
-Cond = dict[str, Any]
+Images = UInt8[Array | np.ndarray, "b h w 3"]
 
 
 class Part(NamedTuple):
@@ -52,7 +53,7 @@ class Models(NamedTuple):
     specs: Mapping[str, Any]
     functions: Mapping[str, Functional]
 
-    def apply(self, part: str, params: Mapping[str, Any], *args: Any, method: str = "__call__") -> Any:
+    def apply(self, part: str, params: Params, *args: Any, method: str = "__call__") -> Any:
         """The output of `part`, given the params of all parts."""
         return self.functions[part].apply(under_prefix(f"{part}.", params), *args, method=method)
 
@@ -67,7 +68,7 @@ class Pictures(NamedTuple):
         target: sizes after cropping.
     """
 
-    images: UInt8[Array | np.ndarray, "b h w 3"] | None
+    images: Images | None
     original: Int[Array | np.ndarray, "b 2"]
     crop: Int[Array | np.ndarray, "b 2"]
     target: Int[Array | np.ndarray, "b 2"]
@@ -121,11 +122,11 @@ class Family(NamedTuple):
     resolution: Callable[[Models], int]
     example_shape: Callable[[Models, int, int], tuple[int, ...]]
     token_shapes: Callable[[Models, int], dict[str, jax.ShapeDtypeStruct]]
-    tokenize: Callable[[Mapping[str, Any], Sequence[str]], dict[str, np.ndarray]]
-    encode_text: Callable[[Models, Mapping[str, Any], Cond], Cond]
-    encode_images: Callable[[Models, Mapping[str, Any], Array], tuple[Array, Array]]
-    decode: Callable[[Models, Mapping[str, Any], Array], Float[Array, "b h w 3"]]
-    predict: Callable[[Models, Mapping[str, Any], Array, Array, Cond], Array]
+    tokenize: Callable[[Mapping[str, Tokenizer], Sequence[str]], dict[str, np.ndarray]]
+    encode_text: Callable[[Models, Params, Cond], Cond]
+    encode_images: Callable[[Models, Params, Images], tuple[Array, Array]]
+    decode: Callable[[Models, Params, Array], Float[Array, "b h w 3"]]
+    predict: Callable[[Models, Params, Array, Array, Cond], Array]
     guidance: float
     of_example: Callable[[Models, Pictures], Cond] = lambda models, pictures: {}
     low_resolution: Callable[[Models], LowResolution | None] = lambda models: None

@@ -5,7 +5,6 @@ T5-XXL takes 9 GiB in bfloat16, its states of one prompt 0.6 MiB.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,8 @@ from jax.sharding import Mesh
 from dreambooth_jax.devices.sharding import replicated
 from dreambooth_jax.families.family import TEXT, Cond, Models
 from dreambooth_jax.families.pipeline import Pipeline, read_params
+from dreambooth_jax.files.tokenizer import Tokenizer
+from dreambooth_jax.models.params import Params
 
 _BATCH = 4  # prompts at a time
 
@@ -29,7 +30,7 @@ def with_cached_text(pipeline: Pipeline, mesh: Mesh, prompts: Sequence[str] = ()
         return pipeline
     cache: dict[str, dict[str, np.ndarray]] = {}
 
-    def tokenize(tokenizers: Mapping[str, Any], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    def tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str]) -> dict[str, np.ndarray]:
         missing = [text for text in dict.fromkeys([*texts, *prompts]) if text not in cache]
         if missing:
             cache.update(_encoded(pipeline, mesh, missing))
@@ -41,7 +42,7 @@ def with_cached_text(pipeline: Pipeline, mesh: Mesh, prompts: Sequence[str] = ()
 
     names = tuple(token_shapes(pipeline.models, 1))
 
-    def encode_text(models: Models, params: Mapping[str, Any], tokens: Cond) -> Cond:
+    def encode_text(models: Models, params: Params, tokens: Cond) -> Cond:
         return {name: tokens[name] for name in names}
 
     kept = {name: part for name, part in family.parts.items() if name not in text}
@@ -56,10 +57,10 @@ def with_cached_text(pipeline: Pipeline, mesh: Mesh, prompts: Sequence[str] = ()
 def _encoded(pipeline: Pipeline, mesh: Mesh, texts: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
     """Text -> its conditions, float32 on the host."""
     family = pipeline.family
-    text = family._replace(parts={name: family.parts[name] for name in family.names(TEXT)})
-    params = read_params(dataclasses.replace(pipeline, family=text), mesh, pipeline.frozen_shapes)
+    encoders = family._replace(parts={name: family.parts[name] for name in family.names(TEXT)})
+    params = read_params(dataclasses.replace(pipeline, family=encoders), mesh, pipeline.frozen_shapes)
     encode = jax.jit(pipeline.encode_text, out_shardings=replicated(mesh))
-    found = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     for start in range(0, len(texts), _BATCH):
         part = list(texts[start : start + _BATCH])
         cond = jax.device_get(encode(params, pipeline.tokenize(part + part[-1:] * (_BATCH - len(part)))))

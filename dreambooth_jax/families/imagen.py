@@ -17,8 +17,9 @@ from dreambooth_jax.diffusion.low_resolution import LowResolution
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.diffusion.schedulers import clip_from_scheduler, process_from_scheduler
 from dreambooth_jax.families import sd
-from dreambooth_jax.families.family import DENOISER, NOISE_LEVEL, TEXT, Cond, Models, Part, Pictures, check_side
+from dreambooth_jax.families.family import DENOISER, NOISE_LEVEL, TEXT, Cond, Images, Models, Part, Pictures, check_side
 from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
+from dreambooth_jax.models.params import Params
 from dreambooth_jax.models.pixel_unet import PixelUNet, PixelUNetSpec
 from dreambooth_jax.models.t5 import T5EncoderModel, T5Spec
 
@@ -70,18 +71,18 @@ def tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str]) -> dict[
     return {"ids": padded_ids(tokenizers["tokenizer"], [text.lower().strip() for text in texts])}
 
 
-def encode_images(models: Models, params: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
+def encode_images(models: Models, params: Params, images: Images) -> tuple[Array, Array]:
     """The pixels in [-1, 1], exactly."""
-    pixels = images.astype(jnp.float32) / 127.5 - 1.0
+    pixels = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
     return pixels, jnp.zeros_like(pixels)
 
 
-def decode(models: Models, params: Mapping[str, Any], pixels: Array) -> Float[Array, "b h w 3"]:
+def decode(models: Models, params: Params, pixels: Array) -> Float[Array, "b h w 3"]:
     """Pixels from [-1, 1] to [0, 1]."""
     return jnp.clip(pixels / 2 + 0.5, 0.0, 1.0)
 
 
-def predict_larger(models: Models, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+def predict_larger(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
     """Stage II sees the low-resolution picture behind x_t."""
     x = jnp.concatenate([xt, cond["low"].astype(xt.dtype)], -1)
     return models.apply("unet", params, x, t, cond["states"], cond["level"].astype(jnp.float32))

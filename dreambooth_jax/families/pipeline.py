@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.diffusion.low_resolution import LowResolution
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.families import FAMILIES
-from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Models, Part, Pictures
+from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Images, Models, Part, Pictures
 from dreambooth_jax.files import bases, single_file
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.diffusers_folder import (
@@ -32,7 +33,7 @@ from dreambooth_jax.files.diffusers_folder import (
 from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.files.safetensors import read_model, save_model
 from dreambooth_jax.files.tokenizer import Tokenizer, WithToken, load_tokenizer
-from dreambooth_jax.models.params import Functional, Params, Shapes, functional, under_prefix, with_prefix
+from dreambooth_jax.models.params import Functional, Params, Shapes, Tensors, functional, under_prefix, with_prefix
 from dreambooth_jax.models.spec import UnsupportedConfig
 
 
@@ -55,7 +56,7 @@ class Pipeline:
     models: Models
     process: Process
     tokenizers: Mapping[str, Tokenizer]
-    dtypes: Mapping[str, Any]
+    dtypes: Mapping[str, DTypeLike]
     single_file: Path | None = None
 
     @property
@@ -124,17 +125,15 @@ class Pipeline:
         """Tokens of the texts, leading axis b; a text too long for the encoder is cut, with a warning."""
         return self.family.tokenize(self.tokenizers, texts)
 
-    def encode_text(self, params: Mapping[str, Any], tokens: Cond) -> Cond:
+    def encode_text(self, params: Params, tokens: Cond) -> Cond:
         """The prompts' conditions."""
         return self.family.encode_text(self.models, params, tokens)
 
-    def encode_images(
-        self, params: Mapping[str, Any], images: UInt8[Array | np.ndarray, "b h w 3"]
-    ) -> tuple[Array, Array]:
+    def encode_images(self, params: Params, images: Images) -> tuple[Array, Array]:
         """Mean and standard deviation of the encoded pictures."""
         return self.family.encode_images(self.models, params, images)
 
-    def decode(self, params: Mapping[str, Any], encoded: Array) -> Float[Array, "b h w 3"]:
+    def decode(self, params: Params, encoded: Array) -> Float[Array, "b h w 3"]:
         """Encoded pictures to pixels in [0, 1]."""
         return self.family.decode(self.models, params, encoded)
 
@@ -142,7 +141,7 @@ class Pipeline:
         """The pictures' own conditions."""
         return self.family.of_example(self.models, pictures)
 
-    def negative(self, cond: Cond, empty: Array) -> Cond:
+    def negative(self, cond: Cond, empty: Array | np.ndarray) -> Cond:
         """The conditions of negative prompts, from those of their texts and [b] whether these are empty."""
         return self.family.negative(self.models, cond, empty)
 
@@ -157,7 +156,7 @@ class Pipeline:
         configs = dict(self.models.configs) | {"index": index}
         return dataclasses.replace(self, models=self.models._replace(configs=configs))
 
-    def output(self, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+    def output(self, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
         """The denoiser's output given all conditions; see `split`."""
         return self.family.predict(self.models, params, xt, t, cond)
 
@@ -165,16 +164,16 @@ class Pipeline:
         """(prediction, interpolation of the sampler's variance or None)."""
         return self.family.split(self.models, output)
 
-    def denoise(self, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+    def denoise(self, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
         """The prediction given all conditions: a `predict` for frozen text encoders."""
         return self.split(self.output(params, xt, t, cond))[0]
 
-    def denoise_tokens(self, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+    def denoise_tokens(self, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
         """The prediction given tokens and the pictures' conditions: a `predict` that trains the text encoders too."""
         return self.denoise(params, xt, t, cond | self.encode_text(params, cond))
 
 
-def load_pipeline(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing") -> Pipeline:
+def load_pipeline(base: str, *, dtype: DTypeLike = jnp.float32, remat: str = "nothing") -> Pipeline:
     """Reads a base's configs and tokenizers, no weights.
 
     Args:
@@ -209,7 +208,7 @@ def _family_of(index: Mapping[str, Any], folder: Path) -> Family:
 
 
 def build_pipeline(
-    folder: Path, configs: Mapping[str, Mapping[str, Any]], *, dtype: Any = jnp.float32, remat: str = "nothing"
+    folder: Path, configs: Mapping[str, Mapping[str, Any]], *, dtype: DTypeLike = jnp.float32, remat: str = "nothing"
 ) -> Pipeline:
     """The pipeline that `configs` describe (of the parts, "scheduler" and "index"), without tokenizers.
 
@@ -226,12 +225,12 @@ def build_pipeline(
     return Pipeline(folder, family, models, family.process(configs), {}, dtypes)
 
 
-def _functional(part: Part, spec: Any, dtype: Any, remat: str) -> Functional:
+def _functional(part: Part, spec: Any, dtype: DTypeLike, remat: str) -> Functional:
     settings = {"remat": remat} if part.role == DENOISER else {}
     return functional(lambda rngs: part.module(spec, dtype=dtype, rngs=rngs, **settings))
 
 
-def describe_base(base: str, *, dtype: Any = jnp.float32, remat: str = "nothing") -> Pipeline:
+def describe_base(base: str, *, dtype: DTypeLike = jnp.float32, remat: str = "nothing") -> Pipeline:
     """Like `load_pipeline`, for shapes alone: of the published bases in `bases.CONFIGS` nothing is fetched."""
     if base in bases.CONFIGS:
         return build_pipeline(Path(base), bases.CONFIGS[base], dtype=dtype, remat=remat)
@@ -250,19 +249,21 @@ def read_params(pipeline: Pipeline, mesh: Mesh | None = None, shapes: Shapes | N
     """
     shapes = shapes or pipeline.shapes
     if pipeline.single_file is not None:
-        place = mesh and functools.partial(param_sharding, mesh)
+        place = None if mesh is None else functools.partial(param_sharding, mesh)
         layout = single_file.layout_of(pipeline.shapes, pipeline.models.configs)
         return single_file.read_single_file(pipeline.single_file, shapes, layout, place)
     params: Params = {}
     for part in pipeline.family.parts:
         prefix = f"{part}."
-        place = mesh and (lambda name, shape, prefix=prefix: param_sharding(mesh, prefix + name, shape))
-        params |= with_prefix(prefix, read_model(pipeline.folder / part, under_prefix(prefix, shapes), place))
+        of_part = (
+            None if mesh is None else lambda name, shape, prefix=prefix: param_sharding(mesh, prefix + name, shape)
+        )
+        params |= with_prefix(prefix, read_model(pipeline.folder / part, under_prefix(prefix, shapes), of_part))
     return params
 
 
 def save_pipeline(
-    pipeline: Pipeline, params: Mapping[str, Any], folder: str | os.PathLike, *, dtype: Any = None
+    pipeline: Pipeline, params: Tensors, folder: str | os.PathLike, *, dtype: DTypeLike | None = None
 ) -> None:
     """Writes a folder that `load_pipeline` and diffusers open.
 

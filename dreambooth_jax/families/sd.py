@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x (arXiv 2112.10752)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ from jaxtyping import Array, Float
 
 from dreambooth_jax.devices.sharding import on_each_part
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
-from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Family, Models, Part, check_side
+from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Family, Images, Models, Part, check_side
 from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
 from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
+from dreambooth_jax.models.params import Params
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 
@@ -66,20 +67,20 @@ def tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str]) -> dict[
     return {"ids": padded_ids(tokenizers["tokenizer"], texts)}
 
 
-def encode_text(models: Models, params: Mapping[str, Any], tokens: Cond) -> Cond:
+def encode_text(models: Models, params: Params, tokens: Cond) -> Cond:
     """The states that the UNet attends to."""
     return {"states": models.apply("text_encoder", params, tokens["ids"])}
 
 
-def encode_images(models: Models, params: Mapping[str, Any], images: Array) -> tuple[Array, Array]:
+def encode_images(models: Models, params: Params, images: Images) -> tuple[Array, Array]:
     """Mean and standard deviation of the posterior of the scaled latents, [b, h/f, w/f, c] each."""
-    pixels = images.astype(jnp.float32) / 127.5 - 1.0
+    pixels = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
     mean, logvar = _by_picture(lambda x: models.apply("vae", params, x, method="encode"), pixels, pixels.shape[1:3])
     scale = models.specs["vae"].scaling_factor
     return mean * scale, jnp.exp(0.5 * logvar) * scale
 
 
-def decode(models: Models, params: Mapping[str, Any], latents: Array) -> Float[Array, "b h w 3"]:
+def decode(models: Models, params: Params, latents: Array) -> Float[Array, "b h w 3"]:
     """Scaled latents to pixels in [0, 1]."""
     spec = models.specs["vae"]
     z = latents / spec.scaling_factor
@@ -88,24 +89,25 @@ def decode(models: Models, params: Mapping[str, Any], latents: Array) -> Float[A
     return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
+Encoded = TypeVar("Encoded")  # arrays with leading axis b
 # Pixels of a picture from which the autoencoder takes one at a time: its features are 128 to 256 numbers a pixel, a
 # gigabyte at 1024 x 1024 in float32.
 ONE_BY_ONE = 1024**2
 
 
-def _by_picture(function: Callable[[Array], Any], batch: Array, size: Sequence[int]) -> Any:
+def _by_picture(function: Callable[[Array], Encoded], batch: Array, size: Sequence[int]) -> Encoded:
     """`function` of a batch of pictures of height and width `size`; large ones are taken one at a time, by every device
     of the mesh in its own part of the batch."""
     if size[0] * size[1] < ONE_BY_ONE:
         return function(batch)
 
-    def one_by_one(part: Array) -> Any:
+    def one_by_one(part: Array) -> Encoded:
         return jax.tree.map(lambda x: x[:, 0], jax.lax.map(lambda one: function(one[None]), part))
 
     return on_each_part(one_by_one, batch)
 
 
-def predict(models: Models, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
     return models.apply("unet", params, xt, t, cond["states"])
 
 

@@ -5,7 +5,6 @@ end token. transformers pools at the largest id when `eos_token_id` is 2, which 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from dreambooth_jax.families import sd
 from dreambooth_jax.families.family import TEXT, Cond, Models, Part, Pictures
 from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
 from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection, CLIPTextSpec
+from dreambooth_jax.models.params import Params
 
 SIZES = 6  # numbers in the size condition
 
@@ -55,7 +55,7 @@ def tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str]) -> dict[
     return {"ids": padded_ids(first, texts), "ids_2": ids, "end": end}
 
 
-def encode_text(models: Models, params: Mapping[str, Any], tokens: Cond) -> Cond:
+def encode_text(models: Models, params: Params, tokens: Cond) -> Cond:
     """The states that the UNet attends to, and the pooled embedding."""
     first = models.apply("text_encoder", params, tokens["ids"], method="penultimate")
     second, pooled = models.apply("text_encoder_2", params, tokens["ids_2"], tokens["end"])
@@ -68,14 +68,14 @@ def of_example(models: Models, pictures: Pictures) -> Cond:
     return {"sizes": jnp.concatenate(numbers, -1).astype(jnp.float32)}
 
 
-def negative(models: Models, cond: Cond, empty: Bool[Array, "b"]) -> Cond:
+def negative(models: Models, cond: Cond, empty: Bool[Array | np.ndarray, "b"]) -> Cond:
     """Zeros for an empty negative prompt, unless the folder says `force_zeros_for_empty_prompt: false`."""
     if not models.configs["index"].get("force_zeros_for_empty_prompt", True):
         return cond
     return jax.tree.map(lambda x: jnp.where(empty.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros_like(x), x), cond)
 
 
-def predict(models: Models, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
     return models.apply("unet", params, xt, t, cond["states"], None, cond["pooled"], cond["sizes"])
 
 

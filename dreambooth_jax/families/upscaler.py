@@ -4,9 +4,6 @@ Its autoencoder has a factor of 4, so that the low-resolution picture has the si
 the UNet sees it behind them. The level of the noise on it has a row in a table of the UNet.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -16,6 +13,7 @@ from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.families import sd
 from dreambooth_jax.families.family import NOISE_LEVEL, Cond, Models
 from dreambooth_jax.families.imagen import of_example
+from dreambooth_jax.models.params import Params
 
 _LOW = "low_res_scheduler"
 
@@ -36,7 +34,7 @@ def problems(models: Models) -> list[str]:
     return found
 
 
-def predict(models: Models, params: Mapping[str, Any], xt: Array, t: Array, cond: Cond) -> Array:
+def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
     x = jnp.concatenate([xt, cond["low"].astype(xt.dtype)], -1)
     return models.apply("unet", params, x, t, cond["states"], cond["level"])
 

@@ -4,10 +4,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.models.spec import UnsupportedConfig
+
+if TYPE_CHECKING:  # the help of commands needs no JAX
+    from jax.typing import DTypeLike
 
 INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
 # A hub folder's safety checker and image processor are not read, so a written index must not name them.
@@ -52,7 +55,7 @@ def copy_folder(source: Path, target: Path) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True)
 
 
-def opens_in_float32(config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+def opens_in_float32(config: Mapping[str, Any], dtype: "DTypeLike | None") -> dict[str, Any]:
     """`config` with float32 as the dtype in which transformers opens the model.
 
     transformers loads in the config's dtype, else the file's; diffusers loads in float32. Setting a text encoder's

@@ -9,9 +9,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import jax
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_jax.files.single_file import check_path
@@ -23,7 +24,11 @@ SEVERAL = ("clip_l", "clip_g")  # in the order of the model's text encoders
 
 
 def write_embeddings(
-    path: str | os.PathLike, rows: Sequence[Any], *, dtype: Any = "float32", metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike,
+    rows: Sequence[jax.Array | np.ndarray],
+    *,
+    dtype: DTypeLike = "float32",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the rows of new tokens, [n, D] for each text encoder; the file's name is the word in A1111 and ComfyUI.
 

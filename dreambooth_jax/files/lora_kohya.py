@@ -7,17 +7,18 @@ their own.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dreambooth_jax.adapters.factors import INPUT_MAGNITUDE, MAGNITUDE, by_module, rank_of
 from dreambooth_jax.files.ldm_names import unet_names
 from dreambooth_jax.files.single_file import SD1, SD2, XL, model_spec
 from dreambooth_jax.files.stream import as_tensor, write_tensors
-from dreambooth_jax.models.params import under_prefix
+from dreambooth_jax.models.params import Tensors
 
 # Part -> prefix in files of a model with one text encoder, and in files of a model with several.
 PREFIXES = {
@@ -58,19 +59,20 @@ def head_of(module: str, several: bool) -> str:
     return PREFIXES[part][several] + inner.replace(".", "_")
 
 
-def heads(modules: Mapping[str, Any]) -> dict[str, str]:
+def heads(modules: Iterable[str]) -> dict[str, str]:
     """Every head by which files call the `modules`, our names: diffusers' names and, for the UNet, LDM's."""
     found: dict[str, str] = {}
-    for module in modules:
+    names = list(modules)
+    for module in names:
         part, _, inner = module.partition(".")
         for prefix in (*PREFIXES.get(part, ()), "lycoris_"):
             found.setdefault(prefix + inner.replace(".", "_"), module)
-    inner = under_prefix("unet.", modules)
-    rename = unet_names(inner)
-    return found | {f"lora_unet_{rename(name).replace('.', '_')}": f"unet.{name}" for name in inner}
+    of_unet = [module.removeprefix("unet.") for module in names if module.startswith("unet.")]
+    rename = unet_names(of_unet)
+    return found | {f"lora_unet_{rename(name).replace('.', '_')}": f"unet.{name}" for name in of_unet}
 
 
-def to_file(factors: Mapping[str, Any], several: bool) -> dict[str, np.ndarray]:
+def to_file(factors: Tensors, several: bool) -> dict[str, np.ndarray]:
     """Key -> tensor of the file, for factors that have their scale multiplied in: alpha is the rank."""
     tensors: dict[str, np.ndarray] = {}
     for module, named in by_module(factors).items():
@@ -102,7 +104,7 @@ def _leaf(name: str, value: np.ndarray) -> dict[str, np.ndarray]:
     return {name.removesuffix(".weight"): value} if name.endswith(".weight") else {}
 
 
-def write_kohya(path: str | os.PathLike, factors: Mapping[str, Any], about: About, *, dtype: Any) -> None:
+def write_kohya(path: str | os.PathLike, factors: Tensors, about: About, *, dtype: DTypeLike) -> None:
     """Writes one file for all tools.
 
     Args:

@@ -6,18 +6,19 @@ written with one rank, padded with zeros, and with alpha equal to it.
 
 import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from dreambooth_jax.adapters.factors import MAGNITUDE, by_module, parse, rank_of
 from dreambooth_jax.files.stream import as_tensor, write_tensors
+from dreambooth_jax.models.params import Tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 
 
-def to_file(factors: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def to_file(factors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(key -> tensor, metadata) of a file with the factors, which have their scale multiplied in.
 
     Raises:
@@ -44,7 +45,7 @@ def to_file(factors: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str
     return tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(configs, sort_keys=True)}
 
 
-def _tensors(named: Mapping[str, Any], rank: int) -> dict[str, np.ndarray]:
+def _tensors(named: Tensors, rank: int) -> dict[str, np.ndarray]:
     a, b = np.asarray(named["lora_A.kernel"]), np.asarray(named["lora_B.kernel"])
     missing = rank - b.shape[0]
     a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
@@ -59,7 +60,7 @@ def _tensors(named: Mapping[str, Any], rank: int) -> dict[str, np.ndarray]:
     return found
 
 
-def write_peft(path: str | os.PathLike, factors: Mapping[str, Any], *, dtype: Any) -> None:
+def write_peft(path: str | os.PathLike, factors: Tensors, *, dtype: DTypeLike) -> None:
     """Writes one file for diffusers; arguments and errors are those of `lora_kohya.write_kohya` and `to_file`."""
     tensors, metadata = to_file(factors)
     write_tensors(path, {key: as_tensor(value) for key, value in tensors.items()}, dtype=dtype, metadata=metadata)

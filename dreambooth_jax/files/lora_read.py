@@ -7,9 +7,9 @@ the underscores of kohya's names cannot be divided without it.
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -18,7 +18,7 @@ from dreambooth_jax.files.ldm_names import unet_names
 from dreambooth_jax.files.lora_kohya import heads
 from dreambooth_jax.files.single_file import check_path
 from dreambooth_jax.files.weight_files import WeightsError
-from dreambooth_jax.models.params import Params, Shapes, under_prefix
+from dreambooth_jax.models.params import Tensors, under_prefix
 
 # Names of older diffusers -> PEFT's. The output projection has lost its ".0" there.
 _OLDER = (
@@ -33,10 +33,13 @@ _LEAF = re.compile(
     r"\.(lora_down\.weight|lora_up\.weight|lora_mid\.weight|lora_A\.weight|lora_B\.weight|alpha|dora_scale|"
     r"lora_magnitude_vector(?:\.weight)?|hada_\w+|lokr_\w+|diff|diff_b|w_norm|b_norm)$"
 )
+Alpha = Callable[[int], float]  # rank -> alpha
 _PEFT_LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
-def read_adapter(path: str | os.PathLike, shapes: Shapes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_adapter(
+    path: str | os.PathLike, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(factors `MODULE.FACTOR.LEAF`, float32, scale multiplied in; the file's metadata).
 
     Args:
@@ -56,12 +59,16 @@ def read_adapter(path: str | os.PathLike, shapes: Shapes) -> tuple[dict[str, np.
 
 
 def from_file(
-    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], shapes: Shapes, path: str = "the file"
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    path: str = "the file",
 ) -> dict[str, np.ndarray]:
     """The factors of a file's tensors; see `read_adapter`."""
     modules = {name.rpartition(".")[0]: shape for name, shape in shapes.items() if not name.endswith(".bias")}
     tables = {name.rpartition(".")[0] for name in shapes if name.endswith(".embedding")}
-    table, found, unknown = _heads(modules), {}, []
+    table, unknown = _heads(modules), []
+    found: dict[str, dict[str, np.ndarray]] = {}
     for key, value in tensors.items():
         renamed = key
         for old, new in _OLDER:
@@ -93,7 +100,7 @@ def from_file(
     return factors
 
 
-def _heads(modules: Mapping[str, Any]) -> dict[str, str]:
+def _heads(modules: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
     """Head in any kind of file -> our module."""
     found = heads(modules)
     inner = under_prefix("unet.", modules)
@@ -103,11 +110,11 @@ def _heads(modules: Mapping[str, Any]) -> dict[str, str]:
     return found | {module: module for module in modules}
 
 
-def _peft_alphas(metadata: Mapping[str, str]):
+def _peft_alphas(metadata: Mapping[str, str]) -> Callable[[str], Alpha | None]:
     """module -> alpha by which PEFT's metadata scales it, a function of the rank; None without metadata."""
     stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
 
-    def alpha_of(module: str):
+    def alpha_of(module: str) -> Alpha | None:
         part, _, inner = module.partition(".")
         alpha = stated.get(f"{part}.lora_alpha")
         if alpha is None:
@@ -119,7 +126,7 @@ def _peft_alphas(metadata: Mapping[str, str]):
     return alpha_of
 
 
-def _factors(leaves: dict[str, np.ndarray], kernel: tuple[int, ...], peft_alpha) -> dict[str, np.ndarray]:
+def _factors(leaves: dict[str, np.ndarray], kernel: tuple[int, ...], peft_alpha: Alpha | None) -> dict[str, np.ndarray]:
     """The factors of one module, in our layout.
 
     Raises:
@@ -148,7 +155,7 @@ def _factors(leaves: dict[str, np.ndarray], kernel: tuple[int, ...], peft_alpha)
     return _scaled(own, leaves.get("alpha"), peft_alpha)
 
 
-def _scaled(own: dict[str, np.ndarray], alpha: np.ndarray | None, peft_alpha) -> dict[str, np.ndarray]:
+def _scaled(own: dict[str, np.ndarray], alpha: np.ndarray | None, peft_alpha: Alpha | None) -> dict[str, np.ndarray]:
     rank = rank_of(own)
     stated = float(alpha) if alpha is not None else peft_alpha(rank) if peft_alpha else float(rank)
     factored = {name.partition(".")[0] for name in own}
@@ -166,7 +173,7 @@ def _ours(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return value.reshape(columns, rows, *window).transpose(2, 3, 1, 0)
 
 
-def with_adapters(params: Params, shapes: Shapes, files: Sequence[str]) -> Params:
+def with_adapters(params: Tensors, shapes: Mapping[str, jax.ShapeDtypeStruct], files: Sequence[str]) -> Tensors:
     """`params` with adapters merged into their kernels, each "FILE" or "FILE:WEIGHT"; weight 0 leaves the base exactly.
 
     Args:

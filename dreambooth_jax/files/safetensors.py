@@ -12,16 +12,18 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dreambooth_jax.files.atomic import replacing, write_atomic
 from dreambooth_jax.files.weight_files import WeightsError, weight_files
-from dreambooth_jax.models.params import Params
+from dreambooth_jax.models.params import Params, Tensors
 
 # What a file may call a tensor -> what it is called today. Autoencoders saved before diffusers 0.16 name their
 # attention differently; transformers 5 leaves out the wrapper of the text model. Applied only where today's name is
@@ -33,6 +35,7 @@ _ALIASES = (
     (r"\.proj_attn\.", ".to_out.0."),
     (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),
 )
+Stored = tuple[Path, str, tuple[int, ...], str]  # file, name in the file, shape, dtype
 _SPARE = re.compile(r"text_projection\.weight$|(?:text_model\.)?encoder\.layers\.\d+\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS = 16  # a cache line: transposing in strips is three times as fast as all at once
@@ -79,7 +82,7 @@ def read_model(
     return {name: placed[name] for name in shapes}
 
 
-def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, tuple[Path, str, tuple[int, ...], str]]:
+def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, Stored]:
     """Today's tensor name -> (file, name in the file, shape, dtype) of everything in the folder's weight files."""
     found = {}
     for path in weight_files(folder):
@@ -96,7 +99,9 @@ def _stored_tensors(folder: Path, wanted: Collection[str]) -> dict[str, tuple[Pa
     return found
 
 
-def _without_spare(folder: str | os.PathLike, wanted: Collection[str], stored: Mapping[str, tuple]) -> dict[str, tuple]:
+def _without_spare(
+    folder: str | os.PathLike, wanted: Collection[str], stored: Mapping[str, Stored]
+) -> dict[str, Stored]:
     """`stored` without tensors that a text encoder's config leaves out: its projection, and layers after the last one
     that is read (clip skip, as diffusers does it). One line says so."""
     spare = [name for name in stored.keys() - set(wanted) if _SPARE.match(name)]
@@ -123,7 +128,9 @@ def _todays_name(key: str, wanted: Collection[str]) -> str:
     return key if key in wanted else next((name for name in candidates if name in wanted), key)
 
 
-def _check(folder, wanted: Mapping[str, tuple[str, jax.ShapeDtypeStruct]], stored: Mapping[str, tuple]) -> None:
+def _check(
+    folder: str | os.PathLike, wanted: Mapping[str, tuple[str, jax.ShapeDtypeStruct]], stored: Mapping[str, Stored]
+) -> None:
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - stored.keys())]
     problems += [f"unexpected: {name}" for name in sorted(stored.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & stored.keys()):
@@ -142,7 +149,14 @@ def _without_trailing_ones(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]
     return shape[:ndim] if set(shape[ndim:]) == {1} else shape
 
 
-def _place(name, wanted: jax.ShapeDtypeStruct, path: Path, key: str, stored_shape, sharding) -> Array:
+def _place(
+    name: str,
+    wanted: jax.ShapeDtypeStruct,
+    path: Path,
+    key: str,
+    stored_shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding,
+) -> Array:
     axes = to_file_axes(name, len(wanted.shape))
     extra = (0,) * (len(stored_shape) - len(axes))  # see _without_trailing_ones
 
@@ -176,7 +190,7 @@ def _finite(array: np.ndarray, name: str, path: Path) -> np.ndarray:
 
 
 def save_model(
-    folder: str | os.PathLike, params: Mapping[str, Array], config: Mapping, *, dtype=None, stem: str
+    folder: str | os.PathLike, params: Tensors, config: Mapping[str, Any], *, dtype: DTypeLike | None = None, stem: str
 ) -> None:
     """Writes config.json and one safetensors file that diffusers or transformers opens: the inverse of `read_model`.
 
@@ -191,7 +205,7 @@ def save_model(
     write_atomic(Path(folder) / "config.json", (json.dumps(dict(config), indent=2) + "\n").encode())
 
 
-def save_tensors(path: str | os.PathLike, params: Mapping[str, Array], *, dtype=None) -> None:
+def save_tensors(path: str | os.PathLike, params: Tensors, *, dtype: DTypeLike | None = None) -> None:
     """Writes one safetensors file, named and laid out as PyTorch has it; a file that is there stays until it is whole.
 
     Args:

@@ -5,19 +5,20 @@ A1111, ComfyUI, kohya's scripts and Civitai have SD 1.x, SD 2.x and SDXL in this
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_jax.files.ldm_names import open_clip_name, unet_names, vae_names
 from dreambooth_jax.files.safetensors import file_name, to_file_axes
 from dreambooth_jax.files.stream import Tensor, write_tensors
 from dreambooth_jax.files.weight_files import WeightsError
-from dreambooth_jax.models.params import Params, Shapes, under_prefix
+from dreambooth_jax.models.params import Params, Shape, Shapes, Tensors, under_prefix
 
 SUFFIX = ".safetensors"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -54,7 +55,7 @@ class Entry(NamedTuple):
     plain: bool = False
 
 
-def layout_of(shapes: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]) -> str:
+def layout_of(shapes: Iterable[str], configs: Mapping[str, Mapping[str, Any]]) -> str:
     """Which kind of single file a base has.
 
     Args:
@@ -72,7 +73,7 @@ def layout_of(shapes: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]
     raise ValueError(f"single files hold SD 1.x, SD 2.x or SDXL, not {', '.join(sorted(parts))}; write a folder")
 
 
-def entries(shapes: Mapping[str, Any], layout: str) -> dict[str, Entry]:
+def entries(shapes: Mapping[str, Shape], layout: str) -> dict[str, Entry]:
     """Key in the file -> our tensors, for every parameter of `shapes`: the one table that reading and writing share."""
     table: dict[str, Entry] = {}
     unet, vae = (under_prefix(f"{part}.", shapes) for part in ("unet", "vae"))
@@ -90,7 +91,7 @@ def entries(shapes: Mapping[str, Any], layout: str) -> dict[str, Entry]:
     return table
 
 
-def _open_clip_entries(part: str, prefix: str, names: Mapping[str, Any]) -> dict[str, Entry]:
+def _open_clip_entries(part: str, prefix: str, names: Mapping[str, Shape]) -> dict[str, Entry]:
     table: dict[str, Entry] = {}
     for name in names:
         if found := _QKV.match(name):
@@ -105,14 +106,14 @@ def _open_clip_entries(part: str, prefix: str, names: Mapping[str, Any]) -> dict
     return table
 
 
-def shape_in_file(entry: Entry, shapes: Mapping[str, Any]) -> tuple[int, ...]:
+def shape_in_file(entry: Entry, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
     parts = [tuple(shapes[name].shape) for name in entry.names]
     axes = range(len(parts[0])) if entry.plain else to_file_axes(entry.names[0], len(parts[0]))
     first, *rest = (parts[0][axis] for axis in axes)
     return (first * len(parts), *rest, *((1, 1) if entry.convolution else ()))
 
 
-def _to_file(entry: Entry, params: Mapping[str, Any]) -> np.ndarray:
+def _to_file(entry: Entry, params: Tensors) -> np.ndarray:
     arrays = [np.asarray(params[name]) for name in entry.names]
     if not entry.plain:
         arrays = [x.transpose(to_file_axes(name, x.ndim)) for name, x in zip(entry.names, arrays, strict=True)]
@@ -120,7 +121,7 @@ def _to_file(entry: Entry, params: Mapping[str, Any]) -> np.ndarray:
     return whole[..., None, None] if entry.convolution else whole
 
 
-def _from_file(entry: Entry, value: np.ndarray, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _from_file(entry: Entry, value: np.ndarray, shapes: Mapping[str, Shape]) -> dict[str, np.ndarray]:
     found = {}
     for name, part in zip(entry.names, np.split(value, len(entry.names)), strict=True):
         shape = shapes[name].shape
@@ -132,12 +133,12 @@ def _from_file(entry: Entry, value: np.ndarray, shapes: Mapping[str, Any]) -> di
 
 
 def write_single_file(
-    path: str | os.PathLike, params: Mapping[str, Any], layout: str, *, dtype: Any, metadata: Mapping[str, str]
+    path: str | os.PathLike, params: Tensors, layout: str, *, dtype: DTypeLike, metadata: Mapping[str, str]
 ) -> None:
     """Writes all parameters of a base as one file, tensor by tensor.
 
     Args:
-        params: our names -> arrays of all parts, or of shapes alone.
+        params: our names -> arrays of all parts.
         layout: see `layout_of`.
         dtype: stored precision: float32, float16 or bfloat16.
         metadata: such as `describe` gives.

@@ -6,8 +6,10 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dreambooth_jax.files.atomic import replacing
 
@@ -23,13 +25,17 @@ class Tensor(NamedTuple):
     value: Callable[[], np.ndarray]
 
 
-def as_tensor(value: Any) -> Tensor:
+def as_tensor(value: jax.Array | np.ndarray) -> Tensor:
     """An array as a Tensor, fetched from its device when its turn comes."""
     return Tensor(tuple(value.shape), lambda: np.asarray(value))
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, Tensor], *, dtype: Any, metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: DTypeLike,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file; one that is there stays until the new one is whole.
 

@@ -8,14 +8,28 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 from dreambooth_jax.models.spec import UnsupportedConfig
 
-Tokenizer = Any  # transformers' PreTrainedTokenizerBase, whose import takes seconds
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A tokenizer of transformers, whose import takes seconds, or a `WithToken`."""
+
+    def __call__(self, texts: str | Sequence[str], **settings: Any) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    if TYPE_CHECKING:  # further attributes, as transformers has them
+        model_max_length: int
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
 # tokenizer_config.json names a class; only these are looked up in transformers.
 CLASSES = (
     "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast",

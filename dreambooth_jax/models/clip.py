@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dreambooth_jax.models.clip_text import ACTIVATIONS, CLIPTextSpec, Encoder, TextTransformer
+from dreambooth_jax.models.layers import Setting
 from dreambooth_jax.models.spec import UnsupportedConfig, read_spec
 
 
@@ -38,7 +40,7 @@ class CLIPVisionSpec:
 
 
 class VisionEmbeddings(nnx.Module):
-    def __init__(self, spec: CLIPVisionSpec, **kw):
+    def __init__(self, spec: CLIPVisionSpec, **kw: Unpack[Setting]):
         size, patch = spec.hidden_size, (spec.patch_size,) * 2
         self.class_embedding = nnx.Param(0.02 * kw["rngs"].params.normal((size,)))
         self.patch_embedding = nnx.Conv(
@@ -46,7 +48,7 @@ class VisionEmbeddings(nnx.Module):
         )
         self.position_embedding = nnx.Embed((spec.image_size // spec.patch_size) ** 2 + 1, size, **kw)
 
-    def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b l c"]:
+    def __call__(self, pixels: Float[Array, "b h w colours"]) -> Float[Array, "b l c"]:
         patches = self.patch_embedding(pixels)
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         first = jnp.broadcast_to(self.class_embedding.get_value(), (len(patches), 1, patches.shape[-1]))
@@ -55,14 +57,14 @@ class VisionEmbeddings(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-    def __init__(self, spec: CLIPVisionSpec, **kw):
+    def __init__(self, spec: CLIPVisionSpec, **kw: Unpack[Setting]):
         norm = {"epsilon": spec.layer_norm_eps, "use_fast_variance": False, **kw}
         self.embeddings = VisionEmbeddings(spec, **kw)
         self.pre_layrnorm = nnx.LayerNorm(spec.hidden_size, **norm)  # spelt so in the files
         self.encoder = Encoder(spec, causal=False, **kw)
         self.post_layernorm = nnx.LayerNorm(spec.hidden_size, **norm)
 
-    def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    def __call__(self, pixels: Float[Array, "b h w colours"]) -> Float[Array, "b c"]:
         return self.post_layernorm(self.encoder(self.pre_layrnorm(self.embeddings(pixels)))[:, 0])
 
 
@@ -76,26 +78,34 @@ class CLIPModel(nnx.Module):
     """
 
     def __init__(
-        self, text: CLIPTextSpec, vision: CLIPVisionSpec, projection_dim: int, *, dtype=jnp.float32, rngs: nnx.Rngs
+        self,
+        text: CLIPTextSpec,
+        vision: CLIPVisionSpec,
+        projection_dim: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
     ):
-        kw = {"dtype": dtype, "rngs": rngs}
+        kw: Setting = {"dtype": dtype, "rngs": rngs}
         self.text_model = TextTransformer(text, **kw)
         self.vision_model = VisionTransformer(vision, **kw)
         self.text_projection = nnx.Linear(text.hidden_size, projection_dim, use_bias=False, **kw)
         self.visual_projection = nnx.Linear(vision.hidden_size, projection_dim, use_bias=False, **kw)
         self.logit_scale = nnx.Param(jnp.asarray(np.log(1 / 0.07), jnp.float32))
 
-    def text_features(self, ids: Int[Array, "b l"], end: int) -> Float[Array, "b p"]:
+    def text_features(self, ids: Int[Array | np.ndarray, "b l"], end: int) -> Float[Array, "b p"]:
         """Unit vectors of texts; `end` is the id of the end token, at whose first place a text's state is read."""
         states = self.text_model(ids)
         first = jnp.argmax(ids == end, axis=1)
         return _unit(self.text_projection(states[jnp.arange(len(ids)), first]))
 
-    def image_features(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b p"]:
+    def image_features(self, pixels: Float[Array, "b h w colours"]) -> Float[Array, "b p"]:
         """Unit vectors of normalised images."""
         return _unit(self.visual_projection(self.vision_model(pixels)))
 
-    def logits(self, ids: Int[Array, "b l"], pixels: Float[Array, "b h w 3"], end: int) -> Float[Array, "b b"]:
+    def logits(
+        self, ids: Int[Array | np.ndarray, "b l"], pixels: Float[Array, "b h w colours"], end: int
+    ) -> Float[Array, "b b"]:
         """Scaled cosines, images down, texts across."""
         cosines = self.image_features(pixels) @ self.text_features(ids, end).T
         return jnp.exp(self.logit_scale.get_value()) * cosines

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dreambooth_jax.models.layers import Linear
+from dreambooth_jax.models.layers import Linear, Setting
 from dreambooth_jax.models.spec import not_among, read_spec
 from dreambooth_jax.ops.attention import attention
 
@@ -46,7 +48,7 @@ def _problems(spec: CLIPTextSpec) -> list[str]:
     return not_among(spec, {"hidden_act": sorted(ACTIVATIONS)})
 
 
-_NEUTRAL = {
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0),
     "dropout": (0, 0.0),
     "use_attention_mask": (False,),
@@ -98,17 +100,29 @@ def quick_gelu(x: Array) -> Array:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 
+@runtime_checkable
+class TowerSpec(Protocol):
+    """Sizes of a residual tower: those of CLIPTextSpec and CLIPVisionSpec."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+
+
 class Embeddings(nnx.Module):
-    def __init__(self, spec: CLIPTextSpec, **kw):
+    def __init__(self, spec: CLIPTextSpec, **kw: Unpack[Setting]):
         self.token_embedding = nnx.Embed(spec.vocab_size, spec.hidden_size, **kw)
         self.position_embedding = nnx.Embed(spec.max_position_embeddings, spec.hidden_size, **kw)
 
-    def __call__(self, ids: Int[Array, "b l"]) -> Tokens:
+    def __call__(self, ids: Int[Array | np.ndarray, "b l"]) -> Tokens:
         return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, channels: int, heads: int, causal: bool, **kw):
+    def __init__(self, channels: int, heads: int, causal: bool, **kw: Unpack[Setting]):
         self.heads, self.causal = heads, causal
         self.q_proj = Linear(channels, channels, **kw)
         self.k_proj = Linear(channels, channels, **kw)
@@ -122,7 +136,7 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, channels: int, hidden: int, activation: str, **kw):
+    def __init__(self, channels: int, hidden: int, activation: str, **kw: Unpack[Setting]):
         self.activation = ACTIVATIONS[activation]
         self.fc1 = Linear(channels, hidden, **kw)
         self.fc2 = Linear(hidden, channels, **kw)
@@ -132,7 +146,7 @@ class MLP(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    def __init__(self, spec, causal: bool, **kw):
+    def __init__(self, spec: TowerSpec, causal: bool, **kw: Unpack[Setting]):
         norm = {"epsilon": spec.layer_norm_eps, "use_fast_variance": False, **kw}
         self.layer_norm1 = nnx.LayerNorm(spec.hidden_size, **norm)
         self.self_attn = SelfAttention(spec.hidden_size, spec.num_attention_heads, causal, **kw)
@@ -147,7 +161,7 @@ class EncoderLayer(nnx.Module):
 class Encoder(nnx.Module):
     """The residual tower that CLIP's text and image models share. `spec` has the sizes, `causal` masks the future."""
 
-    def __init__(self, spec, *, causal: bool, **kw):
+    def __init__(self, spec: TowerSpec, *, causal: bool, **kw: Unpack[Setting]):
         self.layers = nnx.List([EncoderLayer(spec, causal, **kw) for _ in range(spec.num_hidden_layers)])
 
     def __call__(self, x: Tokens) -> Tokens:
@@ -161,14 +175,14 @@ class Encoder(nnx.Module):
 
 
 class TextTransformer(nnx.Module):
-    def __init__(self, spec: CLIPTextSpec, **kw):
+    def __init__(self, spec: CLIPTextSpec, **kw: Unpack[Setting]):
         self.embeddings = Embeddings(spec, **kw)
         self.encoder = Encoder(spec, causal=True, **kw)
         self.final_layer_norm = nnx.LayerNorm(
             spec.hidden_size, epsilon=spec.layer_norm_eps, use_fast_variance=False, **kw
         )
 
-    def __call__(self, ids: Int[Array, "b l"]) -> Tokens:
+    def __call__(self, ids: Int[Array | np.ndarray, "b l"]) -> Tokens:
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))
 
 
@@ -178,13 +192,13 @@ class CLIPTextModel(nnx.Module):
     Stable Diffusion 2.x conditions on the penultimate layer: its folders hold one layer less, so the last state is it.
     """
 
-    def __init__(self, spec: CLIPTextSpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, spec: CLIPTextSpec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.text_model = TextTransformer(spec, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: Int[Array, "b l"]) -> Tokens:
+    def __call__(self, ids: Int[Array | np.ndarray, "b l"]) -> Tokens:
         return self.text_model(ids)
 
-    def penultimate(self, ids: Int[Array, "b l"]) -> Tokens:
+    def penultimate(self, ids: Int[Array | np.ndarray, "b l"]) -> Tokens:
         """Hidden states that the last layer is given, without the final norm."""
         return self.text_model.encoder.before_last(self.text_model.embeddings(ids))
 
@@ -193,11 +207,13 @@ class CLIPTextModelWithProjection(nnx.Module):
     """Token ids [b, l] and positions of the end tokens [b] -> penultimate hidden states [b, l, hidden_size], without
     the final norm, and the projected states of the end tokens [b, projection_dim]."""
 
-    def __init__(self, spec: CLIPTextSpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, spec: CLIPTextSpec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.text_model = TextTransformer(spec, dtype=dtype, rngs=rngs)
         self.text_projection = Linear(spec.hidden_size, spec.projection_dim, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: Int[Array, "b l"], end: Int[Array, "b"]) -> tuple[Tokens, Float[Array, "b p"]]:
+    def __call__(
+        self, ids: Int[Array | np.ndarray, "b l"], end: Int[Array | np.ndarray, "b"]
+    ) -> tuple[Tokens, Float[Array, "b p"]]:
         encoder = self.text_model.encoder
         states = encoder.before_last(self.text_model.embeddings(ids))
         last = self.text_model.final_layer_norm(encoder.layers[-1](states))

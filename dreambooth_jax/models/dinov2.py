@@ -3,14 +3,16 @@ positions are interpolated to the size of the image."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.clip_text import ACTIVATIONS
+from dreambooth_jax.models.layers import Setting
 from dreambooth_jax.models.spec import not_among, read_spec
 from dreambooth_jax.models.vit import AttentionBlock, PatchEmbeddings, Tokens
 
@@ -48,15 +50,15 @@ def _problems(spec: Dinov2Spec) -> list[str]:
 class Embeddings(nnx.Module):
     """A class token before the projected patches, and a learnt position for each, interpolated to their number."""
 
-    def __init__(self, spec: Dinov2Spec, **kw):
+    def __init__(self, spec: Dinov2Spec, **kw: Unpack[Setting]):
         self.dtype = kw["dtype"]
         self.side = spec.image_size // spec.patch_size
         self.cls_token = nnx.Param(jnp.zeros((1, 1, spec.hidden_size)))
         self.mask_token = nnx.Param(jnp.zeros((1, spec.hidden_size)))  # of pretraining; part of the file
         self.position_embeddings = nnx.Param(jnp.zeros((1, self.side**2 + 1, spec.hidden_size)))
-        self.patch_embeddings = PatchEmbeddings(spec, **kw)
+        self.patch_embeddings = PatchEmbeddings(spec.num_channels, spec.hidden_size, spec.patch_size, **kw)
 
-    def __call__(self, pixels: Float[Array, "b h w c"]) -> Tokens:
+    def __call__(self, pixels: Float[Array, "b h w p"]) -> Tokens:
         patches = self.patch_embeddings.projection(pixels)
         b, h, w, c = patches.shape
         positions = self.position_embeddings.astype(jnp.float32)
@@ -76,7 +78,7 @@ class LayerScale(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, spec: Dinov2Spec, **kw):
+    def __init__(self, spec: Dinov2Spec, **kw: Unpack[Setting]):
         wide = spec.hidden_size * spec.mlp_ratio
         self.activation = ACTIVATIONS[spec.hidden_act]
         self.fc1 = nnx.Linear(spec.hidden_size, wide, **kw)
@@ -87,9 +89,9 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, spec: Dinov2Spec, **kw):
+    def __init__(self, spec: Dinov2Spec, **kw: Unpack[Setting]):
         self.norm1 = _norm(spec, **kw)
-        self.attention = AttentionBlock(spec, **kw)
+        self.attention = AttentionBlock(spec.hidden_size, spec.num_attention_heads, use_bias=spec.qkv_bias, **kw)
         self.layer_scale1 = LayerScale(spec)
         self.norm2 = _norm(spec, **kw)
         self.mlp = MLP(spec, **kw)
@@ -101,27 +103,27 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, spec: Dinov2Spec, **kw):
+    def __init__(self, spec: Dinov2Spec, **kw: Unpack[Setting]):
         self.layer = nnx.List([Layer(spec, **kw) for _ in range(spec.num_hidden_layers)])
 
 
 class Dinov2Model(nnx.Module):
     """Normalised images, sides multiples of the patch -> features. `dtype` is that of the computation."""
 
-    def __init__(self, spec: Dinov2Spec, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, spec: Dinov2Spec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        kw: Setting = {"dtype": dtype, "rngs": rngs}
         self.embeddings = Embeddings(spec, **kw)
         self.encoder = Encoder(spec, **kw)
         self.layernorm = _norm(spec, **kw)
 
-    def __call__(self, pixels: Float[Array, "b h w c"]) -> Tokens:
+    def __call__(self, pixels: Float[Array, "b h w p"]) -> Tokens:
         """The last hidden states, normed; the class token's come first."""
         states = self.embeddings(pixels)
         for layer in self.encoder.layer:
             states = layer(states)
         return self.layernorm(states)
 
-    def features(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    def features(self, pixels: Float[Array, "b h w p"]) -> Float[Array, "b c"]:
         """Unit vectors of the class token."""
         first = self(pixels)[:, 0]
         return first / jnp.linalg.norm(first, axis=-1, keepdims=True)
@@ -140,5 +142,5 @@ def bicubic(size: int, wanted: int) -> np.ndarray:
     return matrix
 
 
-def _norm(spec: Dinov2Spec, **kw) -> nnx.LayerNorm:
+def _norm(spec: Dinov2Spec, **kw: Unpack[Setting]) -> nnx.LayerNorm:
     return nnx.LayerNorm(spec.hidden_size, epsilon=spec.layer_norm_eps, use_fast_variance=False, **kw)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-Image = Float[Array, "b h w c"]
+from dreambooth_jax.ops.convolve import Image
 
 # Of each stage: blocks, kernel size, stride of the first block, expansion, channels out.
 STAGES = (

@@ -1,23 +1,33 @@
 """Layers shared by the UNet and the autoencoder. Images are [batch, height, width, channels] inside."""
 
 from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dreambooth_jax.ops.convolve import Image, convolve
 
 
+class Setting(TypedDict):
+    """Keywords that every layer takes: dtype of the computation (parameters are float32), random streams of the
+    initialisers."""
+
+    dtype: DTypeLike
+    rngs: nnx.Rngs
+
+
 class Linear(nnx.Module):
     """x W + b over the last axis, or with low-rank factors x W + (x A) B + b: see `adapt`."""
 
-    def __init__(self, cin: int, cout: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs):
+    def __init__(self, cin: int, cout: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (cin, cout)))
         self.bias = nnx.Param(nnx.initializers.zeros_init()(rngs.params(), (cout,))) if use_bias else None
-        self.factors = nnx.data(None)
+        self.factors: nnx.Dict | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*b cin"]) -> Float[Array, "*b cout"]:
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
@@ -30,13 +40,21 @@ class Conv(nnx.Module):
     at stride 1."""
 
     def __init__(
-        self, cin: int, cout: int, size: int, *, stride: int = 1, padding: int | None = None, dtype, rngs: nnx.Rngs
+        self,
+        cin: int,
+        cout: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         self.stride, self.padding = stride, (size - 1) // 2 if padding is None else padding
         self.dtype = dtype
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (size, size, cin, cout)))
         self.bias = nnx.Param(jnp.zeros(cout))
-        self.factors = nnx.data(None)
+        self.factors: nnx.Dict | None = nnx.data(None)
 
     def __call__(self, x: Image) -> Image:
         def product(kernel: Float[Array, "k k cin d"]) -> Image:
@@ -82,7 +100,7 @@ def column_norms(
 class GroupNorm(nnx.Module):
     """Group normalisation (arXiv 1803.08494), statistics in float32, two-pass variance as in PyTorch."""
 
-    def __init__(self, channels: int, groups: int, eps: float, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, groups: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.groups, self.eps, self.dtype = groups, eps, dtype
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
@@ -99,7 +117,9 @@ class GroupNorm(nnx.Module):
 class ResnetBlock2D(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + proj(silu(temb))))); `temb_dim` None leaves the time embedding out."""
 
-    def __init__(self, cin: int, cout: int, *, groups: int, eps: float, temb_dim: int | None = None, **kw):
+    def __init__(
+        self, cin: int, cout: int, *, groups: int, eps: float, temb_dim: int | None = None, **kw: Unpack[Setting]
+    ):
         self.norm1 = GroupNorm(cin, groups, eps, **kw)
         self.conv1 = Conv(cin, cout, 3, **kw)
         self.time_emb_proj = None if temb_dim is None else Linear(temb_dim, cout, **kw)
@@ -118,7 +138,7 @@ class ResnetBlock2D(nnx.Module):
 class Downsample2D(nnx.Module):
     """Stride-2 convolution; `padding` 0 pads below and to the right only, as the autoencoder does."""
 
-    def __init__(self, channels: int, *, padding: int, **kw):
+    def __init__(self, channels: int, *, padding: int, **kw: Unpack[Setting]):
         self.symmetric = padding > 0
         self.conv = Conv(channels, channels, 3, stride=2, padding=padding, **kw)
 
@@ -129,7 +149,7 @@ class Downsample2D(nnx.Module):
 class Upsample2D(nnx.Module):
     """Nearest-neighbour doubling, then a convolution."""
 
-    def __init__(self, channels: int, **kw):
+    def __init__(self, channels: int, **kw: Unpack[Setting]):
         self.conv = Conv(channels, channels, 3, **kw)
 
     def __call__(self, x: Image) -> Image:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.layers import Conv
@@ -58,7 +59,7 @@ class Head(nnx.Module):
 class LPIPS(nnx.Module):
     """Images in [-1, 1] -> features -> distances. `backbone` is "alex" or "vgg"."""
 
-    def __init__(self, backbone: str, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, backbone: str, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.steps = BACKBONES[backbone]
         convs, cin = {}, 3
         for step in self.steps:
@@ -73,7 +74,8 @@ class LPIPS(nnx.Module):
     def maps(self, images: Float[Array, "b h w 3"]) -> list[Array]:
         """The five feature maps, each place a unit vector times the square roots of the layer's weights, so that the
         squared distance of two maps, averaged over places and summed over layers, is LPIPS."""
-        x, kept = (images - jnp.asarray(SHIFT)) / jnp.asarray(SCALE), []
+        x = (images - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
+        kept: list[Array] = []
         for step in self.steps:
             if step.pool is not None:
                 x = nnx.max_pool(x, (step.pool[0],) * 2, (step.pool[1],) * 2)

@@ -7,15 +7,19 @@ dict.
 """
 
 import functools
-import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from flax import nnx
 
 Params = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
+# Params on the devices or on the host.
+Tensors = Mapping[str, jax.Array | np.ndarray]
+Shape = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+Value = TypeVar("Value")
 
 
 class Functional(NamedTuple):
@@ -47,7 +51,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     Args:
         build: rngs -> module. The module holds only `nnx.Param`s: no dropout, no running statistics.
     """
-    rngs = types.SimpleNamespace(params=_OneKey(0, tag="params"))  # all that modules use of nnx.Rngs
+    rngs: Any = nnx.Rngs(params=0)  # its streams are attributes
+    rngs.params = _OneKey(0, tag="params")
     graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs)))
     # Paths keep their integer list indices: as strings they would sort "10" before "2" and permute the layers.
     paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
@@ -57,7 +62,7 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
         fresh = nnx.to_flat_state(nnx.state(build(nnx.Rngs(params=key))))
         return {".".join(map(str, path)): variable.get_value() for path, variable in fresh}
 
-    def apply(params: Mapping[str, jax.Array], *args, method: str = "__call__"):
+    def apply(params: Params, *args: Any, method: str = "__call__") -> Any:
         module = nnx.merge(graph, nnx.from_flat_state([(path, params[name]) for name, path in paths.items()]))
         _hand_factors(module, paths, {name: value for name, value in params.items() if name not in paths})
         return getattr(module, method)(*args)
@@ -85,16 +90,16 @@ def _hand_factors(module: nnx.Module, paths: Mapping[str, tuple], factors: Mappi
         owner.factors = nnx.Dict(named)
 
 
-def with_prefix(prefix: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def with_prefix(prefix: str, params: Mapping[str, Value]) -> dict[str, Value]:
     """`{"conv_in.bias": x}` -> `{"unet.conv_in.bias": x}` for prefix "unet."."""
     return {prefix + name: value for name, value in params.items()}
 
 
-def under_prefix(prefix: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def under_prefix(prefix: str, params: Mapping[str, Value]) -> dict[str, Value]:
     """The entries whose name starts with `prefix`, without it: the inverse of `with_prefix`."""
     return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
-def count(params: Mapping[str, Any]) -> int:
+def count(params: Mapping[str, Shape]) -> int:
     """Number of scalars in all tensors."""
     return sum(value.size for value in params.values())

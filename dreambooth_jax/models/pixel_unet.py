@@ -8,15 +8,16 @@ three more channels and the level of the noise on it as a second time.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Real
 
-from dreambooth_jax.models.layers import Conv, GroupNorm, Image, Linear
+from dreambooth_jax.models.layers import Conv, GroupNorm, Image, Linear, Setting
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
 from dreambooth_jax.models.unet import REMAT, timestep_embedding
 from dreambooth_jax.ops.attention import attention
@@ -137,7 +138,7 @@ _CROSS_NORM_GROUPS = 32  # the reference's constant, whatever `norm_num_groups` 
 
 
 class TimestepEmbedding(nnx.Module):
-    def __init__(self, dim: int, out: int, act: str, **kw):
+    def __init__(self, dim: int, out: int, act: str, **kw: Unpack[Setting]):
         self.act = act
         self.linear_1 = Linear(dim, out, **kw)
         self.linear_2 = Linear(out, out, **kw)
@@ -149,7 +150,7 @@ class TimestepEmbedding(nnx.Module):
 class AttentionPooling(nnx.Module):
     """One vector of a text: attention from the mean of its states, plus a learnt vector, to all of them and itself."""
 
-    def __init__(self, channels: int, heads: int, **kw):
+    def __init__(self, channels: int, heads: int, **kw: Unpack[Setting]):
         self.heads = heads
         self.positional_embedding = nnx.Param(
             nnx.initializers.normal(channels**-0.5)(kw["rngs"].params(), (1, channels))
@@ -168,7 +169,7 @@ class AttentionPooling(nnx.Module):
 class TextTimeEmbedding(nnx.Module):
     """The pooled text as a summand of the embedding of time. Padding takes part, as in the reference."""
 
-    def __init__(self, text_dim: int, out: int, heads: int, **kw):
+    def __init__(self, text_dim: int, out: int, heads: int, **kw: Unpack[Setting]):
         self.norm1 = nnx.LayerNorm(text_dim, epsilon=1e-5, use_fast_variance=False, **kw)
         self.pool = AttentionPooling(text_dim, heads, **kw)
         self.proj = Linear(text_dim, out, **kw)
@@ -209,7 +210,18 @@ class ResnetBlock2D(nnx.Module):
     """
 
     def __init__(
-        self, cin: int, cout: int, *, temb_dim, groups, eps, act, skip_time_act, divisor=1.0, resize=keep, **kw
+        self,
+        cin: int,
+        cout: int,
+        *,
+        temb_dim: int,
+        groups: int,
+        eps: float,
+        act: str,
+        skip_time_act: bool,
+        divisor: float = 1.0,
+        resize: Callable[[Image], Image] = keep,
+        **kw: Unpack[Setting],
     ):
         self.act, self.resize, self.skip_time_act, self.divisor = act, resize, skip_time_act, divisor
         self.norm1 = GroupNorm(cin, groups, eps, **kw)
@@ -235,7 +247,9 @@ class AddedKVAttention(nnx.Module):
     The norm of the text takes its statistics over all tokens: texts must have the length of training, 77.
     """
 
-    def __init__(self, channels: int, text_dim: int, head_dim: int, *, groups: int, only_cross: bool, **kw):
+    def __init__(
+        self, channels: int, text_dim: int, head_dim: int, *, groups: int, only_cross: bool, **kw: Unpack[Setting]
+    ):
         self.heads = channels // head_dim
         self.group_norm = GroupNorm(channels, groups, 1e-5, **kw)
         self.norm_cross = GroupNorm(text_dim, _CROSS_NORM_GROUPS, 1e-5, **kw)
@@ -260,7 +274,17 @@ class AddedKVAttention(nnx.Module):
 class Stage(nnx.Module):
     """The residual blocks of one resolution, each followed by an attention where the block type has one."""
 
-    def __init__(self, channels_in, channels: int, *, attend: dict | None, resnet: dict, down=False, up=False, **kw):
+    def __init__(
+        self,
+        channels_in: Sequence[int],
+        channels: int,
+        *,
+        attend: dict[str, Any] | None,
+        resnet: dict[str, Any],
+        down: bool = False,
+        up: bool = False,
+        **kw: Unpack[Setting],
+    ):
         self.resnets = nnx.List([ResnetBlock2D(cin, channels, **resnet, **kw) for cin in channels_in])
         self.attentions = attend and nnx.List([AddedKVAttention(channels, **attend, **kw) for _ in channels_in])
         resized = {**resnet, **kw}
@@ -273,7 +297,7 @@ class Stage(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, channels: int, *, attend: dict, resnet: dict, **kw):
+    def __init__(self, channels: int, *, attend: dict[str, Any], resnet: dict[str, Any], **kw: Unpack[Setting]):
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, **resnet, **kw) for _ in range(2)])
         self.attentions = nnx.List([AddedKVAttention(channels, **attend, **kw)])
 
@@ -290,8 +314,8 @@ class PixelUNet(nnx.Module):
         remat: what the backward pass recomputes instead of storing it, a key of `REMAT`.
     """
 
-    def __init__(self, spec: PixelUNetSpec, *, dtype=jnp.float32, remat: str = "nothing", rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, spec: PixelUNetSpec, *, dtype: DTypeLike = jnp.float32, remat: str = "nothing", rngs: nnx.Rngs):
+        kw: Setting = {"dtype": dtype, "rngs": rngs}
         widths, groups, last = spec.block_out_channels, spec.norm_num_groups, len(spec.block_out_channels) - 1
         temb_dim = spec.time_embedding_dim or 4 * widths[0]
         common = {
@@ -300,7 +324,7 @@ class PixelUNet(nnx.Module):
         }  # fmt: skip
         resnet = common | {"divisor": spec.resnet_out_scale_factor}
 
-        def attend(only_cross: bool) -> dict:
+        def attend(only_cross: bool) -> dict[str, Any]:
             sizes = {"text_dim": spec.cross_attention_dim, "head_dim": spec.attention_head_dim}
             return sizes | {"groups": groups, "only_cross": only_cross}
 
@@ -314,7 +338,7 @@ class PixelUNet(nnx.Module):
         self.encoder_hid_proj = Linear(spec.encoder_hid_dim, spec.cross_attention_dim, **kw)
 
         skips = [widths[0]]
-        self.down_blocks = nnx.List([])
+        self.down_blocks: nnx.List = nnx.List([])
         for level, width in enumerate(widths):
             layers = spec.layers_per_block[level]
             cross = spec.down_block_types[level].startswith("Simple")
@@ -331,7 +355,7 @@ class PixelUNet(nnx.Module):
         )
 
         below = widths[-1]
-        self.up_blocks = nnx.List([])
+        self.up_blocks: nnx.List = nnx.List([])
         for position, kind in enumerate(spec.up_block_types):
             level = last - position
             width = widths[level]
@@ -345,7 +369,7 @@ class PixelUNet(nnx.Module):
         self.conv_norm_out = GroupNorm(widths[0], groups, spec.norm_eps, **kw)
         self.conv_out = Conv(widths[0], spec.out_channels, 3, **kw)
 
-    def embedding(self, t: Float[Array, "b"], text: Tokens, level: Float[Array, "b"] | None) -> Float[Array, "b t"]:
+    def embedding(self, t: Real[Array, "b"], text: Tokens, level: Float[Array, "b"] | None) -> Float[Array, "b t"]:
         """The sum of the embeddings of time, of the text and, in a super-resolution stage, of the noise level."""
         spec = self.spec
 
@@ -363,7 +387,7 @@ class PixelUNet(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b h w in"],
-        t: Float[Array, "b"],
+        t: Real[Array, "b"] | Real[Array, ""],
         text: Float[Array, "b l e"],
         level: Float[Array, "b"] | None = None,
     ) -> Float[Array, "b h w out"]:

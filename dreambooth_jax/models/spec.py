@@ -6,7 +6,8 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-Spec = TypeVar("Spec")
+Spec = TypeVar("Spec")  # a frozen dataclass
+Value = TypeVar("Value")
 
 
 class UnsupportedConfig(ValueError):
@@ -16,7 +17,7 @@ class UnsupportedConfig(ValueError):
 def read_spec(
     cls: type[Spec],
     config: Mapping[str, Any],
-    neutral: Mapping[str, tuple],
+    neutral: Mapping[str, tuple[Any, ...]],
     problems_of: Callable[[Spec], list[str]] = lambda spec: [],
     ignored: Collection[str] = (),
 ) -> Spec:
@@ -84,11 +85,11 @@ def _expected(kind: Any) -> str:
     return f"a list of {what}" if _is_list(kind) else what
 
 
-def _frozen(value):
+def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def not_among(spec, allowed: Mapping[str, Sequence[str | None]]) -> list[str]:
+def not_among(spec: Spec, allowed: Mapping[str, Sequence[str | None]]) -> list[str]:
     """A problem for each field whose value, or an entry of it, is not one of those `allowed` by name."""
     problems = []
     for name, choices in allowed.items():
@@ -98,13 +99,13 @@ def not_among(spec, allowed: Mapping[str, Sequence[str | None]]) -> list[str]:
     return problems
 
 
-def not_per_block(spec, names: Sequence[str], blocks: int) -> list[str]:
+def not_per_block(spec: Spec, names: Sequence[str], blocks: int) -> list[str]:
     """A problem for each field among `names` that lists another number of values than there are blocks."""
     values = {name: getattr(spec, name) for name in names}
     wrong = {name: v for name, v in values.items() if isinstance(v, tuple) and len(v) != blocks}
     return [f"{name} = {value!r} ({len(value)} entries for {blocks} blocks)" for name, value in wrong.items()]
 
 
-def per_block(value, blocks: int) -> tuple:
+def per_block(value: Value | tuple[Value, ...], blocks: int) -> tuple[Value, ...]:
     """A config value given once or per block, as a tuple of `blocks`."""
     return value if isinstance(value, tuple) else (value,) * blocks

@@ -6,18 +6,21 @@ all blocks share, norms have neither mean nor bias, and no product has a bias.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dreambooth_jax.models.layers import Linear
+from dreambooth_jax.models.layers import Linear, Setting
 from dreambooth_jax.models.spec import not_among, read_spec
 
 Tokens = Float[Array, "b l c"]
+Bias = Float[Array, "1 n l l"]
+Mask = Bool[Array, "b 1 1 l"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.nda
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), the mean in float32."""
 
-    def __init__(self, channels: int, eps: float, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.eps, self.dtype = eps, dtype
         self.scale = nnx.Param(jnp.ones(channels))
 
@@ -112,7 +115,7 @@ class RMSNorm(nnx.Module):
 class SelfAttention(nnx.Module):
     """Multi-head attention without scale; block 0 holds the position bias of all blocks."""
 
-    def __init__(self, spec: T5Spec, *, first: bool, **kw):
+    def __init__(self, spec: T5Spec, *, first: bool, **kw: Unpack[Setting]):
         width = spec.num_heads * spec.d_kv
         self.heads = spec.num_heads
         self.q = Linear(spec.d_model, width, use_bias=False, **kw)
@@ -123,7 +126,7 @@ class SelfAttention(nnx.Module):
             nnx.Embed(spec.relative_attention_num_buckets, spec.num_heads, **kw) if first else None
         )
 
-    def __call__(self, x: Tokens, bias: Float[Array, "1 n q k"], mask: Bool[Array, "b 1 1 k"]) -> Tokens:
+    def __call__(self, x: Tokens, bias: Bias, mask: Mask) -> Tokens:
         heads = (*x.shape[:2], self.heads, -1)
         q, k, v = (project(x).reshape(heads) for project in (self.q, self.k, self.v))
         out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
@@ -133,7 +136,7 @@ class SelfAttention(nnx.Module):
 class DenseReluDense(nnx.Module):
     """wo(gelu(wi_0 x) * wi_1 x) (arXiv 2002.05202), gelu by its tanh approximation."""
 
-    def __init__(self, spec: T5Spec, **kw):
+    def __init__(self, spec: T5Spec, **kw: Unpack[Setting]):
         self.wi_0 = Linear(spec.d_model, spec.d_ff, use_bias=False, **kw)
         self.wi_1 = Linear(spec.d_model, spec.d_ff, use_bias=False, **kw)
         self.wo = Linear(spec.d_ff, spec.d_model, use_bias=False, **kw)
@@ -143,16 +146,16 @@ class DenseReluDense(nnx.Module):
 
 
 class AttentionLayer(nnx.Module):
-    def __init__(self, spec: T5Spec, *, first: bool, **kw):
+    def __init__(self, spec: T5Spec, *, first: bool, **kw: Unpack[Setting]):
         self.SelfAttention = SelfAttention(spec, first=first, **kw)
         self.layer_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon, **kw)
 
-    def __call__(self, x: Tokens, bias: Array, mask: Array) -> Tokens:
+    def __call__(self, x: Tokens, bias: Bias, mask: Mask) -> Tokens:
         return x + self.SelfAttention(self.layer_norm(x), bias, mask)
 
 
 class FeedForwardLayer(nnx.Module):
-    def __init__(self, spec: T5Spec, **kw):
+    def __init__(self, spec: T5Spec, **kw: Unpack[Setting]):
         self.DenseReluDense = DenseReluDense(spec, **kw)
         self.layer_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon, **kw)
 
@@ -161,19 +164,19 @@ class FeedForwardLayer(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, spec: T5Spec, *, first: bool, **kw):
-        self.layer = nnx.List([AttentionLayer(spec, first=first, **kw), FeedForwardLayer(spec, **kw)])
+    def __init__(self, spec: T5Spec, *, first: bool, **kw: Unpack[Setting]):
+        self.layer: nnx.List = nnx.List([AttentionLayer(spec, first=first, **kw), FeedForwardLayer(spec, **kw)])
 
-    def __call__(self, x: Tokens, bias: Array, mask: Array) -> Tokens:
+    def __call__(self, x: Tokens, bias: Bias, mask: Mask) -> Tokens:
         return self.layer[1](self.layer[0](x, bias, mask))
 
 
 class Stack(nnx.Module):
-    def __init__(self, spec: T5Spec, **kw):
+    def __init__(self, spec: T5Spec, **kw: Unpack[Setting]):
         self.block = nnx.List([Block(spec, first=index == 0, **kw) for index in range(spec.num_layers)])
         self.final_layer_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon, **kw)
 
-    def __call__(self, x: Tokens, bias: Array, mask: Array) -> Tokens:
+    def __call__(self, x: Tokens, bias: Bias, mask: Mask) -> Tokens:
         for block in self.block:
             x = block(x, bias, mask)
         return self.final_layer_norm(x)
@@ -187,17 +190,17 @@ class T5EncoderModel(nnx.Module):
         dtype: precision of the computation, float32 or bfloat16 (float16 overflows); parameters are float32.
     """
 
-    def __init__(self, spec: T5Spec, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, spec: T5Spec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.spec = spec
         self.shared = nnx.Embed(spec.vocab_size, spec.d_model, dtype=dtype, rngs=rngs)
         self.encoder = Stack(spec, dtype=dtype, rngs=rngs)
 
-    def __call__(self, ids: Int[Array, "b l"]) -> Tokens:
+    def __call__(self, ids: Int[Array | np.ndarray, "b l"]) -> Tokens:
         spec = self.spec
         buckets = relative_buckets(
             ids.shape[1], spec.relative_attention_num_buckets, spec.relative_attention_max_distance
         )
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
-        mask = (ids != spec.pad_token_id)[:, None, None]
+        mask = (jnp.asarray(ids) != spec.pad_token_id)[:, None, None]
         return self.encoder(self.shared(ids), bias, mask)

@@ -3,16 +3,26 @@ of SDXL (arXiv 2307.01952, section 2)."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.core import primitives
-from jaxtyping import Array, Float, Int
+from jax.extend.core import Primitive, primitives
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Real
 
-from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, Linear, ResnetBlock2D, Upsample2D
+from dreambooth_jax.models.layers import (
+    Conv,
+    Downsample2D,
+    GroupNorm,
+    Image,
+    Linear,
+    ResnetBlock2D,
+    Setting,
+    Upsample2D,
+)
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
 from dreambooth_jax.ops import flash
 from dreambooth_jax.ops.attention import attention
@@ -124,7 +134,7 @@ _AVERAGE = ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "up
 
 
 def timestep_embedding(
-    t: Float[Array, "b"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+    t: Real[Array, "b"], dim: int, *, flip_sin_to_cos: bool, freq_shift: float
 ) -> Float[Array, "b e"]:
     """Sinusoidal embedding of the timestep (arXiv 2006.11239), in float32."""
     half = dim // 2
@@ -135,25 +145,25 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nnx.Module):
-    def __init__(self, dim: int, out: int, **kw):
+    def __init__(self, dim: int, out: int, **kw: Unpack[Setting]):
         self.linear_1 = Linear(dim, out, **kw)
         self.linear_2 = Linear(out, out, **kw)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "b e"]) -> Float[Array, "b t"]:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 class Attention(nnx.Module):
     """Multi-head attention from `x` to `context`; queries, keys and values have no bias."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, **kw):
+    def __init__(self, channels: int, context_dim: int, heads: int, **kw: Unpack[Setting]):
         self.heads = heads
         self.to_q = Linear(channels, channels, use_bias=False, **kw)
         self.to_k = Linear(context_dim, channels, use_bias=False, **kw)
         self.to_v = Linear(context_dim, channels, use_bias=False, **kw)
         self.to_out = nnx.List([Linear(channels, channels, **kw)])
 
-    def __call__(self, x: Tokens, context: Tokens) -> Tokens:
+    def __call__(self, x: Tokens, context: Float[Array, "b k e"]) -> Tokens:
         q, k, v = (_split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         return self.to_out[0](attention(q, k, v).reshape(x.shape))
 
@@ -165,16 +175,16 @@ def _split_heads(x: Tokens, heads: int) -> Float[Array, "b l n d"]:
 class GEGLU(nnx.Module):
     """x * gelu(gate), both halves of one projection (arXiv 2002.05202)."""
 
-    def __init__(self, channels: int, hidden: int, **kw):
+    def __init__(self, channels: int, hidden: int, **kw: Unpack[Setting]):
         self.proj = Linear(channels, 2 * hidden, **kw)
 
-    def __call__(self, x: Tokens) -> Tokens:
+    def __call__(self, x: Tokens) -> Float[Array, "b l h"]:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
         return hidden * jax.nn.gelu(gate, approximate=False)
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, channels: int, **kw):
+    def __init__(self, channels: int, **kw: Unpack[Setting]):
         # net.1 of the reference is dropout: it has no parameters, and its place in the list keeps the names.
         self.net = nnx.List([GEGLU(channels, 4 * channels, **kw), None, Linear(4 * channels, channels, **kw)])
 
@@ -186,7 +196,7 @@ class BasicTransformerBlock(nnx.Module):
     """Self-attention (to the text states if `only_cross`), cross-attention to the text states, feed-forward; each
     pre-normed and residual."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, *, only_cross: bool, **kw):
+    def __init__(self, channels: int, context_dim: int, heads: int, *, only_cross: bool, **kw: Unpack[Setting]):
         self.only_cross = only_cross
         self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
         self.attn1 = Attention(channels, context_dim if only_cross else channels, heads, **kw)
@@ -195,7 +205,7 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
         self.ff = FeedForward(channels, **kw)
 
-    def __call__(self, x: Tokens, context: Tokens) -> Tokens:
+    def __call__(self, x: Tokens, context: Float[Array, "b k e"]) -> Tokens:
         normed = self.norm1(x)
         x = x + self.attn1(normed, context if self.only_cross else normed)
         x = x + self.attn2(self.norm2(x), context)
@@ -215,7 +225,7 @@ class Transformer2DModel(nnx.Module):
         groups: int,
         linear: bool,
         only_cross: bool,
-        **kw,
+        **kw: Unpack[Setting],
     ):
         project = Linear if linear else lambda cin, cout, **kw: Conv(cin, cout, 1, **kw)
         self.norm = GroupNorm(channels, groups, 1e-6, **kw)
@@ -225,7 +235,7 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project(channels, channels, **kw)
 
-    def __call__(self, x: Image, context: Tokens) -> Image:
+    def __call__(self, x: Image, context: Float[Array, "b k e"]) -> Image:
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
@@ -236,7 +246,15 @@ class Stage(nnx.Module):
     """The residual blocks of one resolution, each followed by a transformer where the block type has one."""
 
     def __init__(
-        self, channels_in, channels: int, *, transformer: dict | None, resnet: dict, down=False, up=False, **kw
+        self,
+        channels_in: Sequence[int],
+        channels: int,
+        *,
+        transformer: dict[str, Any] | None,
+        resnet: dict[str, Any],
+        down: bool = False,
+        up: bool = False,
+        **kw: Unpack[Setting],
     ):
         self.resnets = nnx.List([ResnetBlock2D(cin, channels, **resnet, **kw) for cin in channels_in])
         self.attentions = transformer and nnx.List(
@@ -245,21 +263,21 @@ class Stage(nnx.Module):
         self.downsamplers = nnx.List([Downsample2D(channels, padding=1, **kw)]) if down else None
         self.upsamplers = nnx.List([Upsample2D(channels, **kw)]) if up else None
 
-    def layer(self, index: int, x: Image, temb: Array, context: Tokens) -> Image:
+    def layer(self, index: int, x: Image, temb: Float[Array, "b t"], context: Float[Array, "b k e"]) -> Image:
         x = self.resnets[index](x, temb)
         return self.attentions[index](x, context) if self.attentions else x
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, channels: int, *, transformer: dict, resnet: dict, **kw):
+    def __init__(self, channels: int, *, transformer: dict[str, Any], resnet: dict[str, Any], **kw: Unpack[Setting]):
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, **resnet, **kw) for _ in range(2)])
         self.attentions = nnx.List([Transformer2DModel(channels, **transformer, **kw)])
 
-    def __call__(self, x: Image, temb: Array, context: Tokens) -> Image:
+    def __call__(self, x: Image, temb: Float[Array, "b t"], context: Float[Array, "b k e"]) -> Image:
         return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
 
 
-def _is_worth_its_room(primitive, *factors, **params) -> bool:
+def _is_worth_its_room(primitive: Primitive, *factors: jax.core.ShapedArray, **params: Any) -> bool:
     """Whether the backward pass had better find this value than compute it again: a matrix product or a convolution,
     but not the products that are larger than both of their factors (GEGLU's, scores of attention)."""
     if primitive is not primitives.dot_general_p:
@@ -272,7 +290,7 @@ _DEAR = jax.checkpoint_policies.save_from_both_policies(
     _is_worth_its_room, jax.checkpoint_policies.save_only_these_names(flash.RESIDUALS)
 )
 # What is recomputed -> a transformation of the function of a layer.
-REMAT = {
+REMAT: dict[str, Callable[..., Callable]] = {
     "nothing": lambda layer, **_: layer,
     "elementwise": functools.partial(nnx.remat, policy=_DEAR),
     "layers": nnx.remat,  # everything within a layer
@@ -288,13 +306,13 @@ class UNet2DConditionModel(nnx.Module):
         remat: what the backward pass recomputes instead of storing it, a key of `REMAT`.
     """
 
-    def __init__(self, spec: UNetSpec, *, dtype=jnp.float32, remat: str = "nothing", rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, spec: UNetSpec, *, dtype: DTypeLike = jnp.float32, remat: str = "nothing", rngs: nnx.Rngs):
+        kw: Setting = {"dtype": dtype, "rngs": rngs}
         widths, groups = spec.block_out_channels, spec.norm_num_groups
         temb_dim = 4 * widths[0]
         resnet = {"groups": groups, "eps": spec.norm_eps, "temb_dim": temb_dim}
 
-        def transformer(level: int) -> dict:
+        def transformer(level: int) -> dict[str, Any]:
             return {
                 "context_dim": spec.cross_attention_dim[level],
                 "heads": spec.attention_head_dim[level],
@@ -313,7 +331,7 @@ class UNet2DConditionModel(nnx.Module):
 
         last = len(widths) - 1
         skips = [widths[0]]
-        self.down_blocks = nnx.List([])
+        self.down_blocks: nnx.List = nnx.List([])
         for level, width in enumerate(widths):
             layers = spec.layers_per_block[level]
             cross = spec.down_block_types[level].startswith("CrossAttn")
@@ -329,11 +347,10 @@ class UNet2DConditionModel(nnx.Module):
             self.down_blocks.append(block)
 
         middle = transformer(last) | {"only_cross": False}  # as in the reference, whatever the config says
-        block = MidBlock(widths[-1], transformer=middle, resnet=resnet, **kw) if spec.mid_block_type else None
-        self.mid_block = block
+        self.mid_block = MidBlock(widths[-1], transformer=middle, resnet=resnet, **kw) if spec.mid_block_type else None
 
         below = widths[-1]
-        self.up_blocks = nnx.List([])
+        self.up_blocks: nnx.List = nnx.List([])
         for position, kind in enumerate(spec.up_block_types):
             level = last - position
             width = widths[level]
@@ -341,8 +358,8 @@ class UNet2DConditionModel(nnx.Module):
             for _ in range(spec.layers_per_block[level] + 1):
                 channels_in.append(below + skips.pop())
                 below = width
-            cross = transformer(level) if kind.startswith("CrossAttn") else None
-            self.up_blocks.append(Stage(channels_in, width, transformer=cross, resnet=resnet, up=level > 0, **kw))
+            inside = transformer(level) if kind.startswith("CrossAttn") else None
+            self.up_blocks.append(Stage(channels_in, width, transformer=inside, resnet=resnet, up=level > 0, **kw))
 
         self.conv_norm_out = GroupNorm(widths[0], groups, spec.norm_eps, **kw)
         self.conv_out = Conv(widths[0], spec.out_channels, 3, **kw)
@@ -350,7 +367,7 @@ class UNet2DConditionModel(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b h w in"],
-        t: Float[Array, "b"],
+        t: Real[Array, "b"] | Real[Array, ""],
         context: Float[Array, "b l e"],
         level: Int[Array, "b"] | None = None,
         pooled: Float[Array, "b p"] | None = None,

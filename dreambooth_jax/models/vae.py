@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, ResnetBlock2D, Upsample2D
+from dreambooth_jax.models.layers import Conv, Downsample2D, GroupNorm, Image, ResnetBlock2D, Setting, Upsample2D
 from dreambooth_jax.models.spec import not_among, not_per_block, read_spec
 from dreambooth_jax.ops.attention import attention
 
@@ -61,7 +62,7 @@ _EPS = 1e-6
 class AttentionBlock(nnx.Module):
     """Single-head self-attention over the pixels, residual."""
 
-    def __init__(self, channels: int, groups: int, **kw):
+    def __init__(self, channels: int, groups: int, **kw: Unpack[Setting]):
         self.group_norm = GroupNorm(channels, groups, _EPS, **kw)
         self.to_q = nnx.Linear(channels, channels, **kw)
         self.to_k = nnx.Linear(channels, channels, **kw)
@@ -75,7 +76,7 @@ class AttentionBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, channels: int, *, with_attention: bool, groups: int, **kw):
+    def __init__(self, channels: int, *, with_attention: bool, groups: int, **kw: Unpack[Setting]):
         resnet = {"groups": groups, "eps": _EPS, **kw}
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, **resnet) for _ in range(2)])
         self.attentions = nnx.List([AttentionBlock(channels, groups, **kw)]) if with_attention else None
@@ -88,7 +89,17 @@ class MidBlock(nnx.Module):
 
 
 class Stage(nnx.Module):
-    def __init__(self, cin: int, cout: int, layers: int, *, groups: int, down=False, up=False, **kw):
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        layers: int,
+        *,
+        groups: int,
+        down: bool = False,
+        up: bool = False,
+        **kw: Unpack[Setting],
+    ):
         widths = [cin] + [cout] * (layers - 1)
         self.resnets = nnx.List([ResnetBlock2D(width, cout, groups=groups, eps=_EPS, **kw) for width in widths])
         self.downsamplers = nnx.List([Downsample2D(cout, padding=0, **kw)]) if down else None
@@ -101,10 +112,10 @@ class Stage(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, spec: VAESpec, **kw):
+    def __init__(self, spec: VAESpec, **kw: Unpack[Setting]):
         widths, groups = spec.block_out_channels, spec.norm_num_groups
         self.conv_in = Conv(spec.in_channels, widths[0], 3, **kw)
-        self.down_blocks = nnx.List([])
+        self.down_blocks: nnx.List = nnx.List([])
         for level, (cin, cout) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             down = level < len(widths) - 1
             self.down_blocks.append(Stage(cin, cout, spec.layers_per_block, groups=groups, down=down, **kw))
@@ -120,11 +131,11 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, spec: VAESpec, **kw):
+    def __init__(self, spec: VAESpec, **kw: Unpack[Setting]):
         widths, groups = spec.block_out_channels[::-1], spec.norm_num_groups
         self.conv_in = Conv(spec.latent_channels, widths[0], 3, **kw)
         self.mid_block = MidBlock(widths[0], with_attention=spec.mid_block_add_attention, groups=groups, **kw)
-        self.up_blocks = nnx.List([])
+        self.up_blocks: nnx.List = nnx.List([])
         for level, (cin, cout) in enumerate(zip((widths[0], *widths), widths, strict=False)):
             up = level < len(widths) - 1
             self.up_blocks.append(Stage(cin, cout, spec.layers_per_block + 1, groups=groups, up=up, **kw))
@@ -146,8 +157,8 @@ class AutoencoderKL(nnx.Module):
         dtype: of the computation; parameters are float32.
     """
 
-    def __init__(self, spec: VAESpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, spec: VAESpec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        kw: Setting = {"dtype": dtype, "rngs": rngs}
         channels = spec.latent_channels
         self.spec, self.dtype = spec, dtype
         self.encoder = Encoder(spec, **kw)
@@ -155,7 +166,7 @@ class AutoencoderKL(nnx.Module):
         self.quant_conv = Conv(2 * channels, 2 * channels, 1, **kw) if spec.use_quant_conv else None
         self.post_quant_conv = Conv(channels, channels, 1, **kw) if spec.use_post_quant_conv else None
 
-    def encode(self, x: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b h/f w/f c"], Float[Array, "b h/f w/f c"]]:
+    def encode(self, x: Float[Array, "b h w p"]) -> tuple[Float[Array, "b lh lw c"], Float[Array, "b lh lw c"]]:
         """Pixels in [-1, 1] -> posterior mean and log variance of the latents.
 
         Raises:
@@ -169,7 +180,7 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h*f w*f 3"]:
+    def decode(self, z: Float[Array, "b lh lw c"]) -> Float[Array, "b h w p"]:
         """Latents -> pixels, nominally in [-1, 1] but not clipped."""
         z = z.astype(self.dtype)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))

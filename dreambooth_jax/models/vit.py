@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.clip_text import ACTIVATIONS
+from dreambooth_jax.models.layers import Setting
 from dreambooth_jax.models.spec import not_among, read_spec
 from dreambooth_jax.ops.attention import attention
 
@@ -39,22 +41,22 @@ class ViTSpec:
 
 
 class PatchEmbeddings(nnx.Module):
-    def __init__(self, spec: ViTSpec, **kw):
-        patch = (spec.patch_size,) * 2
-        self.projection = nnx.Conv(spec.num_channels, spec.hidden_size, patch, strides=patch, padding="VALID", **kw)
+    def __init__(self, cin: int, cout: int, size: int, **kw: Unpack[Setting]):
+        patch = (size, size)
+        self.projection = nnx.Conv(cin, cout, patch, strides=patch, padding="VALID", **kw)
 
 
 class Embeddings(nnx.Module):
     """A class token before the projected patches, and a learnt position for each."""
 
-    def __init__(self, spec: ViTSpec, **kw):
+    def __init__(self, spec: ViTSpec, **kw: Unpack[Setting]):
         self.dtype = kw["dtype"]
         normal, length = kw["rngs"].params.normal, (spec.image_size // spec.patch_size) ** 2 + 1
         self.cls_token = nnx.Param(0.02 * normal((1, 1, spec.hidden_size)))
         self.position_embeddings = nnx.Param(0.02 * normal((1, length, spec.hidden_size)))
-        self.patch_embeddings = PatchEmbeddings(spec, **kw)
+        self.patch_embeddings = PatchEmbeddings(spec.num_channels, spec.hidden_size, spec.patch_size, **kw)
 
-    def __call__(self, pixels: Float[Array, "b h w c"]) -> Tokens:
+    def __call__(self, pixels: Float[Array, "b h w p"]) -> Tokens:
         patches = self.patch_embeddings.projection(pixels)
         patches = patches.reshape(len(patches), -1, patches.shape[-1])
         first = jnp.broadcast_to(self.cls_token.astype(self.dtype), (len(patches), 1, patches.shape[-1]))
@@ -62,11 +64,9 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, spec: ViTSpec, **kw):
-        self.heads = spec.num_attention_heads
-        self.query, self.key, self.value = (
-            nnx.Linear(spec.hidden_size, spec.hidden_size, use_bias=spec.qkv_bias, **kw) for _ in range(3)
-        )
+    def __init__(self, channels: int, heads: int, *, use_bias: bool, **kw: Unpack[Setting]):
+        self.heads = heads
+        self.query, self.key, self.value = (nnx.Linear(channels, channels, use_bias=use_bias, **kw) for _ in range(3))
 
     def __call__(self, x: Tokens) -> Tokens:
         heads = (*x.shape[:2], self.heads, -1)
@@ -77,24 +77,24 @@ class SelfAttention(nnx.Module):
 class Projected(nnx.Module):
     """`dense`, alone in a module as the format has it."""
 
-    def __init__(self, cin: int, cout: int, **kw):
+    def __init__(self, cin: int, cout: int, **kw: Unpack[Setting]):
         self.dense = nnx.Linear(cin, cout, **kw)
 
 
 class AttentionBlock(nnx.Module):
-    def __init__(self, spec: ViTSpec, **kw):
-        self.attention = SelfAttention(spec, **kw)
-        self.output = Projected(spec.hidden_size, spec.hidden_size, **kw)
+    def __init__(self, channels: int, heads: int, *, use_bias: bool, **kw: Unpack[Setting]):
+        self.attention = SelfAttention(channels, heads, use_bias=use_bias, **kw)
+        self.output = Projected(channels, channels, **kw)
 
     def __call__(self, x: Tokens) -> Tokens:
         return self.output.dense(self.attention(x))
 
 
 class Layer(nnx.Module):
-    def __init__(self, spec: ViTSpec, **kw):
+    def __init__(self, spec: ViTSpec, **kw: Unpack[Setting]):
         self.activation = ACTIVATIONS[spec.hidden_act]
         self.layernorm_before = _norm(spec, **kw)
-        self.attention = AttentionBlock(spec, **kw)
+        self.attention = AttentionBlock(spec.hidden_size, spec.num_attention_heads, use_bias=spec.qkv_bias, **kw)
         self.layernorm_after = _norm(spec, **kw)
         self.intermediate = Projected(spec.hidden_size, spec.intermediate_size, **kw)
         self.output = Projected(spec.intermediate_size, spec.hidden_size, **kw)
@@ -105,35 +105,35 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, spec: ViTSpec, **kw):
+    def __init__(self, spec: ViTSpec, **kw: Unpack[Setting]):
         self.layer = nnx.List([Layer(spec, **kw) for _ in range(spec.num_hidden_layers)])
 
 
 class ViTModel(nnx.Module):
     """Normalised images -> features. `spec` has the sizes; `dtype` is that of the computation."""
 
-    def __init__(self, spec: ViTSpec, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
+    def __init__(self, spec: ViTSpec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        kw: Setting = {"dtype": dtype, "rngs": rngs}
         self.embeddings = Embeddings(spec, **kw)
         self.encoder = Encoder(spec, **kw)
         self.layernorm = _norm(spec, **kw)
 
-    def __call__(self, pixels: Float[Array, "b h w c"]) -> Tokens:
+    def __call__(self, pixels: Float[Array, "b h w p"]) -> Tokens:
         """The last hidden states, normed; the class token's come first."""
         return self.layernorm(self.hidden_states(pixels)[-1])
 
-    def hidden_states(self, pixels: Float[Array, "b h w c"]) -> list[Tokens]:
+    def hidden_states(self, pixels: Float[Array, "b h w p"]) -> list[Tokens]:
         """The embeddings and what each layer makes of them, before the last norm."""
         states = [self.embeddings(pixels)]
         for layer in self.encoder.layer:
             states.append(layer(states[-1]))
         return states
 
-    def features(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
+    def features(self, pixels: Float[Array, "b h w p"]) -> Float[Array, "b c"]:
         """Unit vectors of the class token: what DINO scores compare."""
         first = self(pixels)[:, 0]
         return first / jnp.linalg.norm(first, axis=-1, keepdims=True)
 
 
-def _norm(spec: ViTSpec, **kw) -> nnx.LayerNorm:
+def _norm(spec: ViTSpec, **kw: Unpack[Setting]) -> nnx.LayerNorm:
     return nnx.LayerNorm(spec.hidden_size, epsilon=spec.layer_norm_eps, use_fast_variance=False, **kw)

@@ -7,6 +7,7 @@ the normaliser of each row, and no scores are stored.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from jaxtyping import Array, Float
 from dreambooth_jax.devices.sharding import on_each_part
 from dreambooth_jax.ops import flash
 
-Heads = Float[Array, "b l n d"]
 # On CPU: number of queries in a block, and smallest number of scores per head for which blocks are faster.
 BLOCK, FEWEST_SCORES = 512, 2**13
 # Scores of one head from which every backend computes blocks: 1 GiB in float32 for the 128 x 128 latents of the
@@ -32,7 +32,7 @@ def attention(
 ) -> Float[Array, "b q n d"]:
     """softmax(QK^T / sqrt(d)) V. Scores and softmax are float32, as with diffusers' `upcast_attention`."""
     plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
-    kinds = {}
+    kinds: dict[str, Callable[..., Array]] = {}
     if not causal and query.shape[1] * key.shape[1] >= LARGE_SCORES:
         plain = blockwise_attention
     if not causal and flash.worthwhile(query, key):
@@ -50,8 +50,10 @@ def blockwise_attention(
     return on_each_part(_head_by_head, query, key, value)
 
 
-def _head_by_head(query: Heads, key: Heads, value: Heads) -> Heads:
-    def heads(x: Heads) -> Float[Array, "bn l d"]:
+def _head_by_head(
+    query: Float[Array, "b q n d"], key: Float[Array, "b k n d"], value: Float[Array, "b k n d"]
+) -> Float[Array, "b q n d"]:
+    def heads(x: Float[Array, "b l n d"]) -> Float[Array, "bn l d"]:
         return x.astype(jnp.float32).swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
     out = jax.lax.map(lambda qkv: _one_head(*qkv), (heads(query * query.shape[-1] ** -0.5), heads(key), heads(value)))
@@ -64,7 +66,7 @@ def _one_head(query: Float[Array, "q d"], key: Float[Array, "k d"], value: Float
     return _forward(query, key, value)[0]
 
 
-def _forward(query: Array, key: Array, value: Array):
+def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
     def block(query: Array) -> tuple[Array, Array]:
         scores = query @ key.T
         highest = scores.max(-1, keepdims=True)
@@ -78,10 +80,10 @@ def _forward(query: Array, key: Array, value: Array):
     return out.reshape(query.shape), (queries, key, value, out, normaliser)
 
 
-def _backward(saved, d_out: Float[Array, "q d"]):
+def _backward(saved: tuple[Array, ...], d_out: Float[Array, "q d"]) -> tuple[Array, Array, Array]:
     queries, key, value, out, normaliser = saved
 
-    def block(sums, inputs):
+    def block(sums: tuple[Array, Array], inputs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         query, out, normaliser, d_out = inputs
         weights = jnp.exp(query @ key.T - normaliser)
         d_scores = weights * (d_out @ value.T - (d_out * out).sum(-1, keepdims=True))

@@ -1,6 +1,7 @@
 """A convolution whose gradients are fast on CPU too (see devices/workarounds.py, "convolution gradients")."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,9 @@ def _dilate(out: Image, stride: int, padding: int, size: int, shape: tuple[int, 
 def _convolve_backward(stride: int, padding: int, saved: tuple[Image, Array], out: Image) -> tuple[Image, Array]:
     x, kernel = saved
 
-    def by_platform(cpu, default, factor: Array, shape: tuple[int, ...]) -> Array:
+    def by_platform(
+        cpu: Callable[..., Array], default: Callable[..., Array], factor: Array, shape: tuple[int, ...]
+    ) -> Array:
         settings = {"stride": stride, "padding": padding, "shape": shape}
         cpu, default = (functools.partial(way, **settings) for way in (cpu, default))
         return jax.lax.platform_dependent(factor, out, cpu=cpu, default=default)

@@ -24,7 +24,9 @@ BLOCK_BACKWARD = 2048
 RESIDUALS = "flash_attention"
 
 
-def worthwhile(query: Float[Array, "b q n d"], key: Float[Array, "b k n d"]) -> bool:
+def worthwhile(
+    query: Float[Array | jax.ShapeDtypeStruct, "b q n d"], key: Float[Array | jax.ShapeDtypeStruct, "b k n d"]
+) -> bool:
     """Whether the scores are large enough for the kernel to be faster, and of a size that it supports. The one wide
     head of the autoencoder has few scores, and its tiles would not fit into the chip's vector memory."""
     lengths = query.shape[1], key.shape[1]

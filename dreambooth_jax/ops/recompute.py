@@ -10,13 +10,14 @@ factors are kept in between. (Norms of single examples without their gradients a
 The function is traced, and its equations are evaluated one by one, to find the equation of each result.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from absl import logging
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, primitives
-from jaxtyping import Array
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, primitives
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 from dreambooth_jax.ops.barriers import after
 
@@ -36,18 +37,18 @@ class _Origin(NamedTuple):
     """The equation of a value, and its inputs."""
 
     equation: JaxprEqn
-    inputs: list[Any]
-    value: Any  # kept, so that no other value gets its id
+    inputs: list[ArrayLike]
+    value: Array  # kept, so that no other value gets its id
 
 
-def recompute_gradients(function: Callable) -> Callable[..., tuple[Any, Again]]:
+def recompute_gradients(function: Callable[..., PyTree]) -> Callable[..., tuple[PyTree, Again]]:
     """Builds `run(*args) -> (function(*args), again)`, inside a jitted function.
 
     `again(value, known)` computes `value`, an array in the result, a second time, once the array `known` is known. It
     returns None where the value is not a product, or its factors together are not smaller than it.
     """
 
-    def run(*args):
+    def run(*args: PyTree) -> tuple[PyTree, Again]:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
         origins: dict[int, _Origin] = {}
         try:
@@ -64,11 +65,13 @@ def recompute_gradients(function: Callable) -> Callable[..., tuple[Any, Again]]:
     return run
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Any, args: Any, origins: dict[int, _Origin]) -> list[Any]:
+def _evaluate(
+    jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike], origins: dict[int, _Origin]
+) -> list[Array]:
     """The results of `jaxpr`. The origins of these and of all intermediate values are written to `origins`."""
     values = dict(zip(jaxpr.constvars + jaxpr.invars, [*consts, *args], strict=True))
 
-    def read(atom):
+    def read(atom: Var | Literal) -> ArrayLike:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
@@ -79,7 +82,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Any, args: Any, origins: dict[int, _Origin])
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _carry_out(equation: JaxprEqn, inputs: list[Any], origins: dict[int, _Origin]) -> list[Any]:
+def _carry_out(equation: JaxprEqn, inputs: list[ArrayLike], origins: dict[int, _Origin]) -> list[Array]:
     if equation.primitive is primitives.remat_p:  # jax.checkpoint, which holds products of the backward pass
         if equation.params["differentiated"] and equation.params["prevent_cse"]:
             held = after(inputs)
@@ -95,7 +98,7 @@ def _carry_out(equation: JaxprEqn, inputs: list[Any], origins: dict[int, _Origin
     return outputs
 
 
-def _bind(equation: JaxprEqn, inputs: list[Any]) -> list[Any]:
+def _bind(equation: JaxprEqn, inputs: list[ArrayLike]) -> list[Array]:
     primitive = equation.primitive
     outputs = primitive.bind(*inputs, **primitive.get_bind_params(equation.params))
     return outputs if primitive.multiple_results else [outputs]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, UInt32
+from jaxtyping import Array, Bool, PyTree, UInt32
 
 from dreambooth_jax.devices.sharding import batch_sharding, replicated, unshard
 from dreambooth_jax.diffusion.low_resolution import UNIFORM, make_augment
@@ -40,8 +40,8 @@ class Inputs(NamedTuple):
         keys: key data of the noise.
     """
 
-    tokens: Any
-    negative: Any
+    tokens: Cond
+    negative: Cond
     empty: Bool[Array | np.ndarray, "b"]
     pictures: Pictures
     keys: UInt32[Array | np.ndarray, "b k"]
@@ -59,7 +59,7 @@ def make_paint_batch(
     trained: bool = False,
     sr_noise: str = UNIFORM,
     noise_level: int | None = None,
-) -> Callable[[Params, Inputs], tuple[Array, Bool[Array, "3"]]]:
+) -> jax.stages.Wrapped:
     """Builds the jitted `paint_batch(params, inputs) -> (uint8 images [b, h, w, 3], finite)`, split over the mesh: text
     encoders, sampler and decoder in one program. `finite` says of text, denoiser and decoder whether their numbers are.
 
@@ -104,7 +104,7 @@ class NonFinitePicture(FloatingPointError):
     """A part of the model gave NaN or infinity: there is no picture to show."""
 
 
-def _all_finite(values: Any) -> Bool[Array, ""]:
+def _all_finite(values: PyTree[Array]) -> Bool[Array, ""]:
     numbers = [x for x in jax.tree.leaves(values) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
 

@@ -93,6 +93,7 @@ def folder_of(workdir: str | os.PathLike, step: int | str | None) -> tuple[epath
                 f"{workdir}/scores.csv has the scores"
             )
         return best, kept[-1]
-    if step in kept and step not in checkpoint.steps_of(newest):
-        return best, step
-    return newest, step
+    number = None if step is None else int(step)
+    if number in kept and number not in checkpoint.steps_of(newest):
+        return best, number
+    return newest, number

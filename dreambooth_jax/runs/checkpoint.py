@@ -321,7 +321,7 @@ def restore_weights(
     return _restore(manager, step, {item: dict(like)})[item]
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any]) -> Mapping[str, Any]:
+def _restore(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any]) -> ocp.args.Composite:
     """The items of a checkpoint; whatever Orbax trips over becomes one error that names the checkpoint."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**_targets(items)))
@@ -333,7 +333,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any]
 
 
 def _targets(items: Mapping[str, Any]) -> dict[str, ocp.args.StandardRestore]:
-    def target(x) -> jax.ShapeDtypeStruct:
+    def target(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
     return {name: ocp.args.StandardRestore(jax.tree.map(target, item)) for name, item in items.items()}

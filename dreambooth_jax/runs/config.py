@@ -42,15 +42,15 @@ class Field(NamedTuple):
     identity: bool = True
 
 
-def _positive(**kw) -> Field:
+def _positive(**kw: bool) -> Field:
     return Field(int, lambda v: v > 0, "a whole number above 0", **kw)
 
 
-def _not_negative(kind: type, **kw) -> Field:
+def _not_negative(kind: type, **kw: bool) -> Field:
     return Field(kind, lambda v: v >= 0, "0 or more", **kw)
 
 
-def _one_of(*choices: str, **kw) -> Field:
+def _one_of(*choices: str, **kw: bool) -> Field:
     return Field(str, lambda v: v in choices, f"one of {', '.join(choices)}", **kw)
 
 
@@ -62,7 +62,7 @@ def _are_ranks(value: tuple) -> bool:
     )  # fmt: skip
 
 
-def _text(**kw) -> Field:
+def _text(**kw: bool) -> Field:
     return Field(str, lambda v: bool(v.strip()), "not empty", **kw)
 
 
@@ -271,7 +271,7 @@ def absolute_paths(config: ConfigDict) -> ConfigDict:
     return changed
 
 
-def _absolute(config: Mapping[str, Any]) -> dict[str, str]:
+def _absolute(config: ConfigDict | Mapping[str, Any]) -> dict[str, str]:
     """Field -> absolute path; names of hubs and data sets, and buckets, stay as they are."""
     paths = {}
     for name in ("workdir", "instance_images", "held_out_images", "class_images", "base"):

@@ -10,15 +10,17 @@ import difflib
 import json
 import runpy
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from dreambooth_jax.files.shipped import HOMES, shipped
 from dreambooth_jax.runs.config import ConfigError
+
+Value = TypeVar("Value")
 
 DOG = next(path for home in HOMES if (path := home / "configs" / "dog.py").exists())
 
@@ -124,7 +126,7 @@ def complete(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {**earlier, **{name: today[name] for name in added}}, added
 
 
-def _in_file(path: Path, run) -> Any:
+def _in_file(path: Path, run: Callable[[], Value]) -> Value:
     """The result of code of the file; its errors name the file and the line."""
     try:
         return run()

@@ -3,12 +3,14 @@ reader, compared tensor by tensor, and painted with.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.extract import differences, low_rank
 from dreambooth_jax.adapters.factors import FORMS, add, merge
@@ -19,7 +21,7 @@ from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_param
 from dreambooth_jax.files import embeddings, lora_kohya, lora_peft, single_file
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.files.lora_read import read_adapter
-from dreambooth_jax.models.params import Params
+from dreambooth_jax.models.params import Params, Tensors
 from dreambooth_jax.painting.painter import make_painter
 from dreambooth_jax.painting.sheets import paint_rows
 from dreambooth_jax.runs.cascade import enlarging
@@ -41,7 +43,7 @@ class Subject(NamedTuple):
     run: Trained
     base: Params
     tuned: Params
-    rows: Mapping[str, Any]
+    rows: Tensors
 
     @property
     def trigger(self) -> str:
@@ -62,12 +64,12 @@ class Written(NamedTuple):
     """
 
     path: Path
-    reopen: Callable[[], Mapping[str, Any]]
+    reopen: Callable[[], Tensors]
     tools: str
     says: str = ""
 
 
-def to_folder(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+def to_folder(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """A whole diffusers folder."""
     pipeline = subject.run.pipeline
     if low := pipeline.low_resolution:
@@ -77,7 +79,7 @@ def to_folder(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
     return Written(path, lambda: read_params(load_pipeline(str(path))), f"{opened} in diffusers; --base {path} here")
 
 
-def to_single_file(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+def to_single_file(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """A whole model in one LDM file, and for v-prediction of SD 2.x a .yaml beside it."""
     pipeline = subject.run.pipeline
     layout = layout_of_subject(subject)
@@ -94,7 +96,7 @@ def to_single_file(subject: Subject, path: Path, dtype: Any, rank: int) -> Writt
     return Written(path, reopen, _for_all_tools(subject, "a checkpoint", f"from_single_file({str(path)!r})"))
 
 
-def to_kohya(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+def to_kohya(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """The adapter alone with kohya's names: for all tools. Of a full fine-tuning the LoRA of `rank`, or with rank 0 all
     differences."""
     pipeline = subject.run.pipeline
@@ -106,7 +108,7 @@ def to_kohya(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
     return Written(path, _reopened(subject, path), _for_all_tools(subject, "a LoRA", how), says)
 
 
-def about_adapter(pipeline: Pipeline, config: Any, title: str) -> lora_kohya.About:
+def about_adapter(pipeline: Pipeline, config: ConfigDict, title: str) -> lora_kohya.About:
     """What a kohya file says of the run that trained it."""
     layout = single_file.layout_of(pipeline.shapes, pipeline.models.configs)
     return lora_kohya.About(
@@ -120,7 +122,7 @@ def about_adapter(pipeline: Pipeline, config: Any, title: str) -> lora_kohya.Abo
     )  # fmt: skip
 
 
-def to_peft(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+def to_peft(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """The adapter alone with PEFT's names: for diffusers."""
     factors, says = _factors(subject, rank)
     path = path if path.suffix == SUFFIX else path / lora_peft.FILE
@@ -128,7 +130,7 @@ def to_peft(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
     return Written(path, _reopened(subject, path), f"load_lora_weights({str(path)!r}) in diffusers", says)
 
 
-def to_embedding(subject: Subject, path: Path, dtype: Any, rank: int) -> Written:
+def to_embedding(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """The rows of the new tokens alone: for all tools."""
     if not subject.rows:
         raise ValueError(f"method = {subject.run.config.method!r} trains no token: leave out --format embedding")
@@ -149,7 +151,7 @@ FORMATS = {
 }  # fmt: skip
 
 
-def _factors(subject: Subject, rank: int) -> tuple[Mapping[str, Any], str]:
+def _factors(subject: Subject, rank: int) -> tuple[Tensors, str]:
     method = subject.run.method
     if method.adapter is not None:
         factors = {name: x for name, x in method.adapter(subject.run.trainable).items() if not is_row(name)}
@@ -159,11 +161,14 @@ def _factors(subject: Subject, rank: int) -> tuple[Mapping[str, Any], str]:
     changes = differences(subject.base, subject.tuned)
     if not rank:
         return changes, "all differences of a full fine-tuning; --rank makes a smaller LoRA of them"
-    factors, error = low_rank(changes, rank)
-    return factors, f"a LoRA of rank {rank} of the full fine-tuning: {error:.1%} of the change is lost (Frobenius norm)"
+    approximation, error = low_rank(changes, rank)
+    return (
+        approximation,
+        f"a LoRA of rank {rank} of the full fine-tuning: {error:.1%} of the change is lost (Frobenius norm)",
+    )
 
 
-def _reopened(subject: Subject, path: Path) -> Callable[[], Params]:
+def _reopened(subject: Subject, path: Path) -> Callable[[], Tensors]:
     return lambda: add(dict(subject.base), read_adapter(path, subject.run.pipeline.shapes)[0])
 
 
@@ -192,7 +197,7 @@ def open_subject(workdir: str | os.PathLike, step: int | str | None) -> Subject:
     return Subject(run, base, tuned, rows_of(run.trainable))
 
 
-def default_format(config: Any, path: Path) -> str:
+def default_format(config: ConfigDict, path: Path) -> str:
     """kohya for adapters; for whole models a single file if `path` names one, else a folder."""
     if config.method == "inversion":
         return "embedding"
@@ -202,8 +207,8 @@ def default_format(config: Any, path: Path) -> str:
 
 
 def export(
-    workdir: str | os.PathLike, output: str | os.PathLike, *, step: int | str | None, kind: str | None, dtype: Any,
-    rank: int, hub: str = "",
+    workdir: str | os.PathLike, output: str | os.PathLike, *, step: int | str | None, kind: str | None,
+    dtype: DTypeLike, rank: int, hub: str = "",
 ) -> str:  # fmt: skip
     """Writes a run and proves the file; returns what to print.
 
@@ -276,9 +281,9 @@ def prove(subject: Subject, written: Written, token: Path | None) -> str:
     )
 
 
-def _largest(found: Any, value: Any) -> float:
+def _largest(found: jax.Array | np.ndarray, value: jax.Array | np.ndarray) -> float:
     return float(np.abs(np.asarray(found, np.float32) - np.asarray(value, np.float32)).max(initial=0.0))
 
 
-def _like(found: Any, value: jax.Array) -> jax.Array:
+def _like(found: jax.Array | np.ndarray, value: jax.Array) -> jax.Array:
     return jax.device_put(np.asarray(found, value.dtype), value.sharding)

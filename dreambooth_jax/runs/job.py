@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.factors import FORMS
 from dreambooth_jax.adapters.inversion import CUSTOM, both, inversion, is_row, stop_after
 from dreambooth_jax.adapters.lora import lora
-from dreambooth_jax.adapters.many import rescaled
+from dreambooth_jax.adapters.many import Lanes, rescaled
 from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.devices import compiler_options
 from dreambooth_jax.devices.sharding import batch_sharding, placed_shapes, replicated, state_shardings, unshard
@@ -36,7 +37,7 @@ class Job(NamedTuple):
     config: ConfigDict
     pipeline: Pipeline
     mesh: Mesh
-    optimizer: object
+    optimizer: optax.GradientTransformationExtraArgs
     method: Method
 
 
@@ -118,7 +119,7 @@ def pairs_prior(config: ConfigDict) -> bool:
     return config.prior_preservation and config.prior_target == "base" and not config.class_images
 
 
-def initial(job: Job):
+def initial(job: Job) -> Callable[[Params], TrainState]:
     """trainable -> the state before the first step."""
     return functools.partial(init_state, optimizer=job.optimizer, ema=job.config.ema_decay > 0)
 
@@ -131,13 +132,13 @@ def held_shapes(job: Job) -> Shapes:
     return {name: kept[name] if name in frozen else shape for name, shape in job.pipeline.shapes.items()}
 
 
-def split_shapes(job: Job) -> tuple[Params, Params]:
+def split_shapes(job: Job) -> tuple[Shapes, Shapes]:
     """(trainable, frozen) shapes, as the mesh holds them."""
     trainable, frozen = job.method.shapes(held_shapes(job))
     return placed_shapes(job.mesh, trainable), placed_shapes(job.mesh, frozen)
 
 
-def state_shapes(job: Job, trainable: Params) -> TrainState:
+def state_shapes(job: Job, trainable: Params | Shapes) -> TrainState:
     """Shapes of the whole train state, as the mesh holds it; `trainable` may be arrays or shapes."""
     shapes = jax.eval_shape(initial(job), trainable)
     shardings = state_shardings(job.mesh, trainable, shapes)
@@ -150,7 +151,7 @@ def fresh_state(job: Job, trainable: Params) -> TrainState:
     return jax.jit(initial(job), out_shardings=shardings)(trainable)
 
 
-def argument_shapes(job: Job, num_instance: int) -> tuple[TrainState, Params, TrainingData, jax.ShapeDtypeStruct]:
+def argument_shapes(job: Job, num_instance: int) -> tuple[TrainState, Shapes, TrainingData, jax.ShapeDtypeStruct]:
     """(state, frozen, data, key): what `lower_steps` takes, for a subject of `num_instance` images."""
     trainable, frozen = split_shapes(job)
     data = data_shapes(job, num_instance, job.config.num_class_images)
@@ -189,11 +190,13 @@ def key_shape(job: Job) -> jax.ShapeDtypeStruct:
     return _replicated_shape(job, key.shape, key.dtype)
 
 
-def _replicated_shape(job: Job, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+def _replicated_shape(job: Job, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(job.mesh))
 
 
-def lower_steps(job: Job, state: TrainState, frozen: Params, data: TrainingData, key: jax.Array) -> jax.stages.Lowered:
+def lower_steps(
+    job: Job, state: TrainState, frozen: Params | Shapes, data: TrainingData, key: jax.Array | jax.ShapeDtypeStruct
+) -> jax.stages.Lowered:
     """The call of up to `steps_per_call` training steps: (state, frozen, data, key, count) -> (state, metrics).
 
     Arguments may be arrays or ShapeDtypeStructs with shardings. The state is donated.
@@ -243,7 +246,12 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
 
 
 def lower_calls(
-    job: Job, step: Callable, state: TrainState, frozen: Params, data: Any, key: jax.Array
+    job: Job,
+    step: Callable[..., tuple[TrainState, Metrics]],
+    state: TrainState,
+    frozen: Params | Shapes,
+    data: TrainingData | Lanes,
+    key: jax.Array | jax.ShapeDtypeStruct,
 ) -> jax.stages.Lowered:
     """The call of up to `steps_per_call` of any `step`; see `lower_steps`."""
     config, mesh = job.config, job.mesh

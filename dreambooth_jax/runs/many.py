@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +28,12 @@ from dreambooth_jax.adapters.many import (
     stacked_data,
 )
 from dreambooth_jax.data.class_images import class_images_to_paint, paint_missing, read_class_images
-from dreambooth_jax.data.encode import make_encoder
+from dreambooth_jax.data.encode import Encoder, make_encoder
 from dreambooth_jax.data.images import Examples, read_examples
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
-from dreambooth_jax.diffusion.step import TrainState
+from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.evaluation.dataset import CLASSES_FILE, read_dataset
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.files.digest import weights_digest
@@ -254,12 +255,18 @@ def _plan(many: _Lanes, done: int) -> str:
     return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *rows])
 
 
-def _loop(many: _Lanes, guard: Preemption, manager: ocp.CheckpointManager, states: TrainState, advance) -> TrainState:
+def _loop(
+    many: _Lanes,
+    guard: Preemption,
+    manager: ocp.CheckpointManager,
+    states: TrainState,
+    advance: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]],
+) -> TrainState:
     config, subjects = many.job.config, many.subjects
     stops = np.asarray([subject.steps for subject in subjects])
     done = np.asarray(states.step)
     number = int(done.max())
-    for k in np.flatnonzero(done >= stops):
+    for k in np.flatnonzero(done >= stops).tolist():
         _write_file(many, states, k)
     while number < stops.max():
         until = min(int(stops.max()), number - number % config.save_every + config.save_every)
@@ -360,7 +367,7 @@ def _data(
     )  # fmt: skip
 
 
-def _class_examples(config: ConfigDict, job: Job, params: Params, encode) -> EncodedExamples:
+def _class_examples(config: ConfigDict, job: Job, params: Params, encode: Encoder) -> EncodedExamples:
     pipeline = job.pipeline
     digest = weights_digest(pipeline.single_file or pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
     if missing := class_images_to_paint(config, digest):

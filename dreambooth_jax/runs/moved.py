@@ -16,7 +16,7 @@ class NothingMoved(ValueError):
 @jax.jit
 def _sums(parts: dict[str, list[Array]]) -> dict[str, UInt32[Array, ""]]:
     """Sum of the bits of all numbers of a part, modulo 2^32: any update changes it."""
-    return {name: sum(_sum(x) for x in values) for name, values in parts.items()}
+    return {name: sum((_sum(x) for x in values), jnp.uint32(0)) for name, values in parts.items()}
 
 
 def _sum(x: Array) -> UInt32[Array, ""]:

@@ -67,7 +67,7 @@ class Preemption:
         threading.Thread(target=self._watch, args=(answered,), daemon=True, name="preemption").start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._lock:
             signal.set_wakeup_fd(self._old_descriptor)
             for number, handler in self._old_handlers.items():

@@ -1,16 +1,14 @@
 """The embedded base's autoencoder: its loss, and latents of mean 0 and variance 1 in every channel."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.params import Functional, Params, under_prefix
-from dreambooth_jax.tiny.contrastive import Pictures, normalise
+from dreambooth_jax.tiny.contrastive import Loss, Pictures, normalise
 
 
-def vae_loss(vae: Functional, lpips: Functional | None, *, kl_weight: float, lpips_weight: float) -> Callable:
+def vae_loss(vae: Functional, lpips: Functional | None, *, kl_weight: float, lpips_weight: float) -> Loss:
     """Absolute error of pixels and of their differences to the neighbours, LPIPS, and a little KL (arXiv 2112.10752,
     section 3.1).
 

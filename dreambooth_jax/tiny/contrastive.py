@@ -37,6 +37,9 @@ class View(NamedTuple):
     length: int
 
 
+Loss = Callable[[Params, Pictures, Array], Float[Array, ""]]
+
+
 def normalise(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     """uint8 -> [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0
@@ -87,10 +90,10 @@ def draw_pairs(view: View) -> Callable[[Atlas, Array], Pictures]:
     return draw
 
 
-def clip_loss(clip: Functional, end: int) -> Callable:
+def clip_loss(clip: Functional, end: int) -> Loss:
     """Symmetric contrastive loss (arXiv 2103.00020, figure 3); equal captions in a batch are no negatives."""
 
-    def loss(params: Params, batch: Pictures, key: Array) -> Array:
+    def loss(params: Params, batch: Pictures, key: Array) -> Float[Array, ""]:
         logits = clip.apply(params, batch.ids, normalise(batch.images), end, method="logits")
         same = (batch.ids[:, None] == batch.ids[None]).all(-1)
         targets = same / same.sum(1, keepdims=True)
@@ -101,12 +104,12 @@ def clip_loss(clip: Functional, end: int) -> Callable:
     return loss
 
 
-def vit_loss(vit: Functional, temperature: float) -> Callable:
+def vit_loss(vit: Functional, temperature: float) -> Loss:
     """Tells individuals apart (NT-Xent, arXiv 2002.05709, equation 1): two pictures of one individual in different
     places, sizes and poses attract each other and repel the others. Colours are never jittered: they are part of a
     subject."""
 
-    def loss(params: Params, batch: Pictures, key: Array) -> Array:
+    def loss(params: Params, batch: Pictures, key: Array) -> Float[Array, ""]:
         features = vit.apply(params, normalise(batch.images), method="features")
         number = jnp.arange(len(features))
         partner = jnp.roll(number, len(features) // 2)

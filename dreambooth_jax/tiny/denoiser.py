@@ -1,14 +1,12 @@
 """The embedded base's UNet and text tower, trained on pictures that the step itself composes and encodes."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dreambooth_jax.diffusion.process import Process, corrupt, target
 from dreambooth_jax.models.params import Functional, Params, under_prefix
-from dreambooth_jax.tiny.contrastive import Pictures, normalise
+from dreambooth_jax.tiny.contrastive import Loss, Pictures, normalise
 
 
 def unet_loss(
@@ -22,7 +20,7 @@ def unet_loss(
     empty: tuple[int, ...],
     unconditional: float,
     t_power: float,
-) -> Callable:
+) -> Loss:
     """||target - f(x_t, t, c)||^2 of latent diffusion (arXiv 2112.10752, equation 3).
 
     Args:

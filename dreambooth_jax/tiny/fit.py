@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
 from tqdm import trange
 
 from dreambooth_jax.devices import sharding
@@ -21,8 +22,19 @@ from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.tiny.muon import make_muon
 
+Batch = TypeVar("Batch")
 
-def fit(name: str, step: Callable, params: Params, frozen: Params, optimizer, data: Any, config, part) -> Params:
+
+def fit(
+    name: str,
+    step: Callable[..., tuple[TrainState, tuple[Array]]],
+    params: Params,
+    frozen: Params,
+    optimizer: optax.GradientTransformation,
+    data: PyTree,
+    config: ConfigDict,
+    part: ConfigDict,
+) -> Params:
     """Runs `step(state, frozen, data, key)` for `part.steps` steps, from the last checkpoint if there is one.
 
     Args:
@@ -69,7 +81,12 @@ def fit(name: str, step: Callable, params: Params, frozen: Params, optimizer, da
     return state.trainable if state.ema is None else state.ema
 
 
-def make_step(loss: Callable, optimizer, draw: Callable, ema_decay: float) -> Callable:
+def make_step(
+    loss: Callable[[Params, Batch, Array], Array],
+    optimizer: optax.GradientTransformation,
+    draw: Callable[[PyTree, Array], Batch],
+    ema_decay: float,
+) -> Callable[[TrainState, Params, PyTree, Array], tuple[TrainState, tuple[Array]]]:
     """Builds a step for `run_steps` that minimises `loss(params, batch, key)`, a scalar.
 
     Args:
@@ -78,7 +95,7 @@ def make_step(loss: Callable, optimizer, draw: Callable, ema_decay: float) -> Ca
         ema_decay: of the running average of the trainable parameters; 0 for none.
     """
 
-    def step(state: TrainState, frozen: Params, data: Any, key: Array):
+    def step(state: TrainState, frozen: Params, data: PyTree, key: Array) -> tuple[TrainState, tuple[Array]]:
         draw_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
         batch = split_batch(draw(data, draw_key))
         value, grads = jax.value_and_grad(lambda p: loss(frozen | p, batch, loss_key))(state.trainable)
@@ -91,13 +108,13 @@ def make_step(loss: Callable, optimizer, draw: Callable, ema_decay: float) -> Ca
     return step
 
 
-def adam(part) -> optax.GradientTransformation:
+def adam(part: ConfigDict) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm, with the schedule of `part.lr_schedule`."""
     rate = learning_rate(part.lr_schedule, part.learning_rate, warmup=max(part.steps // 40, 1), steps=part.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
 
 
-def muon(part, params: Params) -> optax.GradientTransformation:
+def muon(part: ConfigDict, params: Params) -> optax.GradientTransformation:
     """Muon at a constant learning rate, then with a linear decay to 0 over the last `part.decay_steps`."""
     stable = learning_rate("constant", part.learning_rate, warmup=max(part.steps // 40, 1), steps=part.steps)
     if part.decay_steps:

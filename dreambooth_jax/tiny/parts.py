@@ -2,6 +2,7 @@
 those of a finished base, `config.start`."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.files.safetensors import read_model
+from dreambooth_jax.files.tokenizer import Tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
 from dreambooth_jax.models.lpips import LPIPS
@@ -22,7 +24,17 @@ from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.tiny.autoencoder import normalise_latents, vae_loss
-from dreambooth_jax.tiny.contrastive import View, clip_loss, draw_alike, draw_any, draw_pairs, normalise, vit_loss
+from dreambooth_jax.tiny.contrastive import (
+    Loss,
+    Pictures,
+    View,
+    clip_loss,
+    draw_alike,
+    draw_any,
+    draw_pairs,
+    normalise,
+    vit_loss,
+)
 from dreambooth_jax.tiny.denoiser import unet_loss
 from dreambooth_jax.tiny.fit import adam, fit, make_step, muon
 from dreambooth_jax.tiny.world.atlas import Atlas
@@ -82,7 +94,7 @@ def latent_statistics(config: ConfigDict, vae: Functional, params: Params, atlas
     return jnp.asarray(latents.mean((0, 1, 2))), jnp.asarray(latents.std((0, 1, 2)))
 
 
-def train_clip(config: ConfigDict, atlas: Atlas, tokenizer, key: Array) -> Part:
+def train_clip(config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Array) -> Part:
     """Both towers of the CLIP."""
     part = config.clip
     text = {
@@ -114,7 +126,14 @@ def train_vit(config: ConfigDict, atlas: Atlas, key: Array) -> Part:
     return Part(params, part.model.to_dict() | {"architectures": ["ViTModel"], "model_type": "vit"})
 
 
-def _train_tower(name: str, loss, draw, start: Params, atlas: Atlas, config: ConfigDict) -> Params:
+def _train_tower(
+    name: str,
+    loss: Loss,
+    draw: Callable[[Atlas, Array], Pictures],
+    start: Params,
+    atlas: Atlas,
+    config: ConfigDict,
+) -> Params:
     part = config[name]
     if part.steps == 0:
         return start
@@ -122,7 +141,9 @@ def _train_tower(name: str, loss, draw, start: Params, atlas: Atlas, config: Con
     return fit(name, make_step(loss, optimizer, draw, part.ema_decay), start, {}, optimizer, atlas, config, part)
 
 
-def train_unet(config: ConfigDict, atlas: Atlas, tokenizer, vae: Part, clip: Part, key: Array) -> tuple[Part, Part]:
+def train_unet(
+    config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, vae: Part, clip: Part, key: Array
+) -> tuple[Part, Part]:
     """UNet and text tower, trained together; without `config.start` the tower begins as CLIP's."""
     part, dtype = config.unet, jnp.dtype(config.dtype)
     text_config, unet_spec = clip.config["text_config"], UNetSpec.from_config(part.model.to_dict())

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from PIL import Image
 
+from dreambooth_jax.files.tokenizer import Tokenizer
 from dreambooth_jax.tiny.world import scenes
 from dreambooth_jax.tiny.world.captions import media, places, things
 from dreambooth_jax.tiny.world.dataset import SCALES, background_weights, sprite_weights
@@ -74,7 +75,9 @@ class Labels(NamedTuple):
     colours: Int[Array, "b 2"]
 
 
-def make_atlas(sprites: list[Sprite], tokenizer, size: int, *, subject_share: float, bank: str = "train") -> Atlas:
+def make_atlas(
+    sprites: list[Sprite], tokenizer: Tokenizer, size: int, *, subject_share: float, bank: str = "train"
+) -> Atlas:
     """The atlas of pictures of `size` pixels a side.
 
     Args:
@@ -122,7 +125,7 @@ def _square(sprite: Sprite, side: int) -> UInt8[np.ndarray, "h w 4"]:
     return np.asarray(framed)
 
 
-def _phrases(options: list[dict[str, float]], tokenizer) -> Phrases:
+def _phrases(options: list[dict[str, float]], tokenizer: Tokenizer) -> Phrases:
     most = max(map(len, options))
     rows = [[tokenizer(text, add_special_tokens=False).input_ids if text else [] for text in row] for row in options]
     ids = np.zeros((len(rows), most, max(len(ids) for row in rows for ids in row)), np.int32)
@@ -201,7 +204,9 @@ def _standing(atlas: Atlas, labels: Labels, key: Key[Array, ""], *, size: int) -
     return _layer(atlas, labels.sprite, *_stand(atlas.extent[labels.sprite], grounded, key), size)
 
 
-def _join(atlas: Atlas, labels: Labels, layer, key: Key[Array, ""], *, size: int) -> UInt8[Array, "h w 3"]:
+def _join(
+    atlas: Atlas, labels: Labels, layer: Float[Array, "h w 4"], key: Key[Array, ""], *, size: int
+) -> UInt8[Array, "h w 3"]:
     background_key, shadow_key = jax.random.split(key)
     picture = _background(atlas, labels, background_key, size)
     shaded = _shade(picture, layer[..., 3], size)
@@ -210,7 +215,9 @@ def _join(atlas: Atlas, labels: Labels, layer, key: Key[Array, ""], *, size: int
     return jnp.clip(mixed, 0, 255).astype(jnp.uint8)
 
 
-def _stand(extent: Float[Array, "2"], grounded: Bool[Array, ""], key: Key[Array, ""]):
+def _stand(
+    extent: Float[Array, "2"], grounded: Bool[Array, ""], key: Key[Array, ""]
+) -> tuple[Array, Array, Array, Array, Array]:
     """Scale, x, y, angle in radians and mirror, as `dataset._stand` draws them."""
     u = jax.random.uniform(key, (5,))
     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * u[0]
@@ -222,7 +229,9 @@ def _stand(extent: Float[Array, "2"], grounded: Bool[Array, ""], key: Key[Array,
     return scale, x, jnp.where(grounded, standing, free), jnp.deg2rad(jnp.clip(angle, -12, 12)), u[4] < 0.5
 
 
-def _layer(atlas: Atlas, sprite, scale, x, y, angle, mirror, size: int) -> Float[Array, "h w 4"]:
+def _layer(
+    atlas: Atlas, sprite: Array, scale: Array, x: Array, y: Array, angle: Array, mirror: Array, size: int
+) -> Float[Array, "h w 4"]:
     """The sprite alone, premultiplied, 0..255: each pixel is looked up in the next level of detail."""
     sides = [level.shape[1] - 2 for level in atlas.sprites]
     level = sum((scale * size > side).astype(jnp.int32) for side in sides[:-1]) if len(sides) > 1 else 0
@@ -232,7 +241,16 @@ def _layer(atlas: Atlas, sprite, scale, x, y, angle, mirror, size: int) -> Float
     return jax.lax.switch(level, views, scale * size, x * size, y * size, angle, mirror, jnp.zeros((size, size)))
 
 
-def _look_up(pixels, side: int, longest, x, y, angle, mirror, canvas) -> Float[Array, "h w 4"]:
+def _look_up(
+    pixels: Array,
+    side: int,
+    longest: Array,
+    x: Array,
+    y: Array,
+    angle: Array,
+    mirror: Array,
+    canvas: Float[Array, "h w"],
+) -> Float[Array, "h w 4"]:
     rows, columns = jnp.indices(canvas.shape) + 0.5
     dx, dy, zoom = columns - x, rows - y, side / longest
     u = (jnp.cos(angle) * dx - jnp.sin(angle) * dy) * jnp.where(mirror, -1, 1) * zoom
@@ -282,7 +300,7 @@ def _background(atlas: Atlas, labels: Labels, key: Key[Array, ""], size: int) ->
 
 
 def _view(
-    settings: UInt8[Array, "g n rows columns 3"], number, key: Key[Array, ""], size: int
+    settings: UInt8[Array, "g n rows columns 3"], number: Int[Array, ""], key: Key[Array, ""], size: int
 ) -> Float[Array, "h w 3"]:
     """A shifted, mirrored, re-lit picture of a setting."""
     which, shift, mirror, light = jax.random.split(key, 4)

@@ -84,7 +84,9 @@ def _mean_colour(background: str, size: int) -> Float[np.ndarray, "3"]:
     return scenes.texture(background, size, "train", 0).reshape(-1, 3).mean(0).astype(np.float32)
 
 
-def _background(rng: np.random.Generator, background: int, size: int, split: str):
+def _background(
+    rng: np.random.Generator, background: int, size: int, split: str
+) -> tuple[tuple[str, ...], UInt8[np.ndarray, "h w 3"]]:
     """A picture of a background and the colours it is called by."""
     name = scenes.BACKGROUNDS[background]
     if name in COLOURS:
@@ -126,7 +128,9 @@ def _draw(rng: np.random.Generator, cumulative: Float[np.ndarray, "n"]) -> int:
     return min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(cumulative) - 1)
 
 
-def render_one(sprites, drawn: Tables, size: int, seed: int, index: int, split: str = "train"):
+def render_one(
+    sprites: list[Sprite], drawn: Tables, size: int, seed: int, index: int, split: str = "train"
+) -> tuple[UInt8[np.ndarray, "h w 3"], str, int, int]:
     """Picture `index`: (image [size, size, 3] uint8, caption, sprite index, background index)."""
     rng = np.random.default_rng((zlib.crc32(split.encode()), seed, index))
     label = _draw(rng, drawn.sprites)

@@ -274,15 +274,15 @@ class Name:
 
 
 def _parse_classes(text: str) -> dict[str, Name]:
-    names = {}
+    names: dict[str, Name] = {}
     for line in text.strip().splitlines():
         noun, synonyms, members = (part.strip() for part in line.split("|"))
-        synonyms = tuple(s.strip() for s in synonyms.split(",") if s.strip())
+        others = tuple(s.strip() for s in synonyms.split(",") if s.strip())
         for member in members.split(","):
             short, _, variant = member.strip().partition("=")
             if short in names:
                 raise ValueError(f"{short!r} is listed under {names[short].noun!r} and under {noun!r}: keep one")
-            names[short] = Name(noun, variant or noun, synonyms)
+            names[short] = Name(noun, variant or noun, others)
     return names
 
 

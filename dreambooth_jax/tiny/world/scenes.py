@@ -6,6 +6,7 @@ composite, so `textures` draws a bank of each once and a picture takes a shifted
 
 import functools
 import zlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -27,7 +28,7 @@ def noise(rng: np.random.Generator, size: int, cells: int, octaves: int = 3) -> 
     return total / (2 - 2 ** (1 - octaves))
 
 
-def blend(a, b, amount: Float[np.ndarray, "h w"]) -> Picture:
+def blend(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray, amount: Float[np.ndarray, "h w"]) -> Picture:
     """a where `amount` is 0 and b where it is 1; both are colours or pictures."""
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     return a + np.clip(amount, 0, 1)[..., None] * (b - a)
@@ -42,16 +43,23 @@ def _edge(size: int, at: Float[np.ndarray, "w"] | float) -> Float[np.ndarray, "h
     return np.clip((_rows(size) - at) * size * 0.7 + 0.5, 0, 1)
 
 
-def _skyline(rng, size, height, roughness) -> Float[np.ndarray, "w"]:
+def _skyline(rng: np.random.Generator, size: int, height: float, roughness: float) -> Float[np.ndarray, "w"]:
     return height + roughness * (noise(rng, size, 3)[size // 2] - 0.5)
 
 
-def _sky(rng, size, top=(95, 165, 235), bottom=(205, 230, 250)) -> Picture:
+def _sky(
+    rng: np.random.Generator, size: int, top: Sequence[int] = (95, 165, 235), bottom: Sequence[int] = (205, 230, 250)
+) -> Picture:
     clouds = np.clip(noise(rng, size, 3) * 2.4 - 1.35, 0, 0.8)
     return blend(blend(top, bottom, _rows(size) * 1.6), (255, 255, 255), clouds)
 
 
-def _draw(size: int, paint, colour=(0, 0, 0), scale: int = 2) -> UInt8[np.ndarray, "h w 3"]:
+def _draw(
+    size: int,
+    paint: Callable[[ImageDraw.ImageDraw, int], None],
+    colour: Sequence[float] | np.ndarray = (0, 0, 0),
+    scale: int = 2,
+) -> UInt8[np.ndarray, "h w 3"]:
     """Lets `paint(draw, side)` draw shapes with PIL at `scale` times the size and shrinks the result."""
     side = size * scale
     image = Image.new("RGB", (side, side), tuple(int(c) for c in colour))
@@ -59,7 +67,7 @@ def _draw(size: int, paint, colour=(0, 0, 0), scale: int = 2) -> UInt8[np.ndarra
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 
-def _snow(rng, size):
+def _snow(rng: np.random.Generator, size: int) -> Picture:
     hills = _edge(size, _skyline(rng, size, 0.42, 0.25))
     ground = blend((205, 220, 242), (252, 253, 255), noise(rng, size, 4) * 1.3)
     picture = blend(blend((150, 178, 212), (214, 226, 240), _rows(size) * 2), ground, hills)
@@ -68,14 +76,14 @@ def _snow(rng, size):
     return blend(picture, (255, 255, 255), flakes)
 
 
-def _grass(rng, size):
+def _grass(rng: np.random.Generator, size: int) -> Picture:
     blades = rng.random((size, size), dtype=np.float32)
     blades = (blades + np.roll(blades, 1, 0) + np.roll(blades, 2, 0)) / 3
     field = blend((52, 120, 38), (132, 196, 70), 0.6 * noise(rng, size, 4) + 0.8 * (blades - 0.3))
     return blend(_sky(rng, size), field, _edge(size, _skyline(rng, size, 0.36, 0.12)))
 
 
-def _beach(rng, size):
+def _beach(rng: np.random.Generator, size: int) -> Picture:
     sea = blend((22, 112, 176), (80, 196, 208), (_rows(size) - 0.3) * 3.5 + 0.4 * (noise(rng, size, 8) - 0.5))
     sand = blend((226, 192, 132), (250, 226, 172), noise(rng, size, 6) * 0.7 + 0.4 * rng.random((size, size)))
     shore = _skyline(rng, size, 0.58, 0.14)
@@ -83,7 +91,7 @@ def _beach(rng, size):
     return blend(picture, sand, _edge(size, shore))
 
 
-def _night_sky(rng, size):
+def _night_sky(rng: np.random.Generator, size: int) -> Picture:
     picture = blend((8, 10, 38), (44, 36, 98), _rows(size) + 0.5 * (noise(rng, size, 3) - 0.5))
     stars = np.zeros((size, size), np.float32)
     count = 40
@@ -93,11 +101,11 @@ def _night_sky(rng, size):
     return blend(picture, (255, 250, 225), stars)
 
 
-def _wooden_floor(rng, size):
+def _wooden_floor(rng: np.random.Generator, size: int) -> Picture:
     planks = int(rng.integers(5, 8))
     plank = (np.arange(size) * planks // size)[:, None]
-    fibre = Image.fromarray(rng.random((size, 6), dtype=np.float32))
-    fibre = np.asarray(fibre.resize((size, size), Image.Resampling.BICUBIC))
+    streaks = Image.fromarray(rng.random((size, 6), dtype=np.float32))
+    fibre = np.asarray(streaks.resize((size, size), Image.Resampling.BICUBIC))
     tone = rng.random(planks, dtype=np.float32)[plank] * 0.5
     picture = blend((140, 84, 40), (212, 150, 88), tone + 0.55 * fibre)
     seam = (np.arange(size) * planks % size < planks).astype(np.float32)[:, None] * np.ones((1, size), np.float32)
@@ -105,7 +113,7 @@ def _wooden_floor(rng, size):
     return blend(picture, (78, 44, 22), 0.75 * np.maximum(seam, joints))
 
 
-def _brick_wall(rng, size):
+def _brick_wall(rng: np.random.Generator, size: int) -> Picture:
     courses = int(rng.integers(6, 9))
     height, width = size / courses, 2.2 * size / courses
     y, x = np.arange(size)[:, None], np.arange(size)[None]
@@ -118,14 +126,14 @@ def _brick_wall(rng, size):
     return blend(brick, (205, 192, 178), mortar * 0.9)
 
 
-def _water(rng, size):
+def _water(rng: np.random.Generator, size: int) -> Picture:
     swell = noise(rng, size, 4, octaves=2)
     waves = 0.5 + 0.5 * np.sin((_rows(size) ** 1.2 * 9 + swell * 2.2) * 2 * np.pi)
     picture = blend((16, 84, 160), (52, 150, 214), _rows(size) * 0.5 + 0.6 * swell - 0.1)
     return blend(picture, (190, 232, 250), np.clip(waves * 1.6 - 1.0, 0, 1) * noise(rng, size, 7) * 0.9)
 
 
-def _checkered_cloth(rng, size):
+def _checkered_cloth(rng: np.random.Generator, size: int) -> Picture:
     colour = np.asarray(((205, 40, 45), (45, 95, 185), (50, 140, 75))[rng.integers(3)], np.float32)
     checks = int(rng.integers(6, 9))
     stripe = (np.arange(size) * checks // size) % 2
@@ -133,8 +141,8 @@ def _checkered_cloth(rng, size):
     return blend((250, 248, 244), colour, both * (0.9 + 0.1 * noise(rng, size, 8)))
 
 
-def _jungle(rng, size):
-    def paint(draw, side):
+def _jungle(rng: np.random.Generator, size: int) -> Picture:
+    def paint(draw: ImageDraw.ImageDraw, side: int) -> None:
         for depth in np.linspace(0, 1, 70):
             x, y, r = rng.uniform(-0.1, 1.1) * side, rng.uniform(-0.1, 1.1) * side, side * rng.uniform(0.05, 0.12)
             tone = rng.uniform(0.75, 1.15) * (0.45 + 0.55 * depth)
@@ -145,8 +153,8 @@ def _jungle(rng, size):
     return _draw(size, paint, (10, 42, 22)).astype(np.float32)
 
 
-def _forest(rng, size):
-    def paint(draw, side):
+def _forest(rng: np.random.Generator, size: int) -> Picture:
+    def paint(draw: ImageDraw.ImageDraw, side: int) -> None:
         for depth in np.linspace(0, 1, 9):
             x, w = rng.uniform(0, 1) * side, side * (0.03 + 0.05 * depth) * rng.uniform(0.7, 1.2)
             tone = 1.25 - 0.6 * depth
@@ -159,7 +167,7 @@ def _forest(rng, size):
     return blend(trunks, floor, _edge(size, _skyline(rng, size, 0.68, 0.08)))
 
 
-def _desert(rng, size):
+def _desert(rng: np.random.Generator, size: int) -> Picture:
     sky = blend((92, 172, 226), (250, 218, 168), _rows(size) * 2.4)
     far = blend((214, 144, 82), (240, 182, 112), noise(rng, size, 3))
     ripples = 0.5 + 0.5 * np.sin((_rows(size) * 11 + noise(rng, size, 3) * 3) * 2 * np.pi)
@@ -168,8 +176,8 @@ def _desert(rng, size):
     return blend(picture, near, _edge(size, _skyline(rng, size, 0.56, 0.2)))
 
 
-def _street(rng, size):
-    def paint(draw, side):
+def _street(rng: np.random.Generator, size: int) -> Picture:
+    def paint(draw: ImageDraw.ImageDraw, side: int) -> None:
         x = -rng.uniform(0, 0.1) * side
         while x < side:
             w, top = side * rng.uniform(0.16, 0.28), side * rng.uniform(0.02, 0.25)
@@ -187,7 +195,7 @@ def _street(rng, size):
     return _draw(size, paint, (176, 206, 232)) + 14 * (rng.random((size, size, 1)) - 0.5)
 
 
-def _mountains(rng, size):
+def _mountains(rng: np.random.Generator, size: int) -> Picture:
     picture = _sky(rng, size, (92, 152, 222), (222, 234, 246))
     jagged = np.abs(((np.arange(size) / size + rng.random()) * 2.0) % 1 - 0.5) + 0.12 * rng.random()
     ridge = 0.16 + 0.8 * jagged * 0.8 + 0.05 * (noise(rng, size, 9)[0] - 0.5)
@@ -197,7 +205,7 @@ def _mountains(rng, size):
     return blend(blend(picture, rock, _edge(size, ridge)), meadow, _edge(size, _skyline(rng, size, 0.66, 0.08)))
 
 
-def _sunset(rng, size):
+def _sunset(rng: np.random.Generator, size: int) -> Picture:
     y = _rows(size)
     sky = blend(blend((88, 44, 120), (240, 110, 72), y * 2.4), (254, 206, 104), (y - 0.32) * 3.6)
     disc = np.hypot(y - 0.52, np.linspace(0, 1, size)[None] - rng.uniform(0.25, 0.75))
@@ -207,7 +215,7 @@ def _sunset(rng, size):
     return blend(sky, sea, _edge(size, 0.6))
 
 
-def _room(rng, size):
+def _room(rng: np.random.Generator, size: int) -> Picture:
     wall = np.asarray(((238, 222, 196), (196, 216, 222), (226, 202, 206), (206, 218, 190))[rng.integers(4)], np.float32)
     stripes = ((np.arange(size) * 14 // size) % 2)[None] * np.ones((size, 1))
     upper = blend(wall, wall * 0.93, stripes)
@@ -216,7 +224,7 @@ def _room(rng, size):
     return blend(picture, carpet, _edge(size, 0.66))
 
 
-def _fire(rng, size):
+def _fire(rng: np.random.Generator, size: int) -> Picture:
     tongues = noise(rng, size, 6) + 0.25 * noise(rng, size, 12) - 0.9 + 1.15 * _rows(size)
     picture = blend((30, 6, 4), (206, 38, 12), tongues * 2.4)
     return blend(blend(picture, (250, 146, 20), tongues * 2.4 - 0.7), (255, 236, 130), tongues * 2.4 - 1.5)

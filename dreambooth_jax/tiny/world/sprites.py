@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
@@ -162,7 +163,7 @@ def tint(rgba: UInt8[np.ndarray, "h w 4"], colour: tuple[int, int, int]) -> UInt
     return np.dstack([np.round(mixed).astype(np.uint8), alpha])
 
 
-def _tinted(sprite: Sprite):
+def _tinted(sprite: Sprite) -> Iterator[Sprite]:
     """The sprite dyed in each colour that its class comes in."""
     dyeable = sprite.style == "3d" and "salad" not in sprite.variant  # dyed salad is no salad
     for colour in _TINTS.get(sprite.noun, "").split() if dyeable else ():
@@ -194,7 +195,7 @@ def poses(animation: bytes) -> list[UInt8[np.ndarray, "h w 4"]]:
     return [frames[number] for number in chosen]
 
 
-def _moved(sprite: Sprite, animation: bytes, longest: int):
+def _moved(sprite: Sprite, animation: bytes, longest: int) -> Iterator[Sprite]:
     """The sprite in the poses of its animation."""
     for number, frame in enumerate(poses(animation)[1:], 1):
         rgba = cut_out(Image.fromarray(frame), longest)
@@ -255,7 +256,7 @@ def _codes(metadata: list[dict], short_name: str) -> list[str]:
     return [code.lower() for code in (emoji["unified"], emoji["non_qualified"]) if code]
 
 
-def _read_style(metadata: list[dict], pictures: dict[str, bytes], style: str, longest: int):
+def _read_style(metadata: list[dict], pictures: dict[str, bytes], style: str, longest: int) -> Iterator[Sprite]:
     for emoji in metadata:
         short = emoji["short_name"]
         category = category_of(short, emoji["category"], emoji["subcategory"])

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 from collections import Counter
+from typing import Any
 
 START, END, SUFFIX = "<|startoftext|>", "<|endoftext|>", "</w>"
 Merge = tuple[str, str]
@@ -145,5 +146,5 @@ def write_tokenizer(folder: os.PathLike | str, words: list[str], max_length: int
     return folder
 
 
-def _write_json(path: pathlib.Path, value, indent: int | None = 2) -> None:
+def _write_json(path: pathlib.Path, value: dict[str, Any], indent: int | None = 2) -> None:
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
