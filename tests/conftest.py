@@ -11,8 +11,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 import jaxtyping
 import support.typecheck  # noqa: F401  named in the hook
 
-# Annotations are checked at every call, in every module of the package: none is imported before. A false one is an error
-# in these packages and a warning in the others.
+# Annotations are checked at every call, in every module of the package: none is imported before. A false one is an
+# error in these packages and a warning in the others.
 TYPECHECKED = ("dreambooth_jax.data", "dreambooth_jax.evaluation")
 jaxtyping.install_import_hook(["dreambooth_jax"], "support.typecheck.warned")
 jaxtyping.install_import_hook(list(TYPECHECKED), "support.typecheck.checked")  # the later hook comes first

@@ -52,8 +52,10 @@ def read_spec(
         for name, value in values.items()
         if not _is_of_kind(value, kinds[name]) or (_is_list(kinds[name]) and not isinstance(value, tuple))
     ]
-    spec = None if wrong else cls(**values)
-    problems += wrong or problems_of(spec)
+    if not wrong:
+        spec = cls(**values)
+        wrong = problems_of(spec)
+    problems += wrong
     if problems:
         kind = config.get("_class_name", config.get("architectures", cls.__name__))
         raise UnsupportedConfig(f"{kind}: this config is not supported: " + "; ".join(problems))
