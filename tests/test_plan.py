@@ -1,6 +1,7 @@
 """Planning: what the TPU compiler says of the programs that `train` runs, for machines that are not there."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -150,6 +151,8 @@ def test_text_and_json_say_the_same(planned, config):
     assert planned.sheets_peak == planned.class_images.peak + planned.optimizer_state + planned.data
     assert json.loads(json.dumps(values))["cost"]["peak"] == planned.cost.peak
     assert values["fits"] is True and values["run_seconds"] == planned.run_seconds(config)
+    without = dataclasses.replace(planned, class_images=None, painting_missing=3 * 2**29)
+    assert "class images: do NOT fit: 1.50 GiB too much" in plan.describe(without, config)
 
 
 @pytest.mark.parametrize("topology", plan.SWEEP_TOPOLOGIES)
