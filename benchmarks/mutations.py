@@ -41,7 +41,7 @@ TESTS = {
     "data/images": "test_images test_masks_and_captions",
     "data/low_resolution": "test_low_resolution",
     "data/paths": "test_sources test_images",
-    "data/sources": "test_sources test_images test_sources_fuzz",
+    "data/sources": "test_sources test_images test_hub_data test_sources_fuzz",
     "adapters/extract": "test_lora_forms test_lora_files",
     "adapters/factors": "test_lora_forms test_lora_files",
     "adapters/inversion": "test_inversion",

@@ -381,3 +381,10 @@ def test_tfds_errors(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             read(source)
+
+
+def test_images_that_are_enlarged_are_named(tmp_path, caplog):
+    for name, height, width in (("small", 20, 40), ("fitting", 32, 32), ("large", 40, 33)):
+        noise(height=height, width=width).save(tmp_path / f"{name}.png")
+    read(tmp_path)
+    assert "1 images are smaller than 32 pixels and were enlarged: small.png (40 x 20)" in caplog.text
