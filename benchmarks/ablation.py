@@ -132,7 +132,7 @@ def run_one(subject: str, arm: str, seed: int, steps: int, output: Path, eye: Ey
         run = set_up(config)
         params = read_params(run.pipeline, run.mesh)
         trainable, frozen, key = begin(run.job, params)
-        data = prepare_data(run, run.job.method.combine(frozen, trainable))
+        (data,) = prepare_data(run, run.job.method.combine(frozen, trainable))
         state = fresh_state(run.job, trainable)
         advance = lower_steps(run.job, state, frozen, data, key).compile()
         for start in range(0, steps, config.steps_per_call):
@@ -150,7 +150,7 @@ def run_one(subject: str, arm: str, seed: int, steps: int, output: Path, eye: Ey
         of_subject = paint([f"{phrase} {place}" for place in SETTINGS for _ in range(4)])
         same_prompt = of_subject.reshape(len(SETTINGS), 4, *of_subject.shape[1:])
         of_class = paint([f"a {noun}"] * CLASS_PICTURES)
-        real = run.examples.images
+        real = run.examples[0].images
     rows = [list(real), *map(list, same_prompt), list(of_class[:8])]
     sheet = f"{subject}_{arm}_seed_{seed}_{steps}_steps.png".replace(", ", "_").replace(" ", "-")
     save_png(output / sheet, contact_sheet(rows, [f"{subject}, {arm}", *SETTINGS, f"a {noun}"]), {})

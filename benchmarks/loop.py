@@ -44,7 +44,7 @@ def main() -> None:
         params = read_params(run.pipeline, run.mesh)
         trainable, frozen, key = begin(run.job, params)
         with contextlib.redirect_stderr(io.StringIO()):
-            data = prepare_data(run, run.job.method.combine(frozen, trainable))
+            (data,) = prepare_data(run, run.job.method.combine(frozen, trainable))
         manager = open_checkpoints(Path(folder) / "checkpoints")
         state = start_state(run.job, trainable, manager)
         steps = lower_steps(run.job, state, frozen, data, key).compile()

@@ -43,6 +43,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.caption_dropout = 0.0  # probability of the empty caption
     config.masked_loss = False  # loss inside masks alone: NAME-masklabel.png, or an image's opacity
     config.resolution = 0  # pixels, 0 for the base's own; images are resized (Lanczos) and cropped to squares
+    config.buckets = False  # photos keep about their ratio of sides, in one of some shapes of the square's area
     config.crop = "center"  # or "random"
     config.flip = False  # mirror half of the views
     config.views = 1  # augmented views drawn of each image, for random crops and flips

@@ -143,7 +143,7 @@ def test_a_run_with_all_of_them_has_the_shapes_that_plans_have(micro, tmp_path):
         shuffle_tags=3, caption_dropout=0.1, masked_loss=True,
     )  # fmt: skip
     run = set_up(config, jax.devices()[:1])
-    data = prepare_data(run, read_params(run.pipeline))
+    (data,) = prepare_data(run, read_params(run.pipeline))
     planned = data_shapes(run.job, len(data.instance.mean), len(data.prior.mean))
     assert jax.tree.structure(planned) == jax.tree.structure(data)
     assert data.instance.weight.shape == planned.instance.weight.shape

@@ -27,3 +27,13 @@ def test_bfloat16_that_swallows_an_update_is_seen():
     after = {"unet.a": before["unet.a"] + jnp.asarray(1e-4, jnp.bfloat16)}
     with pytest.raises(NothingMoved, match="unet"):
         check_moved(checksums(before), checksums(after), 2)
+
+
+def test_new_tokens_are_a_part_of_their_own():
+    """Pivotal tuning holds them while the text encoder's factors go on."""
+    before = params(0) | {"text_encoder.text_model.embeddings.token_embedding.new": jnp.ones((1, 7))}
+    names = checksums(before).keys()
+    assert names == {"unet", "text_encoder", "text_encoder (new tokens)"}
+    after = checksums(params(1) | {name: value for name, value in before.items() if name.endswith(".new")})
+    with pytest.raises(NothingMoved, match=r"^text_encoder \(new tokens\) should train"):
+        check_moved(checksums(before), after, 2)

@@ -24,7 +24,7 @@ from dreambooth_jax.data.class_images import (
 )
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
-from dreambooth_jax.files.digest import weights_digest
+from dreambooth_jax.files.digest import parts_digests, weights_digest
 from dreambooth_jax.painting.painter import make_painter
 from dreambooth_jax.painting.sheets import save_png
 
@@ -113,7 +113,7 @@ def test_an_interrupted_run_makes_what_is_missing_and_ends_equal_to_the_last_bit
 def own(folder, *names):
     folder.mkdir(exist_ok=True)
     for name in names:
-        Image.new("RGB", (20, 30), "red").save(folder / name)
+        Image.effect_noise((20, 30), 60).convert("RGB").save(folder / name)
     return folder
 
 
@@ -200,6 +200,32 @@ def test_what_a_persons_folder_lacks_is_painted_into_the_workdir(prior, micro, t
     assert "3 images in" in describe_class_images(config, 0) and "2 images in" in describe_class_images(config, 0)
     with pytest.raises(ValueError, match="another base"):
         class_images_to_paint(config, "0" * 32)
+
+
+@pytest.mark.parametrize("colour", ["black", "white"])
+def test_own_class_images_that_show_nothing_are_named(micro, tmp_path, colour):
+    folder = own(tmp_path / "mine", "rex.jpg")
+    Image.new("RGB", (20, 30), colour).save(folder / "empty.png")
+    config = config_of(tmp_path / "run", base=micro, resolution=16, class_images=str(folder))
+    with pytest.raises(ValueError, match=r"(?s)class images show nothing:\n  empty\.png: one colour\n"):
+        class_images_to_paint(config, DIGEST)
+
+
+def test_one_flipped_bit_changes_the_digest_of_all_bytes(tmp_path):
+    """Where samples do not look; the division into files does not count."""
+    weights = {name: np.random.default_rng(0).normal(size=(100, 100)).astype(np.float32) for name in "ab"}
+    for folder in ("one", "two", "flipped"):
+        (tmp_path / folder / "unet").mkdir(parents=True)
+    save_file(weights, tmp_path / "one" / "unet" / "model.safetensors")
+    index = {"weight_map": {name: f"{name}.safetensors" for name in weights}}
+    for name, value in weights.items():
+        save_file({name: value}, tmp_path / "two" / "unet" / f"{name}.safetensors")
+    (tmp_path / "two" / "unet" / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights["b"].view(np.uint32)[25, 50] ^= 1
+    save_file(weights, tmp_path / "flipped" / "unet" / "model.safetensors")
+    one, two, flipped = (parts_digests(tmp_path / name, ["unet"]) for name in ("one", "two", "flipped"))
+    assert one == two != flipped and one.keys() == {"unet"}
+    assert weights_digest(tmp_path / "flipped", ["unet"]) == weights_digest(tmp_path / "one", ["unet"])
 
 
 def test_the_digest_of_weights_knows_values_and_not_files(micro, tmp_path):

@@ -195,6 +195,22 @@ def test_another_base_in_the_same_place_is_named(micro, workdir, tmp_path):
         go_on(workdir, base=str(base))
 
 
+def test_one_flipped_bit_of_the_base_is_named(micro, workdir, tmp_path):
+    base = shutil.copytree(micro, tmp_path / "base")
+    record = workdir / "checkpoints" / "60" / "run.json"
+    moved = json.loads(record.read_text())
+    assert moved["fingerprints"]["weights"].keys() == {"text_encoder", "unet", "vae"}
+    moved["config"]["base"] = str(base)
+    record.write_text(json.dumps(moved))
+    path = base / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    largest = max(weights, key=lambda name: weights[name].size)
+    weights[largest].view(np.uint32).reshape(-1)[weights[largest].size // 4] ^= 1
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="weights: changed: text_encoder"):
+        go_on(workdir, read=read_params, base=str(base), steps=62)
+
+
 def test_the_only_checkpoint_damaged_is_said_and_the_run_begins_anew(micro, workdir):
     victim = max(files_of(workdir / "checkpoints" / "60" / "trainable"), key=lambda path: path.stat().st_size)
     os.truncate(victim, 10)
@@ -204,13 +220,14 @@ def test_the_only_checkpoint_damaged_is_said_and_the_run_begins_anew(micro, work
     assert "going on" not in text
 
 
-def test_half_written_files_of_a_killed_run_are_removed(micro, workdir):
+def test_half_written_files_of_a_killed_run_are_removed(micro, workdir, capfd):
     name = f".{'0' * 16}.partial"
     for folder in (workdir, workdir / "class_images", workdir / "samples"):
         (folder / name).write_bytes(b"half")
         (folder / ".mine.partial").write_bytes(b"kept")
     go_on(workdir, base=micro)
     assert not list(workdir.rglob(name)) and len(list(workdir.rglob(".mine.partial"))) == 3
+    assert f"half written by a process that was killed: {workdir}/{name}, " in capfd.readouterr().out
 
 
 # --- runs of earlier versions

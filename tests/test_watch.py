@@ -91,9 +91,9 @@ def test_a_run_is_scored_beside_its_base(watched):
 def test_held_out_photos_do_not_train(micro, watched, tmp_path, capsys):
     config = config_of(tmp_path / "run", base=micro, **FIELDS)
     run, whole = set_up(config), set_up(config_of(tmp_path / "whole", base=micro))
-    photos = sorted(set(whole.examples.names))
-    assert set(run.examples.names) == set(photos[:-1]) and run.held_out.names == (photos[-1],)
-    assert run.examples.images.shape[0] == len(run.examples.captions) == 2 * len(photos[:-1])  # two views
+    photos = sorted(set(whole.examples[0].names))
+    assert set(run.examples[0].names) == set(photos[:-1]) and run.held_out.names == (photos[-1],)
+    assert run.examples[0].images.shape[0] == len(run.examples[0].captions) == 2 * len(photos[:-1])  # two views
     from dreambooth_jax.runs.plan_text import plan_text
 
     assert f"held out: {photos[-1]}" in plan_text(run, 0)

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from dreambooth_jax.data.captions import fill
-from dreambooth_jax.data.images import Examples, decode_image, join, read_examples
+from dreambooth_jax.data.buckets import Size
+from dreambooth_jax.data.captions import fill, raise_listing
+from dreambooth_jax.data.images import Examples, decode_image, is_plain, join, read_buckets
 from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.files.atomic import write_atomic
@@ -60,21 +61,34 @@ def _where_images_are(folder: epath.Path) -> str:
     return f" itself, but its subfolders do: {', '.join(inside)}" if inside else ""
 
 
-def read_class_images(config: ConfigDict) -> Examples:
-    """All class images, own and painted, as examples; errors are those of `read_examples`."""
+def read_class_images(config: ConfigDict, size: Size | None = None) -> Examples:
+    """All class images, own and painted, as examples; errors are those of `read_class_folder`.
+
+    Args:
+        size: height and width to which they are cropped; default: the square of the config's resolution.
+    """
     folders = [folder for folder in class_folders(config) if list_images(folder)]
-    examples = join([read_class_folder(folder, config) for folder in folders])
+    examples = join([read_class_folder(folder, config, size) for folder in folders])
     if config.masked_loss:  # the whole picture counts
         examples = examples._replace(masks=np.full(examples.images.shape[:3], 255, np.uint8))
     return examples
 
 
-def read_class_folder(folder: epath.Path, config: ConfigDict) -> Examples:
-    """The class images of one folder, with the class prompt where they have no captions."""
-    return read_examples(
-        folder, config.resolution, template=config.class_prompt, identifier=config.identifier,
-        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip, seed=config.seed,
+def read_class_folder(folder: epath.Path, config: ConfigDict, size: Size | None = None) -> Examples:
+    """The class images of one folder, with the class prompt where they have no captions; errors are `read_buckets`'s.
+
+    Raises:
+        ValueError: images of one colour, which a failed painting leaves; all of them are named.
+    """
+    (examples,) = read_buckets(
+        folder, (size or (config.resolution, config.resolution),), template=config.class_prompt,
+        identifier=config.identifier, class_noun=config.class_noun, captions=config.captions, crop=config.crop,
+        flip=config.flip, seed=config.seed,
     )  # fmt: skip
+    plain = {name: "one colour" for name, image in zip(examples.names, examples.images, strict=True) if is_plain(image)}
+    if plain:
+        raise_listing(f"{folder}: class images show nothing", plain, "Remove them.")
+    return examples
 
 
 def class_images_to_paint(config: ConfigDict, digest: str) -> list[int]:
@@ -84,7 +98,7 @@ def class_images_to_paint(config: ConfigDict, digest: str) -> list[int]:
         digest: of the base's weights (`weights_digest`).
 
     Raises:
-        ValueError: see `class_folders`, `damaged_class_images` and `read_examples`.
+        ValueError: see `class_folders`, `damaged_class_images` and `read_class_folder`.
     """
     *own, painted = class_folders(config)
     count = sum(len(read_class_folder(folder, config).images) for folder in own)
@@ -116,7 +130,7 @@ def missing_class_images(folder: str | os.PathLike, count: int) -> list[int]:
 
 
 def damaged_class_images(folder: str | os.PathLike, prompt: str, digest: str) -> list[int]:
-    """Numbers of pictures that were painted here and are black or cannot be decoded.
+    """Numbers of pictures that were painted here and are of one colour or cannot be decoded.
 
     Args:
         prompt, digest: class prompt, and digest of the base's weights, that they must have been painted with.
@@ -131,7 +145,7 @@ def damaged_class_images(folder: str | os.PathLike, prompt: str, digest: str) ->
             continue
         data = path.read_bytes()
         about = _png_text(data)
-        if about is None or ("prompt" in about and _is_black_or_broken(data)):
+        if about is None or ("prompt" in about and _is_plain_or_broken(data)):
             damaged.append(int(match[1]))
         elif about.get("prompt", prompt) != prompt:
             others.setdefault(f"of {about['prompt']!r}", path.name)
@@ -155,9 +169,9 @@ def _png_text(data: bytes) -> dict[str, str] | None:
         return None
 
 
-def _is_black_or_broken(data: bytes) -> bool:
+def _is_plain_or_broken(data: bytes) -> bool:
     try:
-        return not np.asarray(decode_image(data)).any()
+        return is_plain(np.asarray(decode_image(data)))
     except Exception:  # as above
         return True
 
@@ -227,9 +241,10 @@ def paint_class_images(
         for index, image in paint(params, requests, all_processes=False):
             number = painted[index]
             if number in numbers:
-                if not image.any():
+                if is_plain(image):
+                    look = "of one colour" if image.any() else "black"
                     raise ValueError(
-                        f"class image {number} is black: the base computes numbers that are not finite. Check its "
+                        f"class image {number} is {look}: the base computes numbers that are not finite. Check its "
                         "weights with `python -m dreambooth_jax.sample`, or set dtype='float32'."
                     )
                 about = {"prompt": prompt, "seed": f"fold_in({seed}, {number})", **metadata}

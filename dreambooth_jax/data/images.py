@@ -1,6 +1,6 @@
 """Photos in, training examples out.
 
-    folder or tfds:NAME:SPLIT ──> decode, orient, to sRGB on white ──> square views + captions ──> Examples
+    folder or tfds:NAME:SPLIT ──> decode, orient, to sRGB on white ──> cropped views + captions ──> Examples
 
 A subject is a handful of images, so they are all read before anything slow starts, and everything that is wrong
 with them is said at once. The images are later encoded once and stay on the devices; augmentation therefore
@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from PIL import Image, ImageCms, ImageOps
 
+from dreambooth_jax.data.buckets import Size, nearest, text_of
 from dreambooth_jax.data.captions import fill, raise_listing
 from dreambooth_jax.data.sources import MASK_ENDING, Item, list_source, report
 
@@ -25,7 +26,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class Examples(NamedTuple):
-    """Training examples. The views of one image follow each other: image i, view v is row i * views + v."""
+    """Training examples of one shape. The views of one image follow each other."""
 
     images: np.ndarray  # uint8[n h w 3], sRGB
     captions: tuple[str, ...]
@@ -36,9 +37,19 @@ class Examples(NamedTuple):
     masks: np.ndarray | None = None  # uint8[n h w], 255 where the loss counts
 
 
-def read_examples(
+def read_examples(source: str | os.PathLike, resolution: int, **options: Any) -> Examples:
+    """Reads every image of a source as square crops with captions; `options` and errors are `read_buckets`'s.
+
+    Args:
+      resolution: side of the square, in pixels.
+    """
+    (examples,) = read_buckets(source, ((resolution, resolution),), **options)
+    return examples
+
+
+def read_buckets(
     source: str | os.PathLike,
-    resolution: int,
+    sizes: Sequence[Size],
     *,
     template: str,
     identifier: str,
@@ -49,17 +60,17 @@ def read_examples(
     views: int = 1,
     seed: int = 0,
     masked: bool = False,
-) -> Examples:
-    """Reads every image of a folder or TFDS split as square crops with captions.
+) -> tuple[Examples, ...]:
+    """Reads every image of a folder or data set as crops of the nearest of some shapes, with captions.
 
-    The short side is resized to `resolution` pixels (Lanczos) and a square is cut out of the long side. The draws of
-    random crop and flip depend only on (seed, image name), not on the order or number of the images; of two
-    consecutive views exactly one is flipped.
+    An image is resized (Lanczos) to the smallest size that covers the shape whose ratio is nearest to its own, and what
+    is too long is cut off. The draws of random crop and flip depend only on (seed, image name), not on the order or
+    number of the images; of two consecutive views exactly one is flipped.
 
     Args:
       source: a folder, `hub:OWNER/NAME[@REVISION][/FOLDER]`, or `tfds:NAME[/CONFIG][:VERSION]:SPLIT[?data_dir=DIR]`;
         SPLIT may slice (`train[:5]`), and DIR defaults to the environment variable TFDS_DATA_DIR.
-      resolution: side of the square, in pixels.
+      sizes: (height, width) of the shapes, in pixels.
       template: caption of images without their own, e.g. "a photo of {identifier} {class_noun}".
       identifier: fills {identifier} in the template and in captions.
       class_noun: fills {class_noun}.
@@ -72,31 +83,57 @@ def read_examples(
       seed: of the random crops and flips.
       masked: reads masks: `dog-masklabel.png` for `dog.jpg`, or the image's transparency.
 
+    Returns:
+      The examples of every shape that some image has, in the order of `sizes`.
+
     Raises:
       FileNotFoundError: the folder does not exist.
       ValueError: a bad argument, template or caption, no images, or images that cannot be read: all of them are listed.
     """
-    _check_arguments(resolution, captions, crop, flip, views)
+    _check_arguments(min(min(size) for size in sizes), captions, crop, flip, views)
     fill(template, identifier, class_noun, "the caption template")
     listing = list_source(source, captions)
-    items = listing.items
-    texts = _captions(items, captions, template, identifier, class_noun, source)
-    read = _read_squares(items, resolution, crop, flip, views, seed, source, masked)
-    squares, sizes, corners, masks = zip(*read, strict=True)
-    names = tuple(item.name for item in items for _ in range(views))
-    if masked and all(mask.min() == 255 for mask in masks):
+    texts = _captions(listing.items, captions, template, identifier, class_noun, source)
+    rows = _read_views(listing.items, texts, sizes, crop, flip, views, seed, source, masked)
+    if masked and all(row.mask.min() == 255 for row in rows):
         raise ValueError(
             f"masked_loss = True, but no image in {source} has a mask: NAME{MASK_ENDING}.png, white where the subject "
             "is, or transparency around it"
         )
+    by_size = {size: [row for row in rows if row.image.shape[:2] == size] for size in sizes}
+    buckets = [_examples(found, crop, named=len(sizes) > 1) for found in by_size.values() if found]
+    first = buckets[0]
+    return first._replace(notes=(*report(listing), *first.notes)), *buckets[1:]
+
+
+class _View(NamedTuple):
+    """An image as it trains: its crop, what the crop was cut from, and the caption."""
+
+    name: str
+    caption: str
+    image: np.ndarray  # uint8[h w 3]
+    original: tuple[int, int]  # height, width
+    corner: tuple[int, int]  # top, left
+    mask: np.ndarray | None  # uint8[h w]
+
+
+def _examples(rows: Sequence[_View], crop: str, *, named: bool) -> Examples:
+    """The views of one shape; notes begin with the shape if it is `named`."""
+    size = rows[0].image.shape[:2]
+    originals = {row.name: row.original for row in rows}
+    cut = _cut_off(originals, size, crop)
+    notes = [f"cropped to squares, {cut}"] if cut else []
+    if named:
+        count = f"{len(originals)} image{'s' * (len(originals) > 1)}"
+        notes = [f"bucket {text_of(size)}: {count}" + (f", cropped {cut}" if cut else "")]
     return Examples(
-        images=np.stack(squares),
-        captions=tuple(text for text in texts for _ in range(views)),
-        names=names,
-        original=np.array(sizes, np.int32),
-        crop=np.array(corners, np.int32),
-        notes=(*report(listing), *_crop_notes(dict(zip(names, sizes, strict=True)), crop)),
-        masks=np.stack(masks) if masked else None,
+        images=np.stack([row.image for row in rows]),
+        captions=tuple(row.caption for row in rows),
+        names=tuple(row.name for row in rows),
+        original=np.array([row.original for row in rows], np.int32),
+        crop=np.array([row.corner for row in rows], np.int32),
+        notes=tuple(notes),
+        masks=None if rows[0].mask is None else np.stack([row.mask for row in rows]),
     )
 
 
@@ -112,14 +149,14 @@ def _concatenated(field: tuple) -> Any:
     return np.concatenate(field) if isinstance(field[0], np.ndarray) else sum(field, ())
 
 
-def _crop_notes(sizes: Mapping[str, tuple[int, int]], crop: str) -> list[str]:
-    """What the square leaves of images that are not square; name -> (height, width)."""
+def _cut_off(originals: Mapping[str, tuple[int, int]], size: Size, crop: str) -> str:
+    """What a crop to the shape `size` cuts off images of other ratios, in words; name -> (height, width)."""
     cut = []
-    for name, (height, width) in sizes.items():
-        if share := round(100 * (1 - min(height, width) / max(height, width))):
-            cut.append(f"{name} ({width} x {height}) loses {share} % of its {'width' if width > height else 'height'}")
-    where = "at both ends" if crop == "center" else "at random ends"
-    return [f"cropped to squares, {where}: {'; '.join(cut)}"] if cut else []
+    for name, (height, width) in originals.items():
+        kept = _kept(width, height, size)
+        if share := round(100 * (1 - kept[0] / width * kept[1] / height)):
+            cut.append(f"{name} ({width} x {height}) loses {share} % of its {'width' if kept[0] < width else 'height'}")
+    return f"at {'both' if crop == 'center' else 'random'} ends: {'; '.join(cut)}" if cut else ""
 
 
 def _check_arguments(resolution: int, captions: str, crop: str, flip: bool, views: int) -> None:
@@ -161,25 +198,26 @@ def check_headers(items: Sequence[Item], source: str) -> None:
     for item in items:
         try:
             Image.open(io.BytesIO(item.read())).close()
-        except Exception as error:  # as in `_read_squares`
+        except Exception as error:  # as in `_read_views`
             bad[item.name] = _reason(error)
     if bad:
         raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
 
 
-def _read_squares(
+def _read_views(
     items: Sequence[Item],
-    resolution: int,
+    texts: Sequence[str],
+    sizes: Sequence[Size],
     crop: str,
     flip: bool,
     views: int,
     seed: int,
     source: str | os.PathLike,
     masked: bool,
-) -> list[tuple[np.ndarray, tuple[int, int], tuple[int, int], np.ndarray | None]]:
-    """(square, size of the image, corner of the square, square of the mask) of every view."""
-    squares, bad, small = [], {}, []
-    for item in items:
+) -> list[_View]:
+    """Every view of every image, each of the shape that is nearest to its image's."""
+    rows, bad, small = [], {}, []
+    for item, text in zip(items, texts, strict=True):
         try:
             data = item.read()
             image = decode_image(data)
@@ -187,19 +225,18 @@ def _read_squares(
         except Exception as error:  # whatever a decoder trips over belongs on the list
             bad[item.name] = _reason(error)
             continue
-        if min(image.size) < resolution:
+        size = nearest(sizes, image.height, image.width)
+        if image.height < size[0] or image.width < size[1]:
             small.append(f"{item.name} ({image.width} x {image.height})")
         for view in _draw_views(item.name, crop, flip, views, seed):
-            squares.append(
-                (*_square(image, resolution, *view), None if mask is None else _square(mask, resolution, *view)[0])
-            )
+            cropped = _cropped(image, size, *view)
+            rows.append(_View(item.name, text, *cropped, None if mask is None else _cropped(mask, size, *view)[0]))
     if bad:
         raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
     if small:
-        logging.warning(
-            "%d images are smaller than %d pixels and were enlarged: %s", len(small), resolution, ", ".join(small)
-        )
-    return squares
+        needed = f"{min(min(size) for size in sizes)} pixels" if len(sizes) == 1 else "their shapes"
+        logging.warning("%d images are smaller than %s and were enlarged: %s", len(small), needed, ", ".join(small))
+    return rows
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -219,6 +256,11 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     image.load()
     return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def is_plain(image: np.ndarray) -> bool:
+    """Whether a picture [h, w, 3] is of one colour."""
+    return bool((image == image[:1, :1]).all())
 
 
 def read_mask(item: Item, data: bytes, size: tuple[int, int]) -> Image.Image:
@@ -286,11 +328,21 @@ def _draw_views(name: str, crop: str, flip: bool, views: int, seed: int) -> list
     return [(float(place), flip and (first + view) % 2 == 1) for view, place in enumerate(places)]
 
 
-def _square(
-    image: Image.Image, resolution: int, place: float, mirrored: bool
+def _kept(width: int, height: int, size: Size) -> tuple[float, float]:
+    """Width and height of the largest part of a picture that has the ratio of `size`."""
+    return min(float(width), height * size[1] / size[0]), min(float(height), width * size[0] / size[1])
+
+
+def _cropped(
+    image: Image.Image, size: Size, place: float, mirrored: bool
 ) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
-    side = min(image.size)
-    left, top = (image.width - side) * place, (image.height - side) * place
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    corner = round(top * resolution / side), round(abs(left - mirrored * (image.width - side)) * resolution / side)
-    return np.asarray(ImageOps.mirror(square) if mirrored else square), (image.height, image.width), corner
+    """The crop, the image's height and width, and the crop's top and left in the resized (and mirrored) image."""
+    width, height = _kept(*image.size, size)
+    left, top = (image.width - width) * place, (image.height - height) * place
+    right, bottom = min(left + width, image.width), min(top + height, image.height)
+    part = image.resize(size[::-1], Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    corner = (
+        round(top * size[0] / height),
+        round(abs(left - mirrored * (image.width - width)) * size[1] / width),
+    )
+    return np.asarray(ImageOps.mirror(part) if mirrored else part), (image.height, image.width), corner

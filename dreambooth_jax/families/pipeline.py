@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,17 @@ class Pipeline:
             ValueError: the base cannot have that size; names sizes that it can.
         """
         return self.family.example_shape(self.models, height, width or height)
+
+    @functools.cached_property
+    def multiple(self) -> int:
+        """The smallest side of a picture in pixels; all sides are multiples of it."""
+        return next(side for side in itertools.count(1) if self._fits(side))
+
+    def _fits(self, side: int) -> bool:
+        try:
+            return bool(self.example_shape(side))
+        except ValueError:
+            return False
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Tokens of the texts, leading axis b; a text too long for the encoder is cut, with a warning."""

@@ -88,12 +88,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     sync(path.parent)
 
 
-def remove_partial(folder: str | os.PathLike) -> None:
-    """Deletes what killed processes have left of files in a local folder, not below it; nobody else may write there."""
-    if not is_remote(folder) and os.path.isdir(folder):
-        for path in Path(folder).iterdir():
-            if re.fullmatch(r"\.[0-9a-f]{16}\.partial", path.name):
-                path.unlink(missing_ok=True)
+def remove_partial(folder: str | os.PathLike) -> list[str]:
+    """Deletes what killed processes have left of files in a local folder, not below it; nobody else may write there.
+
+    Returns:
+        The paths of these files.
+    """
+    if is_remote(folder) or not os.path.isdir(folder):
+        return []
+    found = [path for path in Path(folder).iterdir() if re.fullmatch(r"\.[0-9a-f]{16}\.partial", path.name)]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return sorted(map(str, found))
 
 
 def sync(path: Path) -> None:

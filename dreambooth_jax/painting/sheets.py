@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.models.params import Params
@@ -111,6 +111,16 @@ def contact_sheet(
         strips += [_text_strip(label, full, font), _row_strip(row, gap, full)]
     framed = [np.pad(strip, ((gap, 0), (gap, gap), (0, 0)), constant_values=255) for strip in strips]
     return np.pad(np.concatenate(framed), ((0, gap), (0, 0), (0, 0)), constant_values=255)
+
+
+def framed(image: np.ndarray, side: int) -> np.ndarray:
+    """The picture made to fit in a white square, uint8[side side 3]; a square of that side as it is."""
+    if image.shape[:2] == (side, side):
+        return image
+    white = Image.new("RGB", (side, side), "white")
+    small = ImageOps.contain(Image.fromarray(image), (side, side), Image.Resampling.LANCZOS)
+    white.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    return np.asarray(white)
 
 
 def _row_strip(images: Sequence[np.ndarray], gap: int, width: int) -> np.ndarray:

@@ -103,6 +103,7 @@ FIELDS: dict[str, Field] = {
     "caption_dropout": _SHARE,
     "masked_loss": Field(bool),
     "resolution": _not_negative(int),
+    "buckets": Field(bool),
     "crop": _one_of("center", "random"),
     "flip": Field(bool),
     "views": _positive(),
@@ -224,10 +225,12 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
     if config.subjects and config.method not in ADAPTERS:
         problems.append(f"subjects: many subjects share a frozen base, with one of {', '.join(ADAPTERS)} as the method")
-    draws = ("masked_loss", "shuffle_tags", "caption_dropout", "evaluate_every")
+    draws = ("masked_loss", "shuffle_tags", "caption_dropout", "evaluate_every", "buckets")
     draws = [name for name in draws if config[name]]
     if config.subjects and draws:
         problems.append(f"{', '.join(draws)}: not implemented for many subjects at once")
+    if config.buckets and config.held_out_images:
+        problems.append("held_out_images: not implemented with buckets; held-out photos are squares")
     if config.sr_crop and config.masked_loss:
         problems.append("masked_loss: not implemented for the crops of a super-resolution stage, sr_crop")
     if config.prior_target == "base" and config.method in ("full", "custom"):

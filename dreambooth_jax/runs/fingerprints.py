@@ -5,7 +5,8 @@ it is refused, with the names of what changed.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.runs.config import ConfigError
@@ -20,17 +21,31 @@ def _digest(*pieces: bytes) -> str:
     return total.hexdigest()
 
 
-def of_pixels(examples: Examples) -> dict[str, str]:
-    """Name of an image -> digest of its pixels as they train, all views."""
-    pixels: dict[str, list[bytes]] = {}
-    for name, image in zip(examples.names, examples.images, strict=True):
-        pixels.setdefault(name, []).append(image.tobytes())
-    return {name: _digest(*views) for name, views in pixels.items()}
+def of_pixels(buckets: Sequence[Examples]) -> dict[str, str]:
+    """Name of an image -> digest of its pixels as they train, all views, in all shapes."""
+    return _by_name((name, image.tobytes()) for part in buckets for name, image in _rows(part.names, part.images))
 
 
-def of_captions(examples: Examples) -> dict[str, str]:
+def of_masks(buckets: Sequence[Examples]) -> dict[str, str]:
+    """Name of an image -> digest of its masks, all views; empty without masks."""
+    masked = [part for part in buckets if part.masks is not None]
+    return _by_name((name, mask.tobytes()) for part in masked for name, mask in _rows(part.names, part.masks))
+
+
+def of_captions(buckets: Sequence[Examples]) -> dict[str, str]:
     """Name of an image -> digest of its caption."""
-    return {name: _digest(text.encode()) for name, text in zip(examples.names, examples.captions, strict=True)}
+    return {name: _digest(text.encode()) for part in buckets for name, text in _rows(part.names, part.captions)}
+
+
+def _rows(names: Sequence[str], values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return zip(names, values, strict=True)
+
+
+def _by_name(pieces: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    found: dict[str, list[bytes]] = {}
+    for name, piece in pieces:
+        found.setdefault(name, []).append(piece)
+    return {name: _digest(*all_) for name, all_ in found.items()}
 
 
 def check_same(workdir: str, earlier: Mapping[str, Mapping[str, str]], now: Fingerprints) -> None:

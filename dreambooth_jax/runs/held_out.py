@@ -17,7 +17,7 @@ from dreambooth_jax.diffusion.loss import Losses, dreambooth_loss
 from dreambooth_jax.diffusion.low_resolution import make_augment
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs.config import ConfigError, fill
-from dreambooth_jax.runs.job import Job, pairs_prior, reads_tokens, training_side
+from dreambooth_jax.runs.job import Job, pairs_prior, reads_tokens, training_size
 
 DRAWS = 32  # noised pictures of each half per value: 8 left 3 % of noise between the means of two sets of draws
 _STREAM = 2**31 - 1  # no step has this number
@@ -73,7 +73,7 @@ def make_loss(job: Job) -> Callable[[Params, Params, TrainingData, Key[Array, ""
         job: of the run, whose loss, process and conditions these are.
     """
     config, pipeline, mesh = job.config, job.pipeline, job.mesh
-    size, dtype, side = config.batch_size // config.accumulate, jnp.dtype(config.dtype), training_side(config)
+    size, dtype, side = config.batch_size // config.accumulate, jnp.dtype(config.dtype), training_size(config)[0]
     spread = batch_sharding(mesh, (1 + config.prior_preservation) * size)
     low = pipeline.low_resolution
     of_base = config.prior_preservation and config.prior_target == "base"

@@ -18,6 +18,7 @@ from dreambooth_jax.adapters.inversion import CUSTOM, both, inversion, is_row, s
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.many import Lanes, rescaled
 from dreambooth_jax.adapters.method import Method, full
+from dreambooth_jax.data.buckets import Size, bucket_sizes
 from dreambooth_jax.devices import compiler_options
 from dreambooth_jax.devices.sharding import batch_sharding, placed_shapes, replicated, state_shardings, unshard
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
@@ -28,7 +29,7 @@ from dreambooth_jax.families.family import DENOISER, TEXT
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.models.params import Params, Shapes
 from dreambooth_jax.painting.painter import input_shapes, make_paint_batch, picture_shapes
-from dreambooth_jax.runs.config import WITH_TOKEN
+from dreambooth_jax.runs.config import WITH_TOKEN, ConfigError
 
 
 class Job(NamedTuple):
@@ -58,8 +59,13 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
         decays=method.decays,
     )  # fmt: skip
     if config.method == "pivotal":
-        optimizer = optax.chain(optimizer, stop_after(round(config.pivotal_fraction * config.steps), is_row))
+        optimizer = optax.chain(optimizer, stop_after(tokens_held_from(config), is_row))
     return Job(config, pipeline, mesh, optimizer, method)
+
+
+def tokens_held_from(config: ConfigDict) -> int:
+    """The step from which vectors of new tokens stay as they are."""
+    return round(config.pivotal_fraction * config.steps) if config.method == "pivotal" else config.steps
 
 
 def open_base(config: ConfigDict, **settings: Any) -> Pipeline:
@@ -151,27 +157,33 @@ def fresh_state(job: Job, trainable: Params) -> TrainState:
     return jax.jit(initial(job), out_shardings=shardings)(trainable)
 
 
-def argument_shapes(job: Job, num_instance: int) -> tuple[TrainState, Shapes, TrainingData, jax.ShapeDtypeStruct]:
+def argument_shapes(
+    job: Job, num_instance: int, size: Size | None = None
+) -> tuple[TrainState, Shapes, TrainingData, jax.ShapeDtypeStruct]:
     """(state, frozen, data, key): what `lower_steps` takes, for a subject of `num_instance` images."""
     trainable, frozen = split_shapes(job)
-    data = data_shapes(job, num_instance, job.config.num_class_images)
+    data = data_shapes(job, num_instance, job.config.num_class_images, size)
     return state_shapes(job, trainable), frozen, data, key_shape(job)
 
 
-def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
-    """Shapes of the resident examples, each half with one caption; every device has all of them."""
+def data_shapes(job: Job, num_instance: int, num_class: int, size: Size | None = None) -> TrainingData:
+    """Shapes of the resident examples, each half with one caption; every device has all of them.
+
+    Args:
+        size: height and width of the examples in pixels; default: `training_size`.
+    """
     config, pipeline = job.config, job.pipeline
+    size = size or training_size(config)
     tokens = pipeline.family.token_shapes(pipeline.models, 1)
     cond = tokens if reads_tokens(config) else jax.eval_shape(pipeline.encode_text, pipeline.shapes, tokens)
     cond = jax.tree.map(lambda x: _replicated_shape(job, x.shape, x.dtype), cond)
 
     def resident(count: int) -> EncodedExamples:
-        side = training_side(config)
-        latents = _replicated_shape(job, (count, math.prod(pipeline.example_shape(side))), jnp.float32)
-        own = jax.eval_shape(pipeline.of_example, picture_shapes(pipeline, count, side))
+        latents = _replicated_shape(job, (count, math.prod(pipeline.example_shape(*size))), jnp.float32)
+        own = jax.eval_shape(pipeline.of_example, picture_shapes(pipeline, count, size[0]))
         own = jax.tree.map(lambda x: _replicated_shape(job, x.shape, x.dtype), own) or None
         index = _replicated_shape(job, (count, config.shuffle_tags) if config.shuffle_tags else (count,), jnp.int32)
-        pixels = math.prod(pipeline.example_shape(side)[:-1])
+        pixels = math.prod(pipeline.example_shape(*size)[:-1])
         weight = _replicated_shape(job, (count, pixels), jnp.float32) if config.masked_loss else None
         return EncodedExamples(latents, latents, cond, index, own, weight)
 
@@ -179,9 +191,27 @@ def data_shapes(job: Job, num_instance: int, num_class: int) -> TrainingData:
     return TrainingData(resident(num_instance), resident(count) if config.prior_preservation else None)
 
 
-def training_side(config: ConfigDict) -> int:
-    """Side in pixels of the training examples: of crops, where a super-resolution stage trains on those."""
-    return config.sr_crop or config.resolution
+def training_size(config: ConfigDict) -> Size:
+    """Height and width in pixels of square training examples: of crops, where a super-resolution stage trains on
+    those."""
+    return (config.sr_crop or config.resolution,) * 2
+
+
+def possible_sizes(job: Job) -> tuple[Size, ...]:
+    """Heights and widths in pixels that the photos may be cropped to: the square, or with `buckets` others too.
+
+    Raises:
+        ConfigError: `buckets` with a stage of a cascade, whose pictures are square.
+    """
+    config, pipeline = job.config, job.pipeline
+    if not config.buckets:
+        return ((config.resolution, config.resolution),)
+    if config.stages or pipeline.low_resolution is not None:
+        raise ConfigError(
+            f"buckets = True: the stages of a cascade ({pipeline.family.name}) enlarge square pictures; give "
+            "--config.buckets=False"
+        )
+    return bucket_sizes(config.resolution, pipeline.multiple)
 
 
 def key_shape(job: Job) -> jax.ShapeDtypeStruct:
@@ -195,19 +225,30 @@ def _replicated_shape(job: Job, shape: tuple[int, ...], dtype: DTypeLike) -> jax
 
 
 def lower_steps(
-    job: Job, state: TrainState, frozen: Params | Shapes, data: TrainingData, key: jax.Array | jax.ShapeDtypeStruct
+    job: Job,
+    state: TrainState,
+    frozen: Params | Shapes,
+    data: TrainingData,
+    key: jax.Array | jax.ShapeDtypeStruct,
+    size: Size | None = None,
 ) -> jax.stages.Lowered:
     """The call of up to `steps_per_call` training steps: (state, frozen, data, key, count) -> (state, metrics).
 
     Arguments may be arrays or ShapeDtypeStructs with shardings. The state is donated.
+
+    Args:
+        size: height and width of the examples in pixels; default: `training_size`.
     """
-    return lower_calls(job, training_step(job), state, frozen, data, key)
+    return lower_calls(job, training_step(job, size), state, frozen, data, key)
 
 
-def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[TrainState, Metrics]]:
+def training_step(
+    job: Job, size: Size | None = None, *, mapped: bool = False
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step (state, frozen, data, key) -> (state, metrics).
 
     Args:
+        size: see `lower_steps`.
         mapped: whether it is for `adapters.many.over_subjects`: it takes (frozen, scale), and the subjects are divided
             over the mesh in place of the batch.
     """
@@ -218,7 +259,7 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
     of_base = config.prior_preservation and config.prior_target == "base"
     # Sums over parts are no products; among several devices, recomputed products would be exchanged a second time too.
     recomputes = on_tpu and mesh.size == 1 and not mapped and config.accumulate == 1
-    low, side = pipeline.low_resolution, training_side(config)
+    low, size = pipeline.low_resolution, size or training_size(config)
 
     def combine(frozen: Any, trainable: Params) -> Params:
         if mapped:
@@ -236,11 +277,11 @@ def training_step(job: Job, *, mapped: bool = False) -> Callable[..., tuple[Trai
         accumulate=config.accumulate,
         hold=recomputed if recomputes else kept,
         ema_decay=config.ema_decay or None,
-        example_shape=pipeline.example_shape(side),
+        example_shape=pipeline.example_shape(*size),
         base=(lambda frozen: unshard(mesh, frozen[0] if mapped else frozen, dtype)) if of_base else None,
         paired=pairs_prior(config),
         dropout=config.caption_dropout,
-        augment=make_augment(low, side, config.sr_noise) if low else None,
+        augment=make_augment(low, size[0], config.sr_noise) if low else None,
         constrain=lambda batch: batch if mapped else jax.lax.with_sharding_constraint(batch, placement),
     )
 

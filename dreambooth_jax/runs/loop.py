@@ -1,6 +1,7 @@
 """The training loop: calls of the compiled step, and what is due between them."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,6 +71,7 @@ def loop(
     guard: Preemption,
     agree: Callable[[bool], bool],
     inspect: Callable[[TrainState, int], None] = lambda state, steps: None,
+    alike: Callable[[int], int] = lambda step: sys.maxsize,
 ) -> None:
     """Calls `advance(state, count)` until all steps are done; reports, saves and paints in between.
 
@@ -79,6 +81,7 @@ def loop(
         progress: changed in place.
         agree: whether to leave after this call, given whether this process was asked to.
         inspect: called once with the state after the first two or more steps, and their number.
+        alike: step -> number of steps from it on that are of one program, and can be one call.
 
     Raises:
         NonFiniteLoss: a loss, a gradient or the weights are not finite; the checkpoint before is kept.
@@ -110,7 +113,7 @@ def loop(
         with guard.in_loop():
             until = next_stop(progress.step, config)
             while progress.step < until:
-                count = min(config.steps_per_call, until - progress.step)
+                count = min(config.steps_per_call, until - progress.step, alike(progress.step))
                 progress.state, metrics = advance(progress.state, np.int32(count))
                 report_late()
                 store.check()

@@ -228,7 +228,7 @@ def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
 def _fingerprints(many: _Lanes) -> Fingerprints:
     found: Fingerprints = {"photos": {}, "captions": {}}
     for subject, examples in zip(many.subjects, many.examples, strict=True):
-        for kind, digests in (("photos", of_pixels(examples)), ("captions", of_captions(examples))):
+        for kind, digests in (("photos", of_pixels([examples])), ("captions", of_captions([examples]))):
             found[kind] |= {f"{subject.name}/{name}": digest for name, digest in digests.items()}
     pipeline = many.job.pipeline
     parts = {name.split(".")[0] for name in pipeline.shapes}

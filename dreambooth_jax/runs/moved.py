@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from dreambooth_jax.adapters.inversion import is_row
 from dreambooth_jax.models.params import Params
 
+NEW_TOKENS = " (new tokens)"
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
@@ -25,10 +27,11 @@ def _sum(x: Array) -> UInt32[Array, ""]:
 
 
 def checksums(trainable: Params) -> dict[str, int]:
-    """Part of the model -> a checksum of its trainable parameters."""
+    """Part of the model, or its new tokens -> a checksum of the trainable parameters."""
     parts: dict[str, list[Array]] = {}
     for name, value in trainable.items():
-        parts.setdefault(name.partition(".")[0], []).append(value)
+        part = name.partition(".")[0]
+        parts.setdefault(f"{part}{NEW_TOKENS}" if is_row(name) else part, []).append(value)
     return {name: int(value) for name, value in _sums(parts).items()}
 
 

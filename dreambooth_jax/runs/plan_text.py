@@ -5,6 +5,7 @@ import shutil
 
 import jax
 
+from dreambooth_jax.data.buckets import text_of
 from dreambooth_jax.data.class_images import describe_class_images
 from dreambooth_jax.data.contradictions import contradictions, too_long
 from dreambooth_jax.data.identifiers import check_identifier
@@ -13,7 +14,7 @@ from dreambooth_jax.models.params import count
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.config import ConfigError, fill
 from dreambooth_jax.runs.job import initial, pairs_prior
-from dreambooth_jax.runs.setup import Run
+from dreambooth_jax.runs.setup import Run, sizes_of
 
 
 def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
@@ -24,7 +25,7 @@ def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
     """
     config, shapes = run.config, run.pipeline.shapes
     trained, _ = run.job.method.shapes(shapes)
-    images = len(set(run.examples.names))
+    images = len({name for part in run.examples for name in part.names})
     prior = "the base's own predictions on the photos" if pairs_prior(config) else "off"
     if config.prior_preservation and not pairs_prior(config):
         prompt = fill(config.class_prompt, config)
@@ -33,7 +34,7 @@ def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
     held_out = {} if run.held_out is None else {"held out": f"{', '.join(dict.fromkeys(run.held_out.names))}: for loss"}
     lines = {
         "base": f"{config.base} ({config.resolution}x{config.resolution}, {count(shapes) / 1e6:.1f} M parameters)",
-        "subject": f"{images} images in {config.instance_images}: {run.examples.captions[0]!r}",
+        "subject": f"{images} images in {config.instance_images}: {run.examples[0].captions[0]!r}",
         **held_out,
         "prior": prior,
         "method": f"{run.job.method.says}, {count(trained) / 1e6:.3g} M parameters, {config.optimizer}",
@@ -41,17 +42,31 @@ def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
         "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), {axes}",
         "workdir": config.workdir,
     }
-    notes = [f"  photos: {note}" for note in run.examples.notes] + [f"    note: {note}" for note in run.notes]
+    if config.buckets:
+        lines["buckets"] = _buckets(run)
+    notes = [f"  photos: {note}" for part in run.examples for note in part.notes]
+    notes += [f"    note: {note}" for note in run.notes]
     if done and not compared:
         notes.append("    note: the checkpoint stores no fingerprints: photos and base were not compared with its own")
     return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *notes, *_warnings(run)])
 
 
+def _buckets(run: Run) -> str:
+    """The shapes, the share of the steps that each takes, and what becomes of the class images."""
+    total = sum(len(part.captions) for part in run.examples)
+    shapes = [f"{text_of(size)} ({100 * len(part.captions) / total:.0f} % of the steps)"
+              for size, part in zip(sizes_of(run), run.examples, strict=True)]  # fmt: skip
+    count = f"{len(shapes)} shape{'s' * (len(shapes) > 1)} and compiled program{'s' * (len(shapes) > 1)}"
+    prior = "; class images are cropped to the shape of their step" if run.config.prior_preservation else ""
+    return f"{count}: {', '.join(shapes)}{prior}"
+
+
 def _warnings(run: Run) -> list[str]:
     config = run.config
     warnings = list(check_identifier(run.pipeline.tokenizer, config.identifier))
-    warnings += contradictions(config, run.examples.captions)
-    warnings += too_long(run.examples.captions, config.identifier, run.pipeline.tokenizer)
+    captions = [caption for part in run.examples for caption in part.captions]
+    warnings += contradictions(config, captions)
+    warnings += too_long(captions, config.identifier, run.pipeline.tokenizer)
     if config.keep_last == 1:
         size = checkpoint_size(run)
         warnings.append(

@@ -11,7 +11,7 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.evaluation.transforms import Picture
 from dreambooth_jax.models.params import Params
-from dreambooth_jax.painting.sheets import file_names, paint_rows, save_png, save_sheet
+from dreambooth_jax.painting.sheets import file_names, framed, paint_rows, save_png, save_sheet
 from dreambooth_jax.runs.best import is_over
 from dreambooth_jax.runs.config import fill
 from dreambooth_jax.runs.loop import Sheets, is_painted
@@ -90,7 +90,8 @@ def paint_samples(
     if not prompts or not runtime.is_first_process():
         return
     labels = [f"training images; {said.images}" if said.images else "training images"]
-    rows = [list(run.examples.images[: config.sample_count])]
+    photos = [image for part in run.examples for image in part.images[: config.sample_count]][: config.sample_count]
+    rows = [[framed(photo, config.resolution) for photo in photos]]
     for prompt, row, score in zip(prompts, painted, said.prompts, strict=True):
         before = [_before(run, prompt, seed) for seed in range(config.sample_count)]
         if all(path.exists() for path in before):

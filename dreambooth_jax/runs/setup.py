@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.inversion import TEMPLATES
+from dreambooth_jax.data.buckets import Size
 from dreambooth_jax.data.class_images import agreed, class_images_to_paint, paint_missing, read_class_images
 from dreambooth_jax.data.encode import make_encoder
-from dreambooth_jax.data.images import Examples, decode_image, read_examples
+from dreambooth_jax.data.images import Examples, decode_image, read_buckets
 from dreambooth_jax.data.low_resolution import cut
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
@@ -34,7 +36,16 @@ from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below, 
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
 from dreambooth_jax.runs.config_file import complete, read_json
 from dreambooth_jax.runs.held_out import divide
-from dreambooth_jax.runs.job import Job, fresh_state, make_job, open_base, pairs_prior, reads_tokens, state_shapes
+from dreambooth_jax.runs.job import (
+    Job,
+    fresh_state,
+    make_job,
+    open_base,
+    pairs_prior,
+    possible_sizes,
+    reads_tokens,
+    state_shapes,
+)
 
 
 class Run(NamedTuple):
@@ -42,7 +53,7 @@ class Run(NamedTuple):
 
     Attributes:
         paint: the base's painter.
-        examples: of the subject.
+        examples: of the subject, by shape: of squares alone, or with `buckets` of every shape that some photo has.
         held_out: photos that are kept out of training, or None.
         digest: of the base's weights.
         to_paint: number of class images that are missing.
@@ -53,7 +64,7 @@ class Run(NamedTuple):
     job: Job
     workdir: epath.Path
     paint: Painter
-    examples: Examples
+    examples: tuple[Examples, ...]
     held_out: Examples | None
     digest: str
     to_paint: int
@@ -100,26 +111,36 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
         sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale, trained=True,
         sr_noise=config.sr_noise,
     )  # fmt: skip
-    examples = read_examples(
-        config.instance_images, config.resolution, template=config.instance_prompt, identifier=config.identifier,
-        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
-        views=config.views, seed=config.seed, masked=config.masked_loss,
-    )  # fmt: skip
-    examples, held_out = divide(examples, config)
-    examples = with_templates(examples, config)
-    held_out = held_out and with_templates(held_out, config)
+    examples, held_out = read_subject(job)
     if low := pipeline.low_resolution:
         folder = workdir / "samples" / f"stage{config.stage - 1}"
-        below = painted_below(before, mesh, folder) if before else photos_below(examples, low.factor)
+        below = painted_below(before, mesh, folder) if before else photos_below(examples[0], low.factor)
         paint = enlarging(paint, below, max(2, config.stage))
     elif before or config.sr_crop:
         raise ConfigError(
             f"base = {config.base!r}, sr_crop = {config.sr_crop}: {pipeline.family.name} enlarges nothing"
         )
-    digest = weights_digest(pipeline.single_file or pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
+    digest = weights_digest(*weights_of(pipeline))
     paints = config.prior_preservation and not pairs_prior(config)
     to_paint = class_images_to_paint(config, digest) if paints else []
     return Run(job, workdir, paint, examples, held_out, digest, len(to_paint), given, tuple(notes))
+
+
+def read_subject(job: Job) -> tuple[tuple[Examples, ...], Examples | None]:
+    """(the examples of the subject as they train, by shape; held-out photos or None).
+
+    Raises:
+        ValueError, OSError: see `possible_sizes`, `read_buckets` and `divide`.
+    """
+    config = job.config
+    buckets = read_buckets(
+        config.instance_images, possible_sizes(job), template=config.instance_prompt, identifier=config.identifier,
+        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
+        views=config.views, seed=config.seed, masked=config.masked_loss,
+    )  # fmt: skip
+    divided = [divide(part, config) for part in buckets]
+    held_out = divided[0][1]
+    return tuple(with_templates(part, config) for part, _ in divided), held_out and with_templates(held_out, config)
 
 
 def _prompts(config: ConfigDict) -> list[str]:
@@ -153,20 +174,23 @@ def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
     """Makes the workdir, clears it of what a killed run left, sets damaged checkpoints aside and writes the config.
 
     Returns:
-        Lines for the person: damaged checkpoints, settings that older versions did not have.
+        Lines for the person: damaged checkpoints, half-written files, settings that older versions did not have.
 
     Raises:
         ConfigError: the workdir cannot be written, or holds a run trained with another config.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        removed = []
         if runtime.is_first_process():
             for folder in (".", "class_images", "samples", "samples/before"):
-                remove_partial(workdir / folder)
+                removed += remove_partial(workdir / folder)
         checkpoint.finish_deletions(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None
         )
         notes = checkpoint.set_aside_damaged(workdir / "checkpoints")
+        if removed:
+            notes.append(f"removed, half written by a process that was killed: {', '.join(removed)}")
         if steps := checkpoint.steps_of(workdir / "checkpoints"):
             earlier, added = complete(earlier_config(workdir, steps[-1]))
             check_resumable(config, earlier)
@@ -203,29 +227,42 @@ def earlier_config(workdir: epath.Path, step: int) -> dict[str, Any]:
 
 
 def prepare_data(
-    run: Run, params: Params, inspect: Callable[[Examples], None] = lambda class_images: None
-) -> TrainingData:
-    """Paints what class images are missing, then encodes all examples.
+    run: Run, params: Params, inspect: Callable[[Sequence[Examples]], None] = lambda class_images: None
+) -> tuple[TrainingData, ...]:
+    """Paints what class images are missing, then encodes all examples: those of every shape of `run.examples`, each
+    with the class images cropped to it.
 
     Args:
-        inspect: called with the class images before anything is encoded.
+        inspect: called with the class images, by shape, before anything is encoded.
     """
     config = run.config
     encode = make_encoder(
         run.pipeline, run.mesh, text_states=not reads_tokens(config), orders=config.shuffle_tags,
         with_empty=config.caption_dropout > 0, seed=config.seed,
     )  # fmt: skip
-    instance = encode(params, _cut(run.examples, config))
+    instance = [encode(params, _cut(examples, config)) for examples in run.examples]
     if not config.prior_preservation:
-        return TrainingData(instance, None)
+        return tuple(TrainingData(half, None) for half in instance)
     if pairs_prior(config):
-        of_class = run.examples._replace(captions=(fill(config.class_prompt, config),) * len(run.examples.captions))
-        return TrainingData(instance, encode(params, _cut(of_class, config)))
-    if numbers := agreed(class_images_to_paint(config, run.digest)):
-        paint_missing(config, numbers, run.paint, params, run.digest, _class_images_before(run))
-    class_images = read_class_images(config)
-    inspect(class_images)
-    return TrainingData(instance, encode(params, _cut(class_images, config)))
+        prompt = fill(config.class_prompt, config)
+        of_class = [examples._replace(captions=(prompt,) * len(examples.captions)) for examples in run.examples]
+    else:
+        if numbers := agreed(class_images_to_paint(config, run.digest)):
+            paint_missing(config, numbers, run.paint, params, run.digest, _class_images_before(run))
+        of_class = [read_class_images(config, size) for size in sizes_of(run)]
+        inspect(of_class)
+    prior = [encode(params, _cut(examples, config)) for examples in of_class]
+    return tuple(TrainingData(*halves) for halves in zip(instance, prior, strict=True))
+
+
+def weights_of(pipeline: Pipeline) -> tuple[Path, list[str]]:
+    """The folder or file of a base's weights and the names of its parts, for digests."""
+    return pipeline.single_file or pipeline.folder, sorted({name.partition(".")[0] for name in pipeline.shapes})
+
+
+def sizes_of(run: Run) -> list[Size]:
+    """Height and width in pixels of every shape of the run's examples."""
+    return [examples.images.shape[1:3] for examples in run.examples]
 
 
 def _class_images_before(run: Run) -> Callable[[int], np.ndarray | None]:

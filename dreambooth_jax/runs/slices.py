@@ -6,6 +6,7 @@ The command is `dreambooth_jax.plan`.
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dreambooth_jax.data.sources import list_images
+from dreambooth_jax.data.buckets import Size, text_of
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import (
     Chip,
@@ -31,8 +32,18 @@ from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.painting.painter import input_shapes, picture_conditions
 from dreambooth_jax.runs import protocol_cost
-from dreambooth_jax.runs.config import check_config
-from dreambooth_jax.runs.job import Job, argument_shapes, lower_painting, lower_steps, make_job, pairs_prior
+from dreambooth_jax.runs.config import absolute_paths, check_config
+from dreambooth_jax.runs.job import (
+    Job,
+    argument_shapes,
+    data_shapes,
+    lower_painting,
+    lower_steps,
+    make_job,
+    pairs_prior,
+    training_size,
+)
+from dreambooth_jax.runs.setup import read_subject
 
 GIB = 2**30
 # Tried in this order, each on top of the ones before: what costs least comes first.
@@ -57,6 +68,7 @@ class Plan:
         class_images: the compiler's answer for painting one batch of class images; None without prior preservation.
         class_image_seconds: for one batch.
         painting_missing: bytes by which painting does not fit.
+        photos: what there is to train on, in words.
     """
 
     topology: str
@@ -70,6 +82,7 @@ class Plan:
     class_images: Cost | None
     class_image_seconds: float
     painting_missing: int = 0
+    photos: str = ""
 
     @property
     def fits(self) -> bool:
@@ -102,10 +115,13 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
     pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
     job = make_job(config, with_cached_text(pipeline, mesh), mesh)
-    state, frozen, data, key = argument_shapes(job, _instances(config))
+    counts, photos = count_examples(job)
+    size = max(counts, key=math.prod)
+    state, frozen, data, key = argument_shapes(job, counts[size], size)
+    others = [data_shapes(job, n, config.num_class_images, other) for other, n in counts.items() if other != size]
     paints = class_images and config.prior_preservation and not pairs_prior(config)
     cost, missing, painting, seconds, painting_missing = None, 0, None, 0.0, 0
-    lowered = lower_steps(job, state, frozen, data, key)
+    lowered = lower_steps(job, state, frozen, data, key, size)
     with without_xla_flags(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
         painted = beside.submit(painting_cost, job, chip, quick=quick) if paints else None
         try:
@@ -122,21 +138,35 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         chip=chip,
         parameters=shard_bytes(state.trainable) + shard_bytes(frozen),
         optimizer_state=shard_bytes(state.opt_state) + (shard_bytes(state.ema) if state.ema else 0),
-        data=shard_bytes(data),
+        data=shard_bytes([data, *others]),
         cost=cost,
         missing=missing,
         class_images=painting,
         class_image_seconds=seconds,
         painting_missing=painting_missing,
+        photos=photos,
     )
 
 
-def _instances(config: ConfigDict) -> int:
-    """Images in the folder, or the five of a typical subject where there is none yet."""
+def count_examples(job: Job) -> tuple[dict[Size, int], str]:
+    """Number of the examples of every shape, as `train` reads them, and a line that says so.
+
+    Where there are no photos yet, the five squares of a typical subject are assumed.
+
+    Raises:
+        ValueError, OSError: the photos are there and cannot be used; see `read_subject`.
+    """
+    config = ConfigDict(dict(job.config))
     try:
-        return max(1, len(list_images(config.instance_images))) * config.views
-    except (OSError, ValueError):
-        return 5 * config.views
+        examples, _ = read_subject(job._replace(config=absolute_paths(config)))
+    except FileNotFoundError as error:
+        return {training_size(config): 5 * config.views}, f"5 assumed: {error}"
+    if not config.buckets:
+        return {training_size(config): len(examples[0].names)}, f"{len(set(examples[0].names))}"
+    counts = {part.images.shape[1:3]: len(part.names) for part in examples}
+    shapes = [f"{len(set(part.names))} of {text_of(part.images.shape[1:3])}" for part in examples]
+    largest = text_of(max(counts, key=math.prod))
+    return counts, f"{', '.join(shapes)}: {len(counts)} programs, of which that of {largest} is compiled here"
 
 
 def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, float]:
@@ -185,6 +215,7 @@ def describe(plan: Plan, config: ConfigDict) -> str:
             "slice",
             f"{plan.topology}: {plan.devices} {'chips' if chip.devices == 1 else 'cores'} of {chip.hbm / GIB:.2f} GiB",
         ),
+        ("photos", plan.photos),
         ("batch", f"{images} images a step over all devices"),
         ("parameters", f"{plan.parameters / GIB:7.2f} GiB a device"),
         ("optimizer", f"{plan.optimizer_state / GIB:7.2f} GiB"),

@@ -2,32 +2,36 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Key
 
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.diffusion.buckets import alike, in_turns
 from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate
-from dreambooth_jax.diffusion.step import TrainState
+from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.families.pipeline import read_params
+from dreambooth_jax.files.digest import parts_digests
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.best import is_over, open_best
-from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_pixels
+from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_masks, of_pixels
 from dreambooth_jax.runs.held_out import held_out_data, make_loss
-from dreambooth_jax.runs.job import held_shapes, lower_steps
+from dreambooth_jax.runs.job import held_shapes, lower_steps, tokens_held_from
 from dreambooth_jax.runs.loop import Progress, Store, loop
-from dreambooth_jax.runs.moved import check_moved, checksums
+from dreambooth_jax.runs.moved import NEW_TOKENS, check_moved, checksums
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
 from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import Reporter
 from dreambooth_jax.runs.samples import paint_prompts, sheet_is_missing, sheets_of
-from dreambooth_jax.runs.setup import Run, begin, prepare_data, start_state
+from dreambooth_jax.runs.setup import Run, begin, prepare_data, sizes_of, start_state, weights_of
 from dreambooth_jax.runs.watch import (
     Watch,
     is_due,
@@ -70,8 +74,9 @@ def train(
             print(plan_text(run, done, compared=bool(earlier)), flush=True)
         check_same(config.workdir, earlier, record["fingerprints"])
 
-        def inspect(class_images: Examples) -> None:
+        def inspect(class_images: Sequence[Examples]) -> None:
             record["fingerprints"]["class images"] = of_pixels(class_images)
+            record["fingerprints"]["class captions"] = of_captions(class_images)
             check_same(config.workdir, earlier, record["fingerprints"])
 
         rows = read_rows(run.workdir, done) if done else {}
@@ -80,7 +85,11 @@ def train(
         if done < reached or missing:
             watch = make_watch(config, run.mesh, run.workdir, rows)  # before anything slow: its models may be absent
             check_space(run, stored=len(manager.all_steps()))
-            params = read(run.pipeline, run.mesh, held_shapes(run.job))
+            with ThreadPoolExecutor(1) as beside:  # the files are read once, and digested meanwhile
+                digests = beside.submit(parts_digests, *weights_of(run.pipeline))
+                params = read(run.pipeline, run.mesh, held_shapes(run.job))
+                record["fingerprints"]["weights"] = digests.result()
+            check_same(config.workdir, earlier, record["fingerprints"])
             trainable, frozen, key = begin(run.job, params)
             del params
             # The base still, in the form that the samples' painter takes: painting compiles once.
@@ -90,24 +99,33 @@ def train(
                 warning = noun_warning(watch)
                 if warning and runtime.is_first_process():
                     print(f"warning: {warning}", flush=True)
-                watch = with_losses(watch, run, base, frozen, data, key)
+                watch = with_losses(watch, run, base, frozen, data[0], key)
                 look_at_base(watch, base, trainable, functools.partial(paint_prompts, run))
             del base
+            data, bucket = in_turns(data, config.batch_size, jax.random.key(config.seed), config.steps)
             state = start_state(run.job, trainable, manager)
             del trainable
-            steps = compile_steps(lower_steps(run.job, state, frozen, data, key))
+            programs = [
+                compile_steps(lower_steps(run.job, state, frozen, part, key, size))
+                for part, size in zip(data, sizes_of(run), strict=True)
+            ]
             progress = Progress(int(state.step), state)
             look = moved_check(run, progress)
             del state
+
+            def advance(state: TrainState, count: np.int32) -> tuple[TrainState, Metrics]:
+                number = bucket[progress.step]
+                return programs[number](state, frozen, data[number], key, count)
+
             with (
                 contextlib.nullcontext() if runtime.is_alone() else guard.deferred(),
                 open_best(run.workdir, config, done, record) as best,
             ):
                 loop(
-                    config, progress, lambda state, count: steps(state, frozen, data, key, count),
+                    config, progress, advance,
                     store=store_of(manager), sheets=sheets_of(run, frozen, watch and watch._replace(best=best)),
                     reporter=reporter(run.workdir, first_step=progress.step, steps=config.steps),
-                    guard=guard, agree=Agreement(run.mesh), inspect=look,
+                    guard=guard, agree=Agreement(run.mesh), inspect=look, alike=functools.partial(alike, bucket),
                 )  # fmt: skip
             reached = progress.step
     if runtime.is_first_process():
@@ -136,10 +154,14 @@ def moved_check(run: Run, progress: Progress) -> Callable[[TrainState, int], Non
     before = checksums(progress.state.trainable)
     rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
 
+    held = tokens_held_from(config)
+
     def check(state: TrainState, steps: int) -> None:
-        moves = config.method != "pivotal"  # its token is held from some step on
-        if moves and any(float(rate(step)) > 0 for step in range(first, first + steps)):
-            text = check_moved(before, checksums(state.trainable), steps)
+        moving = [step for step in range(first, first + steps) if float(rate(step)) > 0]
+        tokens_move = any(step < held for step in moving)
+        expected = {name: x for name, x in before.items() if moving and (tokens_move or not name.endswith(NEW_TOKENS))}
+        if expected:
+            text = check_moved(expected, checksums(state.trainable), steps)
             if runtime.is_first_process():
                 print(text, flush=True)
 
@@ -155,8 +177,8 @@ def store_of(manager: ocp.CheckpointManager) -> Store:
 
 def fingerprints(run: Run) -> Fingerprints:
     """Of everything but the class images, which may not be painted yet."""
-    photos, captions = of_pixels(run.examples), of_captions(run.examples)
-    found = {"photos": photos, "captions": captions, "base": {"weights": run.digest}}
+    found = {"photos": of_pixels(run.examples), "captions": of_captions(run.examples), "masks": of_masks(run.examples)}
+    found |= {"base": {"weights": run.digest}}
     if run.config.keep_best:  # pictures of other prompts have other scores
         found["scored prompts"] = dict.fromkeys(scored_texts(run.config), "")
     return found

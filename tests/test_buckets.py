@@ -1,0 +1,220 @@
+"""Aspect-ratio buckets: photos keep about their ratio, and a run of several shapes is as repeatable as any other."""
+
+import shutil
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from support.runs import assert_same_run, checkpoints, config_of, finish, kill_when, start
+
+from dreambooth_jax.data.buckets import bucket_sizes, nearest
+from dreambooth_jax.data.encode import pictures
+from dreambooth_jax.data.images import read_buckets
+from dreambooth_jax.diffusion.buckets import alike, in_turns
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
+from dreambooth_jax.families.pipeline import load_pipeline
+from dreambooth_jax.runs.config import ConfigError, check_config
+from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, split_shapes, state_shapes
+from dreambooth_jax.runs.plan_text import plan_text
+from dreambooth_jax.runs.setup import set_up, sizes_of
+from dreambooth_jax.runs.slices import count_examples
+
+OPTIONS = {"template": "a {identifier} {class_noun}", "identifier": "sks", "class_noun": "dog"}
+
+
+def photo(path, width, height, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    Image.fromarray(noise).resize((width, height)).save(path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three photos lie, one stands; none is square."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, size in enumerate([(60, 40), (90, 60), (62, 40), (40, 60)]):
+        photo(folder / f"{number}.png", *size, seed=number)
+    return folder
+
+
+# --- shapes
+
+
+def test_the_shapes_of_sdxl_are_those_of_its_paper():
+    """All of ours are in the table of arXiv 2307.01952, appendix I."""
+    table = {
+        512: (1856, 1920, 1984, 2048), 576: (1664, 1728, 1792), 640: (1536, 1600), 704: (1344, 1408, 1472),
+        768: (1280, 1344), 832: (1152, 1216), 896: (1088, 1152), 960: (1024, 1088), 1024: (1024,),
+    }  # fmt: skip
+    paper = {pair for a, others in table.items() for b in others for pair in ((a, b), (b, a))}
+    ours = bucket_sizes(1024, 32)
+    assert ours[0] == (1024, 1024) and len(ours) == len(set(ours)) > 30
+    assert set(ours) <= paper
+
+
+@pytest.mark.parametrize(("resolution", "multiple"), [(512, 64), (768, 64), (520, 8), (64, 8), (16, 2), (24, 8)])
+def test_shapes_have_about_the_area_of_the_square(resolution, multiple):
+    sizes = bucket_sizes(resolution, multiple)
+    assert sizes[0] == (resolution, resolution) and {(w, h) for h, w in sizes} == set(sizes)
+    for height, width in sizes:
+        assert height % multiple == width % multiple == 0
+        assert resolution / 2 <= min(height, width) and max(height, width) <= 2 * resolution
+        assert height * width <= resolution**2 < (height + 2 * resolution / 16 + multiple) * (width + resolution)
+
+
+def test_the_nearest_shape_is_the_one_that_cuts_least():
+    sizes = bucket_sizes(512, 64)
+    for height, width in [(3000, 4000), (4000, 3000), (1080, 1920), (500, 500), (510, 500), (100, 1000), (667, 1000)]:
+        chosen = nearest(sizes, height, width)
+
+        def lost(size, height=height, width=width):
+            scale = max(size[0] / height, size[1] / width)  # the photo just covers the shape
+            return 1 - size[0] * size[1] / (height * scale * width * scale)
+
+        assert lost(chosen) <= min(map(lost, sizes)) + 1e-9
+        assert nearest(sizes, width, height) == chosen[::-1]
+    assert nearest(sizes, 500, 500) == (512, 512)
+
+
+def test_photos_are_resized_and_cropped_to_their_shape(photos, tmp_path):
+    buckets = read_buckets(photos, bucket_sizes(64, 8), **OPTIONS)
+    assert [part.images.shape for part in buckets] == [(3, 48, 80, 3), (1, 80, 48, 3)]
+    assert buckets[0].names == ("0.png", "1.png", "2.png") and buckets[1].names == ("3.png",)
+    assert buckets[0].original.tolist() == [[40, 60], [60, 90], [40, 62]]
+    # Cropped first: the same middle strip, 36 of 40 rows.
+    Image.open(photos / "0.png").crop((0, 2, 60, 38)).save(tmp_path / "cut.png")
+    cut = read_buckets(tmp_path, [(48, 80)], **OPTIONS)[0]
+    # The filter reaches beyond the crop's edge.
+    assert np.abs(cut.images[0].astype(int) - buckets[0].images[0])[4:-4].max() <= 2
+    assert buckets[0].crop[0].tolist() == [round(2 * 80 / 60), 0]
+    first, second = (part.notes[0] for part in buckets)
+    assert "bucket 80 x 48: 3 images, cropped at both ends: 0.png (60 x 40) loses 10 % of its height" in first
+    assert second == "bucket 48 x 80: 1 image, cropped at both ends: 3.png (40 x 60) loses 10 % of its width"
+
+
+def test_masks_crops_and_mirrors_have_the_shape(tmp_path):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[10:30, 5:25] = 255
+    picture = Image.merge("RGBA", [Image.fromarray(mask)] * 4)
+    picture.save(tmp_path / "a.png")
+    options = {"crop": "random", "flip": True, "views": 6, "masked": True}
+    (bucket,) = read_buckets(tmp_path, bucket_sizes(64, 8), **OPTIONS, **options)
+    assert bucket.images.shape == (6, 48, 80, 3) and bucket.masks.shape == (6, 48, 80)
+    assert len({mask.tobytes() for mask in bucket.masks}) == 6
+    assert {left for _, left in bucket.crop.tolist()} == {0} and (bucket.crop[:, 0] <= 80 * 40 / 60 - 48).all()
+
+
+# --- which step takes which
+
+
+def data(*counts):
+    def half(count):
+        latents = jnp.zeros((count, 4))
+        return EncodedExamples(latents, latents, {"row": jnp.arange(1)}, jnp.zeros(count, jnp.int32))
+
+    return [TrainingData(half(count), None) for count in counts]
+
+
+def test_every_photo_is_drawn_equally_often():
+    ordered, bucket = in_turns(data(3, 1, 4), 2, jax.random.key(5), 80)
+    for begin in range(0, 80, 8):
+        assert Counter(bucket[begin : begin + 8].tolist()) == {0: 3, 1: 1, 2: 4}
+    assert len({tuple(bucket[begin : begin + 8]) for begin in range(0, 80, 8)}) > 3
+    for number, count in enumerate((3, 1, 4)):
+        rows = np.asarray(ordered[number].order)[bucket == number].ravel()
+        assert Counter(rows.tolist()) == {row: 20 for row in range(count)}
+        for begin in range(0, len(rows), count):  # one epoch after the other
+            assert sorted(rows[begin : begin + count]) == list(range(count))
+
+
+def test_the_bucket_is_a_function_of_seed_and_step():
+    longer, first = in_turns(data(2, 3), 4, jax.random.key(0), 60), in_turns(data(2, 3), 4, jax.random.key(0), 33)
+    np.testing.assert_array_equal(longer[1][:33], first[1])
+    for one, other in zip(longer[0], first[0], strict=True):
+        np.testing.assert_array_equal(one.order[:33], other.order)
+    assert (in_turns(data(2, 3), 4, jax.random.key(1), 60)[1] != longer[1]).any()
+    steps = [alike(longer[1], step) for step in range(60)]
+    assert all(len(set(longer[1][s : s + n].tolist())) == 1 for s, n in enumerate(steps))
+    assert all(s + n == 60 or longer[1][s + n] != longer[1][s] for s, n in enumerate(steps))
+
+
+# --- runs
+
+
+FIELDS = {"buckets": True, "steps": 12, "save_every": 4, "sample_every": 12, "class_batch_size": 4}
+
+
+def test_two_shapes_train_and_go_on_after_a_kill(micro, photos, tmp_path):
+    """Killed and resumed, with other steps per call: the same states, pictures and metrics to the last bit."""
+    fields = FIELDS | {"base": micro, "instance_images": str(photos), "accumulate": 2, "batch_size": 2}
+    text = finish(tmp_path / "whole", **fields)
+    assert "buckets: 2 shapes and compiled programs: 20 x 12 (75 % of the steps), 12 x 20 (25 % of the steps)" in text
+    killed = start(tmp_path / "killed", **fields | {"steps_per_call": 3})
+    saved = lambda: bool(checkpoints(tmp_path / "killed"))  # noqa: E731
+    assert kill_when(killed, saved)
+    finish(tmp_path / "killed", **fields | {"steps_per_call": 3})
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_squares_train_as_without_buckets(micro, tmp_path):
+    """Square photos alone: one shape, the same examples, and the very program of `buckets=False`."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        photo(folder / f"{number}.png", 48, 48, seed=number)
+    on, off = (
+        set_up(config_of(tmp_path / "run", base=micro, instance_images=str(folder), buckets=buckets), jax.devices()[:1])
+        for buckets in (True, False)
+    )
+    for name, one, other in zip(on.examples[0]._fields, on.examples[0], off.examples[0], strict=True):
+        assert name == "notes" or np.array_equal(one, other), name
+    trainable, frozen = split_shapes(on.job)
+    arguments = state_shapes(on.job, trainable), frozen, data_shapes(on.job, 3, 10), key_shape(on.job)
+    assert lower_steps(on.job, *arguments, *sizes_of(on)).as_text() == lower_steps(off.job, *arguments).as_text()
+    given = data(3)
+    assert in_turns(given, 1, jax.random.key(0), 60)[0] == tuple(given)
+
+
+def test_a_photo_knows_its_sizes(micro, photos):
+    """SDXL's conditions: original size, corner of the crop, size after it."""
+    pipeline = load_pipeline(micro)
+    known = [pictures(pipeline, part) for part in read_buckets(photos, bucket_sizes(64, 8), **OPTIONS)]
+    assert known[0].original.tolist() == [[40, 60], [60, 90], [40, 62]] and known[1].original.tolist() == [[60, 40]]
+    assert [part.target[0].tolist() for part in known] == [[48, 80], [80, 48]]
+    assert known[0].crop[0].tolist() == [3, 0] and known[1].crop[0].tolist() == [0, 3]
+
+
+def test_the_plan_names_shapes_and_crops(micro, photos, tmp_path):
+    run = set_up(config_of(tmp_path / "run", base=micro, instance_images=str(photos), buckets=True), jax.devices()[:1])
+    text = plan_text(run, 0)
+    assert "4 images in" in text and "2 shapes and compiled programs" in text
+    assert "class images are cropped to the shape of their step" in text
+    assert "photos: bucket 20 x 12: 3 images, cropped at random ends: 0.png (60 x 40) loses" in text
+    assert "photos: bucket 12 x 20: 1 image" in text
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_plans_count_what_trains(micro, photos, tmp_path, buckets):
+    """Repeats of kohya's folders, views, templates and shapes."""
+    shutil.copytree(photos, tmp_path / "photos" / "2_sks dog")
+    shutil.copytree(photos, tmp_path / "photos" / "1_sks dog in snow")
+    config = config_of(tmp_path / "run", base=micro, instance_images=str(tmp_path / "photos"), buckets=buckets)
+    run = set_up(config, jax.devices()[:1])
+    counts, text = count_examples(run.job)
+    assert counts == {part.images.shape[1:3]: len(part.captions) for part in run.examples}
+    assert sum(counts.values()) == 2 * (2 * 4 + 4)
+    assert text == (
+        "6 of 20 x 12, 2 of 12 x 20: 2 programs, of which that of 20 x 12 is compiled here" if buckets else "8"
+    )
+    run.job.config.instance_images = str(tmp_path / "none")
+    counts, text = count_examples(run.job)
+    assert counts == {(16, 16): 10} and text.startswith("5 assumed: No image folder")
+
+
+def test_what_has_no_buckets_says_so(micro, tmp_path):
+    with pytest.raises(ConfigError, match=r"buckets = True: the stages of a cascade"):
+        set_up(config_of(tmp_path / "run", base=micro, buckets=True, stages=("another",)), jax.devices()[:1])
+    with pytest.raises(ConfigError, match="buckets: not implemented for many subjects at once"):
+        check_config(config_of(tmp_path, buckets=True, subjects="folder", method="lora"))
