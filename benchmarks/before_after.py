@@ -93,7 +93,7 @@ def prepared_after(config, folder: Path) -> Training:
     params = read_params(run.pipeline, run.mesh, held_shapes(run.job))
     trainable, frozen, key = begin(run.job, params)
     del params
-    data = prepare_data(run, run.job.method.combine(frozen, trainable))
+    (data,) = prepare_data(run, run.job.method.combine(frozen, trainable))
     state = start_state(run.job, trainable, open_checkpoints(folder / "checkpoints"))
     del trainable
 
