@@ -12,7 +12,7 @@ from support.runs import assert_same_run, checkpoints, config_of, finish, kill_w
 
 from dreambooth_jax.data.buckets import bucket_sizes, nearest
 from dreambooth_jax.data.encode import pictures
-from dreambooth_jax.data.images import read_buckets
+from dreambooth_jax.data.images import read_buckets, read_examples
 from dreambooth_jax.diffusion.buckets import alike, in_turns
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.families.pipeline import load_pipeline
@@ -92,6 +92,12 @@ def test_photos_are_resized_and_cropped_to_their_shape(photos, tmp_path):
     first, second = (part.notes[0] for part in buckets)
     assert "bucket 80 x 48: 3 images, cropped at both ends: 0.png (60 x 40) loses 10 % of its height" in first
     assert second == "bucket 48 x 80: 1 image, cropped at both ends: 3.png (40 x 60) loses 10 % of its width"
+
+
+def test_photos_of_one_colour_are_named(tmp_path):
+    photo(tmp_path / "a.png", 60, 40)
+    Image.new("RGB", (40, 40)).save(tmp_path / "b.png")
+    assert "of one colour, with nothing to learn: b.png" in read_examples(tmp_path, 16, **OPTIONS).notes
 
 
 def test_masks_crops_and_mirrors_have_the_shape(tmp_path):

@@ -25,6 +25,7 @@ from dreambooth_jax.data.class_images import (
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.digest import parts_digests, weights_digest
+from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.painting.painter import make_painter
 from dreambooth_jax.painting.sheets import save_png
 
@@ -226,6 +227,18 @@ def test_one_flipped_bit_changes_the_digest_of_all_bytes(tmp_path):
     one, two, flipped = (parts_digests(tmp_path / name, ["unet"]) for name in ("one", "two", "flipped"))
     assert one == two != flipped and one.keys() == {"unet"}
     assert weights_digest(tmp_path / "flipped", ["unet"]) == weights_digest(tmp_path / "one", ["unet"])
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"", b"\x02" + bytes(7)]
+)
+def test_files_that_are_no_weights_are_named(tmp_path, content):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "model.safetensors").write_bytes(content)
+    for digest in (weights_digest, parts_digests):
+        with pytest.raises(WeightsError, match=r"model\.safetensors: not a readable.*Download it again") as error:
+            digest(tmp_path, ["unet"])
+        assert ("Git LFS" in str(error.value)) == content.startswith(b"version")
 
 
 def test_the_digest_of_weights_knows_values_and_not_files(micro, tmp_path):

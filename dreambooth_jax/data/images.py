@@ -102,8 +102,11 @@ def read_buckets(
         )
     by_size = {size: [row for row in rows if row.image.shape[:2] == size] for size in sizes}
     buckets = [_examples(found, crop, named=len(sizes) > 1) for found in by_size.values() if found]
+    notes = report(listing)
+    if plain := dict.fromkeys(row.name for row in rows if is_plain(row.image)):
+        notes.append(f"of one colour, with nothing to learn: {', '.join(plain)}")
     first = buckets[0]
-    return first._replace(notes=(*report(listing), *first.notes)), *buckets[1:]
+    return first._replace(notes=(*notes, *first.notes)), *buckets[1:]
 
 
 class _View(NamedTuple):

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dreambooth_jax.files.weight_files import weight_files
+from dreambooth_jax.files.weight_files import WeightsError, weight_files
 
 _BLOCK = 4096  # bytes
 _PIECE = 2**22  # bytes read at once
+_LFS = b"version "  # first 8 bytes of a pointer
 
 
 def weights_digest(folder: Path, parts: Iterable[str]) -> str:
@@ -77,14 +78,23 @@ def _by_part(folder: Path, parts: Iterable[str]) -> dict[str, dict[str, _Tensor]
 
 
 def _tensors(paths: Iterable[Path]) -> dict[str, _Tensor]:
-    """The tensors by their names, from the headers of safetensors files."""
+    """The tensors by their names, from the headers of safetensors files.
+
+    Raises:
+        WeightsError: a file is no safetensors file.
+    """
     found = {}
     for path in paths:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        for name, about in header.items():
-            if name != "__metadata__":
-                start, stop = about["data_offsets"]
-                found[name] = _Tensor(path, about["dtype"], about["shape"], 8 + size + start, 8 + size + stop)
+            start = file.read(8)
+            size = int.from_bytes(start, "little")
+            try:
+                header = json.loads(file.read(size)) if size < path.stat().st_size else None
+                places = {name: about for name, about in header.items() if name != "__metadata__"}
+                for name, about in places.items():
+                    ends = (8 + size + offset for offset in about["data_offsets"])
+                    found[name] = _Tensor(path, about["dtype"], about["shape"], *ends)
+            except (ValueError, AttributeError, KeyError, TypeError) as error:
+                pointer = " but a pointer of Git LFS (git lfs pull fetches the file)" if start == _LFS else ""
+                raise WeightsError(f"{path}: not a readable safetensors file{pointer}. Download it again.") from error
     return found
