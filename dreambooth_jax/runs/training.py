@@ -24,7 +24,7 @@ from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.best import is_over, open_best
 from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_masks, of_pixels
 from dreambooth_jax.runs.held_out import held_out_data, make_loss
-from dreambooth_jax.runs.job import held_shapes, lower_steps, tokens_held_from
+from dreambooth_jax.runs.job import held_shapes, lower_steps, tokens_held_from, training_size
 from dreambooth_jax.runs.loop import Progress, Store, loop
 from dreambooth_jax.runs.moved import NEW_TOKENS, check_moved, checksums
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
@@ -105,9 +105,10 @@ def train(
             data, bucket = in_turns(data, config.batch_size, jax.random.key(config.seed), config.steps)
             state = start_state(run.job, trainable, manager)
             del trainable
+            sizes = sizes_of(run) if config.buckets else [training_size(config)]
             programs = [
                 compile_steps(lower_steps(run.job, state, frozen, part, key, size))
-                for part, size in zip(data, sizes_of(run), strict=True)
+                for part, size in zip(data, sizes, strict=True)
             ]
             progress = Progress(int(state.step), state)
             look = moved_check(run, progress)
