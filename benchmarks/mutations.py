@@ -29,6 +29,7 @@ COPY, LOG = Path("runs/mutations"), Path("runs/mutations.json")
 FOLDERS = ("data", "adapters", "diffusion", "ops")
 # Module -> the tests that belong to it, fast ones first.
 TESTS = {
+    "data/buckets": "test_buckets",
     "data/captions": (
         "test_sources test_images test_masks_and_captions::test_tags_change_places_and_the_first_one_stays"
     ),
@@ -48,6 +49,7 @@ TESTS = {
     "adapters/lora": "test_lora_forms test_lora::test_targets_that_match_nothing_are_an_error",
     "adapters/many": "test_many",
     "adapters/method": "test_lora::test_it_starts_at_the_base_with_the_shapes_it_promised",
+    "diffusion/buckets": "test_buckets",
     "diffusion/examples": (
         "test_examples test_step::test_every_example_is_used_once_per_epoch test_step::test_what_is_drawn "
         "test_step::test_means_without_spread_are_used_as_they_are test_step::test_draws_do_not_depend_on_devices "
