@@ -6,7 +6,8 @@
 
 Both run with the same Python environment, embedded base, photos and fields (those of the earlier configs/dog.py). A
 round starts, for each tree, one process of the shortened main job (8 class images, some steps) and one of
-`train --help`; the other commands' --help is timed in every third round. The order of the trees changes every round.
+`train --help`; every third round also compiles without the cache and times the other commands' --help (--every 1: all
+rounds, a quarter of an hour). The order of the trees changes every round.
 Ratios are those of the two trees within a round: median, smallest and largest.
 """
 
@@ -204,8 +205,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("before", nargs="?", type=Path, help="a checkout of the earlier commit")
     parser.add_argument("--rounds", type=int, default=9, help="alternating rounds (default: 9)")
-    parser.add_argument("--steps", type=int, default=30, help="training steps, bare and in the loop (default: 30)")
-    parser.add_argument("--no-cold", action="store_true", help="compile with the cache alone")
+    parser.add_argument("--steps", type=int, default=20, help="training steps, bare and in the loop (default: 20)")
+    parser.add_argument("--every", type=int, default=3, help="rounds from one cold compile to the next (default: 3)")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -217,15 +218,17 @@ def main() -> None:
     fields |= {"base": str(ROOT / "dreambooth_jax/tiny/base"), "instance_images": str(ROOT / "examples/subjects/dog")}
     fields |= {"num_class_images": 8, "class_batch_size": 8}
     fields |= dict.fromkeys(("steps", "save_every", "sample_every"), 10**6)
-    fields["cold"] = not options.no_cold
     pairs: dict[str, list[tuple[float, float]]] = {}
     for tree in (before, ROOT):  # fills the caches of compiled programs and of Python's files
         one_round(tree, fields | {"cold": False}, options.steps, commands=COMMANDS)
         print(f"{tree} is ready", file=sys.stderr, flush=True)
     for number in range(options.rounds):
         trees = (before, ROOT) if number % 2 == 0 else (ROOT, before)
-        commands = COMMANDS if number % 3 == 0 else COMMANDS[:1]
-        found = {tree: one_round(tree, fields, options.steps, commands=commands) for tree in trees}
+        whole = number % options.every == 0
+        found = {
+            tree: one_round(tree, fields | {"cold": whole}, options.steps, commands=COMMANDS if whole else COMMANDS[:1])
+            for tree in trees
+        }
         for name, value in found[ROOT].items():
             pairs.setdefault(name, []).append((found[before][name], value))
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
