@@ -1,6 +1,6 @@
 """A training run killed again and again ends where the uninterrupted one ends, bit for bit.
 
-    python benchmarks/kills.py                          # 200 SIGKILLs in five chains; about forty minutes on two cores
+    python benchmarks/kills.py                          # 200 SIGKILLs in five chains; 45 minutes on two busy cores
     python benchmarks/kills.py --kills 20 --chains 2
     python benchmarks/kills.py --folder runs/kills      # kept; the same command goes on where it was stopped
 
