@@ -94,7 +94,7 @@ def of_clean(process, x0, xt, t):
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_model_that_knows_the_clean_example_leads_to_it(name):
     process = PROCESSES[name]
-    x0, noise = np.random.default_rng(0).normal(0, 2, (2, 64, 1)).astype(np.float32)
+    x0, noise = jnp.asarray(np.random.default_rng(0).normal(0, 2, (2, 64, 1)), jnp.float32)
 
     def predict(params, xt, t, cond):
         return of_clean(process, x0, xt, t if name == "flow" else t.astype(int))
