@@ -7,7 +7,7 @@ import pytest
 from support.runs import SMALL
 
 from dreambooth_jax import evaluate
-from dreambooth_jax.runs import scoring
+from dreambooth_jax.runs import scoring, training
 from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.protocol import check_protocol, train_config
 
@@ -46,7 +46,7 @@ def test_every_subject_is_trained_and_scored(command, capsys):
 
 def test_scored_subjects_are_neither_trained_nor_painted_again(command, capsys, monkeypatch):
     workdir, arguments = command
-    monkeypatch.setattr(evaluate, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(scoring, "open_run", lambda *_: pytest.fail("painted again"))
     before = (workdir / "table.md").read_text()
     evaluate.main([*arguments, "--config.keep_checkpoints=False"])
