@@ -266,7 +266,10 @@ def main() -> None:
     copy_project()
     import_what_tests_import()
     for module in options.only:
-        for key, value in tested(sample(module, options.count), known, options.again):
+        chosen = sample(module, options.count)
+        keys = {mutant.key for mutant in chosen}
+        known = {key: value for key, value in known.items() if not key.startswith(f"{module}:") or key in keys}
+        for key, value in tested(chosen, known, options.again):
             known[key] = value
             LOG.write_text(json.dumps(known, indent=1))
             print(f"{value['result']:9} {value['seconds']:6.1f} s  {key}", flush=True)
