@@ -1,6 +1,6 @@
 """The UNet of Stable Diffusion XL at full width, beside PyTorch diffusers: gradients and five AdamW steps.
 
-    python benchmarks/parity_steps.py      # a quarter of an hour on two cores, 12 GB of memory, 20 GB of disk
+    python benchmarks/parity_steps.py      # 12 GB of memory, 30 GB of disk
 
 The UNet has the published widths and two transformer layers where the published one has ten: 0.9 B parameters, random,
 written by PyTorch. One subject image and one class image, each with states, pooled text and sizes of its own; float32.
