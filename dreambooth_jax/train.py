@@ -9,7 +9,6 @@ with code 128 + the signal's number.
 """
 
 import argparse
-import contextlib
 import os
 import re
 import sys
@@ -64,9 +63,7 @@ def run(config: ConfigDict) -> None:
     from dreambooth_jax.runs.training import train
 
     runtime.start()
-    with Preemption() as guard, contextlib.ExitStack() as stack:
-        if runtime.is_first_process():
-            stack.enter_context(lease.holding(config.workdir, guard.at_exit))
+    with Preemption() as guard, lease.holding(config.workdir, guard.at_exit):
         try:
             if config.subjects:
                 train_many(config, guard)

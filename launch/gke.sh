@@ -15,7 +15,7 @@ export CHIPS=${CHIPS:-4}                                    # ... of four chips 
 export SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default}          # one that may read and write the bucket
 export MODULE=${MODULE:-train}                              # or "protocol": configs/protocol.py, PHOTOS its data set
 case $MODULE in
-train) export COMMAND=train IMAGES=instance_images FIELDS= CONFIG=${CONFIG:-configs/dog.py:sd15} ;;
+train) export COMMAND=train IMAGES=instance_images FIELDS='' CONFIG=${CONFIG:-configs/dog.py:sd15} ;;
 protocol) export COMMAND=evaluate IMAGES=dataset FIELDS=train. CONFIG=${CONFIG:-configs/protocol.py:sd15} ;;
 *) echo "MODULE=$MODULE: expected train or protocol" >&2 && exit 2 ;;
 esac

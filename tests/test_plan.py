@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from support.runs import config_of
 
+from dreambooth_jax import plan as plan_command
 from dreambooth_jax.devices import tpu
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import describe_base
@@ -186,7 +187,7 @@ def test_the_whole_protocol_is_priced(micro, planned, monkeypatch, tmp_path, cap
     fields = {"dataset": "examples/subjects", "judge": "embedded", "train.base": micro, "train.steps": 40}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     command = ["--config", "configs/protocol.py", "--protocol", "--topology", "v5e:2x4", "--chip_hour_price", "2"]
-    plan.main([*command, *flags])
+    plan_command.main([*command, *flags])
     lines = dict(line.strip().split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert lines["subjects"] == "6 of 6 class nouns, 132 pictures each"  # 25 prompts x 4, and 2 x 16 of the class
     ends = (" hours", " chip h", " at 2")

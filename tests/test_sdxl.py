@@ -31,7 +31,7 @@ from dreambooth_jax.runs.report import Reporter
 from dreambooth_jax.runs.setup import set_up
 from dreambooth_jax.runs.training import train
 
-RATE, STEPS, PRIOR, DECAY = 1e-3, 5, 0.7, 1e-2
+RATE, STEPS, PRIOR, DECAY = 5e-4, 5, 0.7, 1e-2
 PROMPTS = ["a photo of a sks dog", "a photo of a dog", "a dog of a cat"]  # one instance, two of the class
 SIZES = Pictures(
     None, np.int32([[640, 480], [32, 32], [99, 30]]), np.int32([[4, 0], [0, 0], [17, 3]]), np.full((3, 2), 32)

@@ -22,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from dreambooth_jax.devices import runtime
 from dreambooth_jax.files.atomic import create, is_remote, read_now, write_atomic
 
 SIGN_SECONDS, STALE_SECONDS = 10.0, 60.0
@@ -153,7 +154,7 @@ def take(
 
 @contextlib.contextmanager
 def holding(workdir: str | os.PathLike, at_exit: Callable[[Callable[[], None]], None]) -> Iterator[None]:
-    """Holds the lease of a workdir inside.
+    """Holds the lease of a workdir inside; of the processes of one run, the first one does.
 
     Args:
         at_exit: `Preemption.at_exit`, for a process that leaves inside.
@@ -161,6 +162,9 @@ def holding(workdir: str | os.PathLike, at_exit: Callable[[Callable[[], None]], 
     Raises:
         Held, OSError: see `take`.
     """
+    if not runtime.is_first_process():
+        yield
+        return
     held = take(os.path.expanduser(workdir))
     at_exit(held.release)
     try:
