@@ -13,7 +13,9 @@ import support.typecheck  # noqa: F401  named in the hook
 
 # Annotations are checked at every call, in every module of the package: none is imported before. A false one is an
 # error in these packages and a warning in the others.
-TYPECHECKED = ("dreambooth_jax.data", "dreambooth_jax.evaluation")
+TYPECHECKED = tuple(
+    f"dreambooth_jax.{name}" for name in ("data", "devices", "evaluation", "families", "files", "painting", "tiny")
+)
 jaxtyping.install_import_hook(["dreambooth_jax"], "support.typecheck.warned")
 jaxtyping.install_import_hook(list(TYPECHECKED), "support.typecheck.checked")  # the later hook comes first
 
