@@ -49,6 +49,7 @@ def test_it_scores_every_kept_checkpoint(scored, capsys):
     assert "num_class_images" in page and "dreambooth_jax.evaluate" in page
 
 
+@pytest.mark.slow  # follows the test before, which is slow
 def test_what_is_scored_is_not_painted_again(scored, capsys, monkeypatch):
     _, command = scored
     monkeypatch.setattr(scoring, "open_run", lambda *_: pytest.fail("painted again"))

@@ -44,6 +44,7 @@ def test_every_subject_is_trained_and_scored(command, capsys):
     assert (workdir / "index.html").read_text().count("<h2>") == 4  # two subjects, config, command
 
 
+@pytest.mark.slow  # follows the test before, which is slow
 def test_scored_subjects_are_neither_trained_nor_painted_again(command, capsys, monkeypatch):
     workdir, arguments = command
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
