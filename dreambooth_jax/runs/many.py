@@ -59,7 +59,7 @@ from dreambooth_jax.runs.job import (
 )
 from dreambooth_jax.runs.preemption import Preemption
 from dreambooth_jax.runs.report import check_finite
-from dreambooth_jax.runs.setup import begin, claim
+from dreambooth_jax.runs.setup import begin, claim, weights_of
 
 
 class Subject(NamedTuple):
@@ -145,12 +145,14 @@ class _Lanes(NamedTuple):
     Attributes:
         jobs: rank -> job of a run of that rank; the largest rank's job is that of the one program.
         examples: of each subject.
+        digest: of the base's weights.
         states: with a leading axis of subjects, before the first step.
     """
 
     subjects: list[Subject]
     jobs: dict[int, Job]
     examples: list[Examples]
+    digest: str
     states: TrainState
     frozen: Params
     lanes: Lanes
@@ -212,7 +214,8 @@ def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
     # Every subject begins as its own run would: from the config's seed.
     own = {rank: begin(jobs[rank], params) for rank in ranks}
     shapes, (_, frozen, key) = split_shapes(job)[0], own[ranks[-1]]
-    data = _data(job, params, subjects, examples, key)
+    digest = weights_digest(*weights_of(pipeline))
+    data = _data(job, params, digest, subjects, examples, key)
     del params
     place = subject_sharding(job, len(subjects))
     starts = [padded_to(shapes, own[subject.lora_rank][0]) for subject in subjects]
@@ -221,7 +224,7 @@ def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
     scales = jnp.asarray([(ranks[-1] / subject.lora_rank) ** power for subject in subjects], jnp.float32)
     lanes = Lanes(data, *(jax.device_put(x, place) for x in (stops, scales)))
     return _Lanes(
-        subjects, jobs, examples, states, frozen, lanes, jax.device_put(jnp.stack([key] * len(subjects)), place)
+        subjects, jobs, examples, digest, states, frozen, lanes, jax.device_put(jnp.stack([key] * len(subjects)), place)
     )
 
 
@@ -230,9 +233,7 @@ def _fingerprints(many: _Lanes) -> Fingerprints:
     for subject, examples in zip(many.subjects, many.examples, strict=True):
         for kind, digests in (("photos", of_pixels([examples])), ("captions", of_captions([examples]))):
             found[kind] |= {f"{subject.name}/{name}": digest for name, digest in digests.items()}
-    pipeline = many.job.pipeline
-    parts = {name.split(".")[0] for name in pipeline.shapes}
-    return found | {"base": {"weights": weights_digest(pipeline.single_file or pipeline.folder, parts)}}
+    return found | {"base": {"weights": many.digest}}
 
 
 def _plan(many: _Lanes, done: int) -> str:
@@ -345,7 +346,7 @@ def _examples(config: ConfigDict, subject: Subject) -> Examples:
 
 
 def _data(
-    job: Job, params: Params, subjects: list[Subject], examples: list[Examples], key: Key[Array, ""]
+    job: Job, params: Params, digest: str, subjects: list[Subject], examples: list[Examples], key: Key[Array, ""]
 ) -> TrainingData:
     """Encoded examples of all subjects; the class images of a noun are painted and encoded once."""
     config, pipeline, mesh = job.config, job.pipeline, job.mesh
@@ -353,7 +354,7 @@ def _data(
     priors: dict[str, EncodedExamples | None] = {}
     for noun in dict.fromkeys(subject.class_noun for subject in subjects):
         own = ConfigDict(dict(config) | {"class_noun": noun, "workdir": str(Path(config.workdir) / "classes" / noun)})
-        priors[noun] = _class_examples(own, job, params, encode) if config.prior_preservation else None
+        priors[noun] = _class_examples(own, job, params, digest, encode) if config.prior_preservation else None
     data = stacked_data(
         [encode(params, x) for x in examples], [priors[subject.class_noun] for subject in subjects],
         [key] * len(subjects), batch_size=config.batch_size, steps=max(subject.steps for subject in subjects),
@@ -367,9 +368,7 @@ def _data(
     )  # fmt: skip
 
 
-def _class_examples(config: ConfigDict, job: Job, params: Params, encode: Encoder) -> EncodedExamples:
-    pipeline = job.pipeline
-    digest = weights_digest(pipeline.single_file or pipeline.folder, {name.split(".")[0] for name in pipeline.shapes})
+def _class_examples(config: ConfigDict, job: Job, params: Params, digest: str, encode: Encoder) -> EncodedExamples:
     if missing := class_images_to_paint(config, digest):
         paint_missing(config, missing, painter_of(job), params, digest)
     return encode(params, read_class_images(config))
