@@ -88,7 +88,6 @@ def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Pa
     """(name of the model, pipeline, params, resolution, guidance, what the painter must know of the run)."""
     import jax.numpy as jnp
 
-    from dreambooth_jax.diffusion.low_resolution import UNIFORM
     from dreambooth_jax.families.frozen_text import with_cached_text
     from dreambooth_jax.families.pipeline import load_pipeline, read_params
     from dreambooth_jax.runs.workdir import open_run
@@ -96,7 +95,7 @@ def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Pa
     if options.workdir:
         options.workdir = os.path.expanduser(options.workdir)
         config, pipeline, params = open_run(options.workdir, mesh, options.step, dtype=options.dtype)
-        run = {"trained": True, "sr_noise": config.get("sr_noise", UNIFORM)}
+        run = {"trained": True, "sr_noise": config.sr_noise}
         return options.workdir, pipeline, params, config.resolution, config.guidance_scale, run
     pipeline = with_cached_text(load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32")), mesh)
     params = read_params(pipeline, mesh)

@@ -1,5 +1,6 @@
 """The pixel cascade against PyTorch diffusers: folders both ways, pictures for the same noise, training pairs."""
 
+import inspect
 import json
 
 import jax
@@ -23,8 +24,8 @@ from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.diffusion.low_resolution import LowResolution, make_augment
 from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
 from dreambooth_jax.painting.cascade import Stage, paint_stages
-from dreambooth_jax.painting.painter import Request, make_painter
-from dreambooth_jax.runs.job import make_job
+from dreambooth_jax.painting.painter import Request, make_paint_batch, make_painter
+from dreambooth_jax.runs.job import make_job, painting_settings
 
 PROMPT, NEGATIVE, STEPS = "A photo of a sks dog", "a cat", 3
 KEY = jax.random.key(7)
@@ -182,6 +183,14 @@ def test_a_level_of_no_training_is_refused(stages):
     painter(stages, "II", sr_noise="uniform", noise_level=13)
     with pytest.raises(ValueError, match=r"noise_level = 250.*sr_noise = 1e-5.*level 0 alone"):
         painter(stages, "II", sr_noise="1e-5", noise_level=250)
+
+
+def test_a_run_paints_with_every_setting_of_its_config(stages, tmp_path):
+    """A setting with a default in code would be the config's in some pictures and the default in others."""
+    settings = painting_settings(config_of(tmp_path, sr_noise="1e-3"), stages["II"][2])
+    keywords = [p.name for p in inspect.signature(make_paint_batch).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    assert set(settings) == set(keywords) - {"noise_level"}  # no field of a config
+    assert settings["sr_noise"] == "1e-3" and settings["trained"]
 
 
 def test_a_picture_to_enlarge_is_asked_for(stages):

@@ -9,6 +9,7 @@ import pytest
 from support.runs import ROOT, config_of, finish
 
 from dreambooth_jax import evaluate
+from dreambooth_jax.adapters.inversion import TEMPLATES
 from dreambooth_jax.adapters.many import (
     Lanes,
     cut_to,
@@ -25,7 +26,7 @@ from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.runs.config import ConfigError, check_config
 from dreambooth_jax.runs.job import fresh_state, lower_calls, lower_steps, make_job, training_step
-from dreambooth_jax.runs.many import read_subjects
+from dreambooth_jax.runs.many import examples_of, read_subjects
 from dreambooth_jax.runs.setup import begin
 
 FIELDS = {
@@ -136,9 +137,23 @@ def test_a_classes_file_gives_the_nouns(tmp_path):
     assert len(found) == 6 and {subject.identifier for subject in found} == {"sks"}
 
 
+def test_every_subject_has_the_wordings_of_the_templates(micro, tmp_path):
+    photos = str(ROOT / "examples" / "subjects")
+    config = config_of(tmp_path, base=micro, subjects=photos, templates="object", **FIELDS)
+    job = make_job(config, load_pipeline(micro), make_mesh(1, 1, jax.devices()[:1]))
+    for subject in read_subjects(config)[:2]:
+        found = examples_of(job, subject)
+        count = len(set(found.names))
+        assert set(found.captions) == {text.format(f"sks {subject.class_noun}") for text in TEMPLATES["object"]}
+        assert len(found.images) == len(found.captions) == count * len(TEMPLATES["object"])
+
+
 def test_errors(tmp_path):
     with pytest.raises(ConfigError, match="many subjects share a frozen base"):
         check_config(config_of(tmp_path, subjects="photos"))
+    for field, value in (("held_out_images", "1"), ("sr_crop", 8), ("prior_target", "base")):
+        with pytest.raises(ConfigError, match=f"{field}.*: not implemented for many subjects at once"):
+            check_config(config_of(tmp_path, subjects="photos", method="lora", **{field: value}))
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("name,steps\nrex,3\n")
     (tmp_path / "rate.csv").write_text("photos,learning_rate\nrex,fast\n")

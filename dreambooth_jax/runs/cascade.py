@@ -21,9 +21,10 @@ from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.cascade import Stage, paint_stages
-from dreambooth_jax.painting.painter import Painter, Request, make_painter
+from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
 from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.job import painter_of
 from dreambooth_jax.runs.workdir import open_run
 
 Below = Callable[[Sequence[Request]], list[np.ndarray]]
@@ -73,12 +74,7 @@ def open_stages(configs: Sequence[ConfigDict], mesh: Mesh) -> list[Stage]:
         else:
             pipeline = with_cached_text(load_pipeline(config.base, dtype=jnp.dtype(config.dtype)), mesh)
             params = read_params(pipeline, mesh)
-        paint = make_painter(
-            pipeline, mesh, resolution=config.resolution or pipeline.resolution, batch_size=config.class_batch_size,
-            sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale, trained=trained,
-            sr_noise=config.sr_noise,
-        )  # fmt: skip
-        stages.append(Stage(paint, params))
+        stages.append(Stage(painter_of(config, pipeline, mesh, trained=trained), params))
     return stages
 
 

@@ -176,6 +176,9 @@ FIELDS: dict[str, Field] = {
     "negative_prompt": Field(str, identity=False),
 }
 # Fields that determine the class images: changing one changes the run only if prior preservation is on.
+_ONE_SUBJECT = (
+    "masked_loss", "shuffle_tags", "caption_dropout", "evaluate_every", "held_out_images", "buckets", "sr_crop",
+)  # fmt: skip
 _PAINTING = ("class_prompt", "class_images", "num_class_images", "sampler", "sampling_steps", "guidance_scale")
 
 
@@ -225,10 +228,11 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
     if config.subjects and config.method not in ADAPTERS:
         problems.append(f"subjects: many subjects share a frozen base, with one of {', '.join(ADAPTERS)} as the method")
-    draws = ("masked_loss", "shuffle_tags", "caption_dropout", "evaluate_every", "buckets")
-    draws = [name for name in draws if config[name]]
-    if config.subjects and draws:
-        problems.append(f"{', '.join(draws)}: not implemented for many subjects at once")
+    alone = [name for name in _ONE_SUBJECT if config[name]]
+    if config.subjects and alone:
+        problems.append(f"{', '.join(alone)}: not implemented for many subjects at once")
+    if config.subjects and config.prior_target == "base" and not config.class_images:
+        problems.append('prior_target = "base" without class_images: not implemented for many subjects at once')
     if config.buckets and config.held_out_images:
         problems.append("held_out_images: not implemented with buckets; held-out photos are squares")
     if config.sr_crop and config.masked_loss:

@@ -45,6 +45,7 @@ IDLE = (
     ),
     Idle(("stage", "stage_fields"), lambda c: not c.stages, "without stages"),
     Idle(("stages", "stage", "stage_fields"), lambda c: bool(c.subjects), "with subjects, which train one model"),
+    Idle(("instance_images",), lambda c: bool(c.subjects), "with subjects, which name the photos"),
     Idle(("moment_dtype",), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
     Idle(("sample_count", "negative_prompt"), lambda c: not c.sample_prompts, "without sample_prompts"),
     Idle(

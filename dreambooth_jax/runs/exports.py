@@ -22,10 +22,10 @@ from dreambooth_jax.files import embeddings, lora_kohya, lora_peft, single_file
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params, Tensors
-from dreambooth_jax.painting.painter import make_painter
 from dreambooth_jax.painting.sheets import paint_rows
 from dreambooth_jax.runs.cascade import enlarging
 from dreambooth_jax.runs.config import fill
+from dreambooth_jax.runs.job import painter_of
 from dreambooth_jax.runs.workdir import Trained, open_trained
 
 SUFFIX = ".safetensors"
@@ -260,10 +260,7 @@ def prove(subject: Subject, written: Written, token: Path | None) -> str:
     moved = max(_largest(found[name], value) for name, value in subject.tuned.items())
     config, mesh = subject.run.config, make_mesh()
     prompt = fill(next(iter(config.sample_prompts), config.instance_prompt), config)
-    painter = make_painter(
-        subject.run.pipeline, mesh, resolution=config.resolution, batch_size=2, sampler=config.sampler,
-        steps=config.sampling_steps, guidance=config.guidance_scale, trained=True, sr_noise=config.sr_noise,
-    )  # fmt: skip
+    painter = painter_of(config, subject.run.pipeline, mesh, batch_size=2)
     if low := subject.run.pipeline.low_resolution:  # grey pictures to enlarge
         grey = np.full((config.resolution // low.factor,) * 2 + (3,), 128, np.uint8)
         painter = enlarging(painter, lambda requests: [grey] * len(requests), 2)

@@ -28,7 +28,7 @@ from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state, kept,
 from dreambooth_jax.families.family import DENOISER, TEXT
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.models.params import Params, Shapes
-from dreambooth_jax.painting.painter import input_shapes, make_paint_batch, picture_shapes
+from dreambooth_jax.painting.painter import Painter, input_shapes, make_paint_batch, make_painter, picture_shapes
 from dreambooth_jax.runs.config import WITH_TOKEN, ConfigError
 
 
@@ -307,17 +307,30 @@ def lower_calls(
         return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))
 
 
+def painting_settings(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
+    """The arguments of `make_paint_batch` with which a run paints class images and samples."""
+    return {
+        "resolution": config.resolution or pipeline.resolution,
+        "batch_size": config.class_batch_size,
+        "sampler": config.sampler,
+        "steps": config.sampling_steps,
+        "guidance": config.guidance_scale,
+        "trained": True,
+        "sr_noise": config.sr_noise,
+    }
+
+
+def painter_of(config: ConfigDict, pipeline: Pipeline, mesh: Mesh, **own: Any) -> Painter:
+    """The painter of a run's pictures; `own` replaces some of `painting_settings`."""
+    return make_painter(pipeline, mesh, **painting_settings(config, pipeline) | own)
+
+
 def lower_painting(job: Job) -> jax.stages.Lowered:
     """Painting one batch of class images: (params, inputs) -> images."""
     config, pipeline = job.config, job.pipeline
-    batch = config.class_batch_size
-    paint = make_paint_batch(
-        pipeline, job.mesh, resolution=config.resolution, batch_size=batch, sampler=config.sampler,
-        steps=config.sampling_steps, guidance=config.guidance_scale, trained=True, sr_noise=config.sr_noise,
-    )  # fmt: skip
-    inputs = jax.tree.map(
-        lambda x: _replicated_shape(job, x.shape, x.dtype), input_shapes(pipeline, batch, config.resolution)
-    )
+    paint = make_paint_batch(pipeline, job.mesh, **painting_settings(config, pipeline))
+    shapes = input_shapes(pipeline, config.class_batch_size, config.resolution)
+    inputs = jax.tree.map(lambda x: _replicated_shape(job, x.shape, x.dtype), shapes)
     trainable, frozen = split_shapes(job)
     with jax.set_mesh(job.mesh):
         return paint.lower(trainable | frozen, inputs)

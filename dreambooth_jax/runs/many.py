@@ -29,7 +29,7 @@ from dreambooth_jax.adapters.many import (
 )
 from dreambooth_jax.data.class_images import class_images_to_paint, paint_missing, read_class_images
 from dreambooth_jax.data.encode import Encoder, make_encoder
-from dreambooth_jax.data.images import Examples, read_examples
+from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
@@ -40,7 +40,6 @@ from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.files.lora_kohya import write_kohya
 from dreambooth_jax.files.shipped import shipped
 from dreambooth_jax.models.params import Params, count
-from dreambooth_jax.painting.painter import Painter, make_painter
 from dreambooth_jax.painting.sheets import paint_rows, save_sheet
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, fill
@@ -53,13 +52,14 @@ from dreambooth_jax.runs.job import (
     lower_calls,
     make_job,
     open_base,
+    painter_of,
     reads_tokens,
     split_shapes,
     training_step,
 )
 from dreambooth_jax.runs.preemption import Preemption
 from dreambooth_jax.runs.report import check_finite
-from dreambooth_jax.runs.setup import begin, claim, weights_of
+from dreambooth_jax.runs.setup import begin, claim, read_subject, weights_of
 
 
 class Subject(NamedTuple):
@@ -76,7 +76,8 @@ class Subject(NamedTuple):
 
     def config(self, config: ConfigDict) -> ConfigDict:
         """The config of a run of this subject alone."""
-        return ConfigDict(dict(config) | {name: getattr(self, name) for name in _OWN})
+        own = {name: getattr(self, name) for name in _OWN}
+        return ConfigDict(dict(config) | own | {"instance_images": self.photos})
 
 
 # Fields of the config that a row may give, and how its text is read.
@@ -209,7 +210,7 @@ def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
     ranks = sorted({subject.lora_rank for subject in subjects})
     jobs = {rank: make_job(ConfigDict(dict(config) | {"lora_rank": rank}), pipeline, mesh) for rank in ranks}
     job, power = jobs[ranks[-1]], 0.5 if config.lora_scaling == "stabilized" else 1.0
-    examples = [_examples(job.config, subject) for subject in subjects]
+    examples = [examples_of(job, subject) for subject in subjects]
     params = read_params(pipeline, mesh, held_shapes(job))
     # Every subject begins as its own run would: from the config's seed.
     own = {rank: begin(jobs[rank], params) for rank in ranks}
@@ -307,7 +308,7 @@ def adapter_path(config: ConfigDict, subject: Subject) -> epath.Path:
 def _paint_sheets(many: _Lanes, states: TrainState) -> None:
     """Paints the config's sample prompts for every subject, its photos above them; sheets that are there stay."""
     config = many.job.config
-    paint = painter_of(many.job) if config.sample_prompts else None
+    paint = painter_of(config, many.job.pipeline, many.job.mesh) if config.sample_prompts else None
     for number, subject in enumerate(many.subjects):
         path = epath.Path(config.workdir) / "samples" / f"{subject.name}.png"
         if paint is None or path.exists():
@@ -322,27 +323,16 @@ def _paint_sheets(many: _Lanes, states: TrainState) -> None:
             save_sheet(path, [photos, *rows], ["training images", *prompts], about)
 
 
-def painter_of(job: Job) -> Painter:
-    """The painter of a run's pictures."""
-    config = job.config
-    return make_painter(
-        job.pipeline, job.mesh, resolution=config.resolution, batch_size=config.class_batch_size,
-        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale,
-    )  # fmt: skip
-
-
 def subject_sharding(job: Job, count: int) -> NamedSharding:
     """Subjects divided over the mesh's data axis, where that divides their number."""
     divided = count % job.mesh.shape["data"] == 0
     return NamedSharding(job.mesh, PartitionSpec("data")) if divided else replicated(job.mesh)
 
 
-def _examples(config: ConfigDict, subject: Subject) -> Examples:
-    return read_examples(
-        subject.photos, config.resolution, template=config.instance_prompt, identifier=subject.identifier,
-        class_noun=subject.class_noun, captions=config.captions, crop=config.crop, flip=config.flip, views=config.views,
-        seed=config.seed,
-    )  # fmt: skip
+def examples_of(job: Job, subject: Subject) -> Examples:
+    """The examples of one subject, as a run of it alone would train on them; errors are `read_subject`'s."""
+    (examples,), _ = read_subject(job._replace(config=subject.config(job.config)))
+    return examples
 
 
 def _data(
@@ -370,5 +360,5 @@ def _data(
 
 def _class_examples(config: ConfigDict, job: Job, params: Params, digest: str, encode: Encoder) -> EncodedExamples:
     if missing := class_images_to_paint(config, digest):
-        paint_missing(config, missing, painter_of(job), params, digest)
+        paint_missing(config, missing, painter_of(config, job.pipeline, job.mesh), params, digest)
     return encode(params, read_class_images(config))

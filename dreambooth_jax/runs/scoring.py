@@ -20,13 +20,14 @@ from dreambooth_jax.evaluation.page import Section
 from dreambooth_jax.evaluation.scores import Copy, Painted, Scores, read_scores, score
 from dreambooth_jax.evaluation.table import Row
 from dreambooth_jax.evaluation.transforms import Picture
-from dreambooth_jax.families.pipeline import Pipeline, read_params
+from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.models.params import Params
-from dreambooth_jax.painting.painter import Painter, make_painter
+from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.painting.sheets import contact_sheet, paint_rows, save_png
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.command import BEST
+from dreambooth_jax.runs.job import painter_of
 from dreambooth_jax.runs.workdir import open_run, read_config
 
 CLASS_PROMPT = "a {class_noun}"  # of the paper's PRES
@@ -96,7 +97,7 @@ def score_run(
         known = read_section(folder, step, protocol_of(judge, questions))
         if known is None:
             config, pipeline, params = open_run(workdir, mesh, step)
-            paint = paint or _painter(config, pipeline, mesh)
+            paint = paint or painter_of(config, pipeline, mesh)
             if before is None:
                 count = questions.class_count
                 before = paint_all(paint, read_params(pipeline, mesh), [CLASS_PROMPT], count, config)[0]
@@ -109,13 +110,6 @@ def score_run(
 def protocol_of(judge: Judge, questions: Questions) -> str:
     """The protocol of a run's numbers."""
     return f"{judge.protocol}; {questions.says}"
-
-
-def _painter(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Painter:
-    return make_painter(
-        pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
-        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale, trained=True,
-    )  # fmt: skip
 
 
 def paint_all(

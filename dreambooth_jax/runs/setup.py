@@ -30,7 +30,7 @@ from dreambooth_jax.files.atomic import remove_partial, write_atomic
 from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params
-from dreambooth_jax.painting.painter import Painter, make_painter
+from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below, stage_folder
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
@@ -41,6 +41,7 @@ from dreambooth_jax.runs.job import (
     fresh_state,
     make_job,
     open_base,
+    painter_of,
     pairs_prior,
     possible_sizes,
     reads_tokens,
@@ -106,11 +107,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     config = job.config
     if config.init_adapter:
         adapter_to_continue(job)  # an error now, not after the weights are read
-    paint = make_painter(
-        pipeline, mesh, resolution=config.resolution, batch_size=config.class_batch_size,
-        sampler=config.sampler, steps=config.sampling_steps, guidance=config.guidance_scale, trained=True,
-        sr_noise=config.sr_noise,
-    )  # fmt: skip
+    paint = painter_of(config, pipeline, mesh)
     examples, held_out = read_subject(job)
     if low := pipeline.low_resolution:
         folder = workdir / "samples" / f"stage{config.stage - 1}"
