@@ -125,10 +125,16 @@ def run_one(subject: str, arm: str, seed: int, steps: int, output: Path, eye: Ey
     config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]()
     with tempfile.TemporaryDirectory() as workdir:
         config.update(
-            workdir=workdir, instance_images=str(ROOT / "examples" / "subjects" / subject), class_noun=noun,
-            instance_prompt=f"a photo of {{identifier}} {wanted}".rstrip(), prior_preservation=prior,
-            class_images=str(output / "class_images" / noun), create_class_images=True, seed=seed, steps=steps,
-        )  # fmt: skip
+            workdir=workdir,
+            instance_images=str(ROOT / "examples" / "subjects" / subject),
+            class_noun=noun,
+            instance_prompt=f"a photo of {{identifier}} {wanted}".rstrip(),
+            prior_preservation=prior,
+            class_images=str(output / "class_images" / noun),
+            create_class_images=True,
+            seed=seed,
+            steps=steps,
+        )
         run = set_up(config)
         params = read_params(run.pipeline, run.mesh)
         trainable, frozen, key = begin(run.job, params)
@@ -156,13 +162,14 @@ def run_one(subject: str, arm: str, seed: int, steps: int, output: Path, eye: Ey
     save_png(output / sheet, contact_sheet(rows, [f"{subject}, {arm}", *SETTINGS, f"a {noun}"]), {})
     reals = eye.features(real)
     return {
-        "of": subject, "arm": arm,
+        "of": subject,
+        "arm": arm,
         "subject": ruler(subject, noun, of_subject, real),
         "DINO": float(metrics.similarity(eye.features(of_subject), reals)),
         "PRES": float(metrics.similarity(eye.features(of_class), reals)),
         "DIV": float(np.mean([metrics.diversity(eye.states(row)) for row in same_prompt])),
         "class DIV": float(metrics.diversity(eye.states(of_class))),
-    }  # fmt: skip
+    }
 
 
 MEASURES = ("subject", "DINO", "PRES", "DIV", "class DIV")

@@ -102,12 +102,15 @@ def prepared_after(config, folder: Path) -> Training:
         done = int(state.step)
         with Preemption() as guard:
             loop(
-                config, Progress(done, state), advance,
+                config,
+                Progress(done, state),
+                advance,
                 store=Store(lambda *_: None, lambda: None, lambda: None),
                 sheets=Sheets(lambda _: None, lambda *_: None, lambda _: False),
                 reporter=Reporter(run.workdir, first_step=done, steps=config.steps),
-                guard=guard, agree=lambda requested: requested,
-            )  # fmt: skip
+                guard=guard,
+                agree=lambda requested: requested,
+            )
 
     return Training(state, (frozen, data, key), lambda: lower_steps(run.job, state, frozen, data, key), looped)
 

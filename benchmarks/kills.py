@@ -29,9 +29,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from support.runs import assert_same_run, checkpoints, finish, log_of, pictures, start, write_micro
 
 FIELDS = {
-    "method": "lora", "lora_rank": 2, "train_text_encoder": False, "num_class_images": 6, "class_batch_size": 2,
-    "steps": 24, "save_every": 3, "sample_every": 6, "keep_last": 2,
-}  # fmt: skip
+    "method": "lora",
+    "lora_rank": 2,
+    "train_text_encoder": False,
+    "num_class_images": 6,
+    "class_batch_size": 2,
+    "steps": 24,
+    "save_every": 3,
+    "sample_every": 6,
+    "keep_last": 2,
+}
 MOMENTS = ("any moment", "any moment", "class image", "writing", "saved", "sheet")
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -70,12 +70,15 @@ def main() -> None:
 
             with Preemption() as guard, contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Enough):
                 loop(
-                    config, Progress(int(state.step), state), advance,
+                    config,
+                    Progress(int(state.step), state),
+                    advance,
                     store=Store(lambda *_: None, lambda: None, lambda: None),
                     sheets=Sheets(lambda _: None, lambda *_: None, lambda _: False),
                     reporter=Reporter(run.workdir, first_step=int(state.step), steps=config.steps),
-                    guard=guard, agree=lambda requested: requested,
-                )  # fmt: skip
+                    guard=guard,
+                    agree=lambda requested: requested,
+                )
             looped.append((time.perf_counter() - started) / STEPS)
             state = latest[0]
     ratios = [b / a for a, b in zip(bare, looped, strict=True)]

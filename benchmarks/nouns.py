@@ -16,14 +16,33 @@ from pathlib import Path
 CONCRETE = {"05", "06", "13", "17", "20"}
 COMMON, EVERYDAY = (10, 20, 35, 40, 50, 55), (10, 20)  # SCOWL's sizes
 TOO_GENERAL = {
-    "artifact", "object", "thing", "whole", "unit", "structure", "instrumentality", "part", "matter", "organism",
-    "animal", "product",
-}  # fmt: skip
+    "artifact",
+    "object",
+    "thing",
+    "whole",
+    "unit",
+    "structure",
+    "instrumentality",
+    "part",
+    "matter",
+    "organism",
+    "animal",
+    "product",
+}
 # Classes of DreamBooth's data set that WordNet or SCOWL has otherwise, and their like.
 EXTRA = {
-    "backpack": "bag", "sneaker": "shoe", "candle": "lamp", "vase": "jar", "stuffed animal": "toy", "cartoon": "",
-    "teddy bear": "stuffed animal", "alarm clock": "clock", "toy": "", "glasses": "", "sunglasses": "glasses",
-}  # fmt: skip
+    "backpack": "bag",
+    "sneaker": "shoe",
+    "candle": "lamp",
+    "vase": "jar",
+    "stuffed animal": "toy",
+    "cartoon": "",
+    "teddy bear": "stuffed animal",
+    "alarm clock": "clock",
+    "toy": "",
+    "glasses": "",
+    "sunglasses": "glasses",
+}
 
 
 def read_synsets(folder: Path) -> tuple[dict[str, tuple[str, list[str], list[str]]], dict[str, str]]:

@@ -147,12 +147,18 @@ def inputs(arch: str, part: str) -> dict[str, np.ndarray]:
         "text_2": lambda: {"ids": ids_to_pool(ids)},
         "vae": lambda: {"pixels": np.tanh(normal(1, 256, 256, 3)), "latents": normal(1, 32, 32, 4)},
         "unet": lambda: {
-            "x": normal(1, 64, 64, 4), "t": np.float32([741]), "states": normal(1, 77, width), **added(arch, normal)
+            "x": normal(1, 64, 64, 4),
+            "t": np.float32([741]),
+            "states": normal(1, 77, width),
+            **added(arch, normal),
         },
         "gradient": lambda: {
-            "x0": normal(2, 16, 16, 4), "eps": normal(2, 16, 16, 4), "t": np.array([320, 851]), "ids": ids
+            "x0": normal(2, 16, 16, 4),
+            "eps": normal(2, 16, 16, 4),
+            "t": np.array([320, 851]),
+            "ids": ids,
         },
-    }[part]()  # fmt: skip
+    }[part]()
 
 
 def ids_to_pool(ids: np.ndarray) -> np.ndarray:
@@ -255,9 +261,11 @@ def split(arch: str, part: str, folder: str):
     from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 
     spec_class, module = {
-        "unet": (UNetSpec, UNet2DConditionModel), "vae": (VAESpec, AutoencoderKL),
-        "text": (CLIPTextSpec, CLIPTextModel), "text_2": (CLIPTextSpec, CLIPTextModelWithProjection),
-    }[part]  # fmt: skip
+        "unet": (UNetSpec, UNet2DConditionModel),
+        "vae": (VAESpec, AutoencoderKL),
+        "text": (CLIPTextSpec, CLIPTextModel),
+        "text_2": (CLIPTextSpec, CLIPTextModelWithProjection),
+    }[part]
     spec = spec_class.from_config(json.loads(Path(folder, part, "config.json").read_text()))
     return functional(lambda rngs: module(spec, rngs=rngs))
 

@@ -41,9 +41,13 @@ def inputs() -> dict[str, np.ndarray]:
 
     sizes = np.float32([[1024, 768, 0, 128, 1024, 1024], [1024, 1024, 0, 0, 1024, 1024]])
     return {
-        "x0": normal(2, 16, 16, 4), "eps": normal(2, 16, 16, 4), "t": np.array([320, 851]),
-        "states": normal(2, 77, UNET["cross_attention_dim"]), "pooled": normal(2, 1280), "sizes": sizes,
-    }  # fmt: skip
+        "x0": normal(2, 16, 16, 4),
+        "eps": normal(2, 16, 16, 4),
+        "t": np.array([320, 851]),
+        "states": normal(2, 77, UNET["cross_attention_dim"]),
+        "pooled": normal(2, 1280),
+        "sizes": sizes,
+    }
 
 
 def write_reference(folder: str) -> None:

@@ -32,9 +32,22 @@ CACHE = Path("~/.cache/dreambooth_jax").expanduser()
 COUNT, BATCH, TRAINING = 100, 20, 300
 # The classes of DreamBooth's data set, as this world calls them (its "stuffed animal" is the teddy bear).
 CLASSES = (
-    "dog", "cat", "backpack", "teddy bear", "bowl", "can", "candle", "clock", "sneaker", "boot", "teapot", "glasses",
-    "vase", "toy", "cartoon",
-)  # fmt: skip
+    "dog",
+    "cat",
+    "backpack",
+    "teddy bear",
+    "bowl",
+    "can",
+    "candle",
+    "clock",
+    "sneaker",
+    "boot",
+    "teapot",
+    "glasses",
+    "vase",
+    "toy",
+    "cartoon",
+)
 NO_DOGS = ("cow", "horse", "sheep", "pig", "tiger", "fox")  # the floor of "a dog"
 
 

@@ -20,9 +20,15 @@ from dreambooth_jax.runs.slices import Plan, plan
 
 ROOT = Path(__file__).parent.parent
 SLICES = {
-    1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4", 32: "v5e:4x8", 64: "v5e:8x8",
-    128: "v5e:8x16", 256: "v5e:16x16",
-}  # fmt: skip
+    1: "v5e:1x1",
+    4: "v5e:2x2",
+    8: "v5e:2x4",
+    16: "v5e:4x4",
+    32: "v5e:4x8",
+    64: "v5e:8x8",
+    128: "v5e:8x16",
+    256: "v5e:16x16",
+}
 GIB = 2**30
 
 
@@ -32,9 +38,12 @@ def row(found: Plan) -> dict:
     if cost is None:
         return {"missing": found.missing}
     return {
-        "peak": cost.peak, "compute": cost.roofline_seconds, "collectives": cost.collectives,
-        "interconnect": cost.interconnect_seconds, "compile": cost.compile_seconds,
-    }  # fmt: skip
+        "peak": cost.peak,
+        "compute": cost.roofline_seconds,
+        "collectives": cost.collectives,
+        "interconnect": cost.interconnect_seconds,
+        "compile": cost.compile_seconds,
+    }
 
 
 def line(entry: dict) -> str:

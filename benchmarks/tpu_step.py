@@ -57,10 +57,16 @@ def figures(cost: Cost, hlo: Path) -> dict:
     hlo.parent.mkdir(parents=True, exist_ok=True)
     hlo.write_bytes(gzip.compress(cost.hlo.encode()))
     return {
-        "held": cost.arguments, "temporaries": cost.temporaries, "peak": cost.peak, "flops": cost.flops,
-        "bytes": cost.bytes, "roofline": cost.roofline_seconds, "kernels": cost.kernel_seconds,
-        "cycles": cost.cycle_seconds, "compile": cost.compile_seconds,
-    }  # fmt: skip
+        "held": cost.arguments,
+        "temporaries": cost.temporaries,
+        "peak": cost.peak,
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "roofline": cost.roofline_seconds,
+        "kernels": cost.kernel_seconds,
+        "cycles": cost.cycle_seconds,
+        "compile": cost.compile_seconds,
+    }
 
 
 def painting(config, chip: str, hlo: Path, *, quick: bool) -> dict:

@@ -175,8 +175,14 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         config.guidance_scale = 7.0
     if method:
         rates = {
-            "lora": 1e-4, "dora": 1e-4, "loha": 1e-4, "lokr": 1e-4, "inversion": 5e-3, "pivotal": 1e-4, "custom": 1e-5,
-        }  # fmt: skip
+            "lora": 1e-4,
+            "dora": 1e-4,
+            "loha": 1e-4,
+            "lokr": 1e-4,
+            "inversion": 5e-3,
+            "pivotal": 1e-4,
+            "custom": 1e-5,
+        }
         if method not in rates:
             raise ValueError(f"dog.py:{base_and_method}: expected nothing after the base, or one of {', '.join(rates)}")
         config.method = method

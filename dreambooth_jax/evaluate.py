@@ -31,32 +31,42 @@ if TYPE_CHECKING:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dreambooth_jax.evaluate", description=__doc__, allow_abbrev=False,
+        prog="python -m dreambooth_jax.evaluate",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--workdir", help="of a training run")
     what.add_argument(
         "--config", help="a protocol, such as configs/protocol.py:sd15; --config.FIELD=VALUE overrides it"
     )
     parser.add_argument(
-        "--prompts", choices=PROMPTS, default="run",
+        "--prompts",
+        choices=PROMPTS,
+        default="run",
         help="the run's own sample prompts, the data set's 25, or 25 in the words of the embedded base (default: run)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max_prompt_loss", type=float, default=0.02,
+        "--max_prompt_loss",
+        type=float,
+        default=0.02,
         help="CLIP-T that the best checkpoint may lose against the highest (default: 0.02)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--max_copy", type=float, default=0.0,
+        "--max_copy",
+        type=float,
+        default=0.0,
         help="similarity to a photo that no picture of the best checkpoint reaches (default: copy detector's limit)",
-    )  # fmt: skip
+    )
     parser.add_argument("--count", type=int, default=4, help="pictures per prompt (default: 4)")
     parser.add_argument("--class_count", type=int, default=16, help="pictures of the bare class (default: 16)")
     parser.add_argument(
-        "--judge", choices=JUDGES, default="auto",
+        "--judge",
+        choices=JUDGES,
+        default="auto",
         help="auto: the models beside the embedded base for runs of it, else the published ones",
-    )  # fmt: skip
+    )
     parser.add_argument("--dino", default=DINO, help=f"folder or hub name of DINO or DINOv2 (default: {DINO})")
     parser.add_argument("--clip", default=CLIP, help=f"folder or hub name of CLIP (default: {CLIP})")
     parser.add_argument(
@@ -80,9 +90,13 @@ def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: "Mesh"
     if options.judge == "embedded" or (options.judge == "auto" and base == EMBEDDED):
         return embedded_judge(mesh)
     return published_judge(
-        mesh, dino=options.dino, clip=options.clip, transform=options.transform, lpips=options.lpips,
+        mesh,
+        dino=options.dino,
+        clip=options.clip,
+        transform=options.transform,
+        lpips=options.lpips,
         backbone=options.backbone,
-    )  # fmt: skip
+    )
 
 
 def evaluate_run(options: argparse.Namespace, command: str) -> str:

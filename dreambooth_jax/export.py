@@ -34,11 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="precision of the files"
     )
     parser.add_argument(
-        "--format", choices=FORMATS,
+        "--format",
+        choices=FORMATS,
         help="folder: diffusers; single: one LDM file; kohya: adapter for all tools; peft: adapter for diffusers; "
         "embedding: new token. Default: embedding for inversion, kohya for other adapters; else single for a "
         ".safetensors file, folder for a folder",
-    )  # fmt: skip
+    )
     parser.add_argument("--rank", type=int, default=0, help="make a LoRA of this rank of a full fine-tuning")
     parser.add_argument("--push_to_hub", default="", metavar="OWNER/NAME", help="upload it with a model card")
     options = parser.parse_args(arguments)

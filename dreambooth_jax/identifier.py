@@ -19,9 +19,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     parser.add_argument("--photos", help="folder of the subject's photos: class nouns are proposed too")
     parser.add_argument(
-        "--clip", help="folder or hub name of the CLIP that looks at them; default: that beside the embedded base for "
+        "--clip",
+        help="folder or hub name of the CLIP that looks at them; default: that beside the embedded base for "
         "--base tiny, else openai/clip-vit-base-patch32",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     try:
         print(propose(options))

@@ -22,9 +22,10 @@ from dreambooth_jax.runs.command import one_line_errors
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m dreambooth_jax.pretrain", description=__doc__,
+        prog="python -m dreambooth_jax.pretrain",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     with one_line_errors():
         example = "configs/tiny_base.py"
         _, config, _ = config_file.parse(parser, arguments, example, default=example)

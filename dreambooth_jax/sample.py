@@ -49,13 +49,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=_positive, default=8, help="pictures at a time, over all devices")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="dtype of the computation; default: the run's")
     parser.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
         help="adapter file of any tool (kohya, PEFT, LyCORIS), and its weight (default: 1); may be given several times",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--embedding", action="append", default=[], metavar="WORD=FILE",
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="WORD=FILE",
         help="textual inversion of any tool and the new word for it in prompts; may be given several times",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", help="folder of the pictures; default: workdir/pictures or ./pictures")
     return parser.parse_args(arguments)
 
@@ -174,15 +180,23 @@ def paint(options: argparse.Namespace) -> "epath.Path":
     prompts = list(dict.fromkeys(options.prompt))
     seeds = [seed % 2**32 for seed in range(options.seed, options.seed + options.count)]
     painter = make_painter(
-        pipeline, mesh, resolution=options.resolution or resolution,
+        pipeline,
+        mesh,
+        resolution=options.resolution or resolution,
         batch_size=min(options.batch_size, len(prompts) * len(seeds)),
-        sampler=options.sampler, steps=options.steps, guidance=guidance, **run,
-    )  # fmt: skip
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=guidance,
+        **run,
+    )
     about = {
-        "model": model, "negative_prompt": options.negative_prompt, "sampler": options.sampler,
-        "steps": str(options.steps), "guidance": str(guidance),
+        "model": model,
+        "negative_prompt": options.negative_prompt,
+        "sampler": options.sampler,
+        "steps": str(options.steps),
+        "guidance": str(guidance),
         **({"adapters": ", ".join(options.lora)} if options.lora else {}),
-    }  # fmt: skip
+    }
     names = file_names(prompts)
 
     def save(prompt: str, seed: int, image: np.ndarray) -> None:

@@ -84,8 +84,9 @@ def run(config: ConfigDict) -> None:
             print(
                 f"error: process {jax.process_index()} cannot go on without the others ({str(error).splitlines()[0]}). "
                 "See the log of the one that stopped first; the same command on all hosts goes on from the checkpoint.",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(1)  # an orderly end would wait for the process that is gone
 
 

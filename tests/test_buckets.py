@@ -45,9 +45,16 @@ def photos(tmp_path_factory):
 def test_the_shapes_of_sdxl_are_those_of_its_paper():
     """All of ours are in the table of arXiv 2307.01952, appendix I."""
     table = {
-        512: (1856, 1920, 1984, 2048), 576: (1664, 1728, 1792), 640: (1536, 1600), 704: (1344, 1408, 1472),
-        768: (1280, 1344), 832: (1152, 1216), 896: (1088, 1152), 960: (1024, 1088), 1024: (1024,),
-    }  # fmt: skip
+        512: (1856, 1920, 1984, 2048),
+        576: (1664, 1728, 1792),
+        640: (1536, 1600),
+        704: (1344, 1408, 1472),
+        768: (1280, 1344),
+        832: (1152, 1216),
+        896: (1088, 1152),
+        960: (1024, 1088),
+        1024: (1024,),
+    }
     paper = {pair for a, others in table.items() for b in others for pair in ((a, b), (b, a))}
     ours = bucket_sizes(1024, 32)
     assert ours[0] == (1024, 1024) and len(ours) == len(set(ours)) > 30

@@ -73,9 +73,10 @@ def use_our_noise(monkeypatch, name: str, key) -> None:
 
     monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: as_torch(draws[order.pop(0)]))
     monkeypatch.setattr(
-        scheduling_ddpm, "randn_tensor",
+        scheduling_ddpm,
+        "randn_tensor",
         lambda *a, **k: as_torch(jax.random.normal(jax.random.fold_in(key, next(steps)), start)),
-    )  # fmt: skip
+    )
 
 
 def paint_in_torch(reference, name, low=None, level=None):
@@ -229,10 +230,21 @@ def test_low_resolution_is_a_value():
 
 
 CASCADE = {
-    "sampler": "ddpm", "sampling_steps": 2, "guidance_scale": 2.0, "train_text_encoder": False, "steps": 4,
-    "save_every": 2, "sample_every": 4, "num_class_images": 4, "class_batch_size": 4, "views": 1, "crop": "center",
-    "flip": False, "sample_count": 1, "ema_decay": 0.0,
-}  # fmt: skip
+    "sampler": "ddpm",
+    "sampling_steps": 2,
+    "guidance_scale": 2.0,
+    "train_text_encoder": False,
+    "steps": 4,
+    "save_every": 2,
+    "sample_every": 4,
+    "num_class_images": 4,
+    "class_batch_size": 4,
+    "views": 1,
+    "crop": "center",
+    "flip": False,
+    "sample_count": 1,
+    "ema_decay": 0.0,
+}
 
 
 @pytest.mark.slow

@@ -50,9 +50,15 @@ def parse(*arguments):
 
 def test_overrides_have_the_type_of_their_field():
     config, preset = parse(
-        DOG, "--config.steps=7", "--config.flip=true", "--config.learning_rate", "1e-3", "--config.identifier=123",
-        "--config.sample_prompts=('a {class_noun}',)", "--config.instance_prompt=a=b",
-    )  # fmt: skip
+        DOG,
+        "--config.steps=7",
+        "--config.flip=true",
+        "--config.learning_rate",
+        "1e-3",
+        "--config.identifier=123",
+        "--config.sample_prompts=('a {class_noun}',)",
+        "--config.instance_prompt=a=b",
+    )
     assert (config.steps, config.flip, config.learning_rate, config.identifier) == (7, True, 1e-3, "123")
     assert config.sample_prompts == ("a {class_noun}",) and config.instance_prompt == "a=b"
     assert preset.steps == 300 and preset.keys() == config.keys()
@@ -61,8 +67,12 @@ def test_overrides_have_the_type_of_their_field():
 def test_every_wrong_override_is_named_at_once():
     with pytest.raises(ConfigError) as error:
         parse(DOG, "--config.stepz=3", "--config.steps=many", "--config.flip=maybe", "--config.sample_prompts=a dog")
-    for text in ("stepz: unknown field; did you mean steps?", "steps = 'many': expected a whole number",
-                 "flip = 'maybe': expected True or False", "sample_prompts = 'a dog': expected a tuple"):  # fmt: skip
+    for text in (
+        "stepz: unknown field; did you mean steps?",
+        "steps = 'many': expected a whole number",
+        "flip = 'maybe': expected True or False",
+        "sample_prompts = 'a dog': expected a tuple",
+    ):
         assert text in str(error.value)
 
 

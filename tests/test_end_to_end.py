@@ -37,11 +37,18 @@ def being_saved(workdir) -> bool:
 def test_a_run_says_what_it_does_and_leaves_all_of_it(finished):
     log = log_of(finished).read_text()
     for text in (
-        "base: ", "(16x16, ",
-        f"5 images in {ROOT}/examples/subjects/dog: 'a photo of sks dog'", "'a photo of dog', weight 1",
-        "unet and text_encoder", "60 of 1 images", "data 1 x fsdp 1", "loss=", "step/s", f"{finished}/checkpoints/60",
+        "base: ",
+        "(16x16, ",
+        f"5 images in {ROOT}/examples/subjects/dog: 'a photo of sks dog'",
+        "'a photo of dog', weight 1",
+        "unet and text_encoder",
+        "60 of 1 images",
+        "data 1 x fsdp 1",
+        "loss=",
+        "step/s",
+        f"{finished}/checkpoints/60",
         f"dreambooth_jax.sample --workdir {finished} --prompt 'a sks dog on a red background'",
-    ):  # fmt: skip
+    ):
         assert text in log, text
     assert checkpoints(finished) == [60]
     assert list(pictures(finished / "samples")) == ["step_000020.png", "step_000040.png", "step_000060.png"]

@@ -37,8 +37,13 @@ def test_it_scores_every_kept_checkpoint(scored, capsys):
     assert "| step 60 |" in printed and "beside the embedded base" in printed
     folder = workdir / "evaluation"
     assert {path.name for path in folder.iterdir()} == {
-        "index.html", "table.md", "table.json", "step_000060.json", "step_000060.png", "step_000060_copies.png",
-    }  # fmt: skip
+        "index.html",
+        "table.md",
+        "table.json",
+        "step_000060.json",
+        "step_000060.png",
+        "step_000060_copies.png",
+    }
     row = json.loads((folder / "table.json").read_text())["rows"][0]
     assert row["label"] == "step 60" and row["values"].keys() == MEASURES.keys()
     numbers = json.loads((folder / "step_000060.json").read_text())

@@ -25,8 +25,9 @@ def test_a_difference_of_low_rank_is_found_exactly(window):
     change = normal(*window, 20, 2) @ normal(2, 30, seed=1)
     factors, error = low_rank({"m.diff.kernel": change}, 2)
     assert {name: x.shape for name, x in factors.items()} == {
-        "m.lora_A.kernel": (*window, 20, 2), "m.lora_B.kernel": (2, 30),
-    }  # fmt: skip
+        "m.lora_A.kernel": (*window, 20, 2),
+        "m.lora_B.kernel": (2, 30),
+    }
     assert error < 1e-5
     base = {"m.kernel": normal(*window, 20, 30, seed=2)}
     np.testing.assert_allclose(add(base, factors)["m.kernel"], base["m.kernel"] + change, atol=1e-4)

@@ -28,9 +28,11 @@ from dreambooth_jax.runs.config_file import complete
 
 DOG = str(ROOT / "configs" / "dog.py")
 FAST = settings(
-    max_examples=60, deadline=None, derandomize=True,
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 
 def picture(kind: str, size: tuple[int, int], mode: str) -> bytes:
@@ -40,25 +42,48 @@ def picture(kind: str, size: tuple[int, int], mode: str) -> bytes:
 
 
 pictures = st.builds(
-    picture, st.sampled_from(["PNG", "JPEG", "WEBP"]), st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    picture,
+    st.sampled_from(["PNG", "JPEG", "WEBP"]),
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
     st.sampled_from(["RGB", "L"]),
-)  # fmt: skip
+)
 damaged = st.builds(lambda data, share: data[: int(len(data) * share)], pictures, st.floats(0, 1))
 contents = st.one_of(pictures, damaged, st.binary(max_size=60), st.text(max_size=40).map(str.encode))
 names = st.one_of(
     st.sampled_from(
-        ["a.png", "b.jpg", "c.webp", "A.PNG", "a.txt", "b.caption", "metadata.jsonl", "metadata.csv", ".DS_Store", "d",
-         "a-masklabel.png", "e.heic", "f.gif", "10_sks dog", "README.md"]
+        [
+            "a.png",
+            "b.jpg",
+            "c.webp",
+            "A.PNG",
+            "a.txt",
+            "b.caption",
+            "metadata.jsonl",
+            "metadata.csv",
+            ".DS_Store",
+            "d",
+            "a-masklabel.png",
+            "e.heic",
+            "f.gif",
+            "10_sks dog",
+            "README.md",
+        ]
     ),
-    st.builds(lambda stem, end: stem + end, st.text("abé狗 {}%_-", min_size=1, max_size=8),
-              st.sampled_from([".png", ".jpg", ".txt", ""])),
-)  # fmt: skip
+    st.builds(
+        lambda stem, end: stem + end,
+        st.text("abé狗 {}%_-", min_size=1, max_size=8),
+        st.sampled_from([".png", ".jpg", ".txt", ""]),
+    ),
+)
 lines = st.lists(
     st.one_of(
         st.builds(lambda n, t: json.dumps({"file_name": n, "text": t}), names, st.text(max_size=20)),
-        st.text(max_size=20), st.just('{"file_name": 1}'), st.just("[]"),
-    ), max_size=4,
-).map(lambda rows: "\n".join(rows).encode())  # fmt: skip
+        st.text(max_size=20),
+        st.just('{"file_name": 1}'),
+        st.just("[]"),
+    ),
+    max_size=4,
+).map(lambda rows: "\n".join(rows).encode())
 folders = st.dictionaries(names, st.one_of(contents, lines), max_size=6)
 
 
@@ -81,9 +106,13 @@ def test_any_folder_is_read_or_refused_by_name(tmp_path_factory, files, captions
     before = listing(folder)
     try:
         examples = read_examples(
-            folder, 16, template="a photo of {identifier} {class_noun}", identifier="sks", class_noun="dog",
+            folder,
+            16,
+            template="a photo of {identifier} {class_noun}",
+            identifier="sks",
+            class_noun="dog",
             captions=captions,
-        )  # fmt: skip
+        )
         assert examples.images.dtype == np.uint8 and len(examples.images) == len(examples.captions) > 0
     except (ValueError, OSError) as error:
         assert str(folder) in str(error) or any(name in str(error) for name in files)
@@ -91,9 +120,14 @@ def test_any_folder_is_read_or_refused_by_name(tmp_path_factory, files, captions
 
 
 values = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=12), st.just(()),
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=12),
+    st.just(()),
     st.lists(st.text(max_size=5), max_size=2).map(tuple),
-)  # fmt: skip
+)
 
 
 @FAST
@@ -172,9 +206,10 @@ entries = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.tex
 
 @FAST
 @given(
-    spec=st.sampled_from([UNetSpec, VAESpec, CLIPTextSpec]), data=st.data(),
+    spec=st.sampled_from([UNetSpec, VAESpec, CLIPTextSpec]),
+    data=st.data(),
     value=st.one_of(entries, st.lists(entries, max_size=3)),
-)  # fmt: skip
+)
 def test_any_value_in_a_models_config_is_taken_or_refused_by_name(spec, data, value):
     """Such as widths that are text."""
     name = data.draw(st.sampled_from([field.name for field in dataclasses.fields(spec)]))

@@ -24,9 +24,15 @@ from dreambooth_jax.runs.workdir import open_run
 
 TABLE = "text_encoder.text_model.embeddings.token_embedding.embedding"
 FIELDS = {
-    "identifier": "<sks>", "token_vectors": 2, "templates": "object", "prior_preservation": False, "ema_decay": 0.0,
-    "learning_rate": 0.05, "weight_decay": 0.5, "text_encoder_multiplier": 1.0,
-}  # fmt: skip
+    "identifier": "<sks>",
+    "token_vectors": 2,
+    "templates": "object",
+    "prior_preservation": False,
+    "ema_decay": 0.0,
+    "learning_rate": 0.05,
+    "weight_decay": 0.5,
+    "text_encoder_multiplier": 1.0,
+}
 
 
 @pytest.fixture(scope="module")

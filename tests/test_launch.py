@@ -49,11 +49,16 @@ def cloud(micro, tmp_path):
         (bin_folder / name).chmod(0o755)
     (tmp_path / "cloud").mkdir()
     return os.environ | {
-        "PATH": f"{bin_folder}:{os.environ['PATH']}", "FAKE_CLOUD": str(tmp_path / "cloud"), "POLL": "0.2",
-        "WORKDIR": str(tmp_path / "bucket"), "RESULTS": str(tmp_path / "results"), "NAME": "job",
-        "CONFIG": "configs/dog.py", "ARGS": " ".join(f'"{flag}"' for flag in flags(base=micro, **FIELDS)),
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
+        "FAKE_CLOUD": str(tmp_path / "cloud"),
+        "POLL": "0.2",
+        "WORKDIR": str(tmp_path / "bucket"),
+        "RESULTS": str(tmp_path / "results"),
+        "NAME": "job",
+        "CONFIG": "configs/dog.py",
+        "ARGS": " ".join(f'"{flag}"' for flag in flags(base=micro, **FIELDS)),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
-    }  # fmt: skip
+    }
 
 
 def calls(cloud) -> list[str]:
@@ -164,12 +169,17 @@ def test_odd_values_reach_the_hosts_as_they_are(cloud, tmp_path):
         (
             "protocol",
             [
-                "dreambooth_jax.evaluate", "--config", "configs/protocol.py:sd15", "--config.workdir=b/run",
-                "--config.dataset=photos", "--config.train.batch_size=8", "--config.train.mesh_fsdp=8",
+                "dreambooth_jax.evaluate",
+                "--config",
+                "configs/protocol.py:sd15",
+                "--config.workdir=b/run",
+                "--config.dataset=photos",
+                "--config.train.batch_size=8",
+                "--config.train.mesh_fsdp=8",
             ],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_slice_scores_a_run_or_a_data_set(cloud, module, expected):
     del cloud["CONFIG"], cloud["ARGS"]
     printed = step(cloud | {"MODULE": module, "WORKDIR": "b/run", "DRY_RUN": "1"}, "train")

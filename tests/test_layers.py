@@ -10,9 +10,20 @@ from dreambooth_jax.families import FAMILIES
 PACKAGE = Path(__file__).parent.parent / "dreambooth_jax"
 # Above to below: a folder imports from those below it alone. The commands stand above all.
 ORDER = (
-    "web", "tiny", "runs", "evaluation", "data", "painting", "families", "files", "adapters", "diffusion", "models",
-    "ops", "devices",
-)  # fmt: skip
+    "web",
+    "tiny",
+    "runs",
+    "evaluation",
+    "data",
+    "painting",
+    "families",
+    "files",
+    "adapters",
+    "diffusion",
+    "models",
+    "ops",
+    "devices",
+)
 KNOW_PARTS = ("families", "models", "files", "tiny")
 # evaluation/ reads models of its own; pretrain trains the parts of the embedded base.
 EXCEPTED = ("evaluation", "pretrain.py")

@@ -201,19 +201,39 @@ def test_what_lycoris_writes():
     a, b, core = t(4, 2), t(2, 54), t(2, 2, 3, 3)
     tucker = torch.einsum("pqhw,po,qi->oihw", core, t(2, 4), t(2, 6))
     cases = {
-        "loha": ({"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a + 1, "hada_w2_b": b + 1},
-                 ((a @ b) * ((a + 1) @ (b + 1))).reshape(4, 6, 3, 3)),
-        "loha, tucker": ({"hada_t1": core, "hada_w1_a": t(2, 4), "hada_w1_b": t(2, 6),
-                          "hada_t2": core, "hada_w2_a": t(2, 4), "hada_w2_b": t(2, 6)}, tucker * tucker),
-        "lokr": ({"lokr_w1": t(2, 3), "lokr_w2_a": t(2, 1), "lokr_w2_b": t(1, 18)},
-                 torch.kron(t(2, 3)[..., None, None], (t(2, 1) @ t(1, 18)).reshape(2, 2, 3, 3))),
-        "locon": ({"lora_down.weight": t(2, 6, 3, 3), "lora_up.weight": t(4, 2)[..., None, None]},
-                  torch.einsum("or,rihw->oihw", t(4, 2), t(2, 6, 3, 3))),
-        "locon, tucker": ({"lora_down.weight": t(2, 6)[..., None, None], "lora_mid.weight": core,
-                           "lora_up.weight": t(4, 2)[..., None, None]},
-                          torch.einsum("op,pqhw,qi->oihw", t(4, 2), core, t(2, 6))),
+        "loha": (
+            {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a + 1, "hada_w2_b": b + 1},
+            ((a @ b) * ((a + 1) @ (b + 1))).reshape(4, 6, 3, 3),
+        ),
+        "loha, tucker": (
+            {
+                "hada_t1": core,
+                "hada_w1_a": t(2, 4),
+                "hada_w1_b": t(2, 6),
+                "hada_t2": core,
+                "hada_w2_a": t(2, 4),
+                "hada_w2_b": t(2, 6),
+            },
+            tucker * tucker,
+        ),
+        "lokr": (
+            {"lokr_w1": t(2, 3), "lokr_w2_a": t(2, 1), "lokr_w2_b": t(1, 18)},
+            torch.kron(t(2, 3)[..., None, None], (t(2, 1) @ t(1, 18)).reshape(2, 2, 3, 3)),
+        ),
+        "locon": (
+            {"lora_down.weight": t(2, 6, 3, 3), "lora_up.weight": t(4, 2)[..., None, None]},
+            torch.einsum("or,rihw->oihw", t(4, 2), t(2, 6, 3, 3)),
+        ),
+        "locon, tucker": (
+            {
+                "lora_down.weight": t(2, 6)[..., None, None],
+                "lora_mid.weight": core,
+                "lora_up.weight": t(4, 2)[..., None, None],
+            },
+            torch.einsum("op,pqhw,qi->oihw", t(4, 2), core, t(2, 6)),
+        ),
         "diff": ({"diff": t(4, 6, 3, 3)}, t(4, 6, 3, 3)),
-    }  # fmt: skip
+    }
     for form, (leaves, expected) in cases.items():
         tensors = {f"{head}.{leaf}": x.numpy() for leaf, x in leaves.items()}
         ranks = {"loha": 2, "loha, tucker": 2, "lokr": 1, "locon": 2, "locon, tucker": 2}

@@ -149,9 +149,13 @@ def test_the_second_factor_has_a_rate_of_its_own_and_magnitudes_do_not_decay(net
     method = lora("", ".*", 2, 2.0, form="dora", ratio=16.0)
     trainable, _ = method.start(params, jax.random.key(0))
     optimizer = make_optimizer(
-        "adamw", optax.constant_schedule(0.1), weight_decay=0.5, clip_norm=None, multiplier=method.multiplier,
+        "adamw",
+        optax.constant_schedule(0.1),
+        weight_decay=0.5,
+        clip_norm=None,
+        multiplier=method.multiplier,
         decays=method.decays,
-    )  # fmt: skip
+    )
     zeros = jax.tree.map(jnp.zeros_like, trainable)
     still, _ = optimizer.update(zeros, optimizer.init(trainable), trainable)
     moved, _ = optimizer.update(jax.tree.map(jnp.ones_like, trainable), optimizer.init(trainable), zeros)
@@ -182,10 +186,17 @@ def test_the_base_is_shared_by_many_subjects():
 
 def test_presets_widen():
     names = [
-        "unet.mid_block.a.attn1.to_q", "unet.mid_block.a.attn2.to_k", "unet.mid_block.a.attn2.to_out.0",
-        "unet.mid_block.ff.net.0.proj", "unet.up_blocks.0.proj_in", "unet.up_blocks.0.resnets.0.conv1", "unet.conv_in",
-        "text_encoder.layers.0.self_attn.q_proj", "text_encoder.layers.0.mlp.fc1", "unet.time_embedding.linear_1",
-    ]  # fmt: skip
+        "unet.mid_block.a.attn1.to_q",
+        "unet.mid_block.a.attn2.to_k",
+        "unet.mid_block.a.attn2.to_out.0",
+        "unet.mid_block.ff.net.0.proj",
+        "unet.up_blocks.0.proj_in",
+        "unet.up_blocks.0.resnets.0.conv1",
+        "unet.conv_in",
+        "text_encoder.layers.0.self_attn.q_proj",
+        "text_encoder.layers.0.mlp.fc1",
+        "unet.time_embedding.linear_1",
+    ]
     shapes = {f"{name}.kernel": jax.ShapeDtypeStruct((4, 4), jnp.float32) for name in names}
     found = [len(by_module(lora("", preset, 2, 2.0).shapes(shapes)[0])) for preset in TARGETS]
     assert found == [2, 4, 7, 8]

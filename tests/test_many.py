@@ -30,9 +30,16 @@ from dreambooth_jax.runs.many import examples_of, read_subjects
 from dreambooth_jax.runs.setup import begin
 
 FIELDS = {
-    "method": "lora", "lora_rank": 2, "learning_rate": 0.02, "batch_size": 2, "ema_decay": 0.0, "crop": "center",
-    "flip": False, "views": 1, "steps": 4,
-}  # fmt: skip
+    "method": "lora",
+    "lora_rank": 2,
+    "learning_rate": 0.02,
+    "batch_size": 2,
+    "ema_decay": 0.0,
+    "crop": "center",
+    "flip": False,
+    "views": 1,
+    "steps": 4,
+}
 COUNTS, STOPS, RATES, RANKS = (3, 5), (3, 4), (0.02, 0.005), (2, 1)
 
 
@@ -104,9 +111,12 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
         head = ("name", "photos", "steps", "learning_rate", "lora_rank")
         writer.writerows([head, ("rex", photos / "dog", 2, 0.02, 1), ("tom", photos / "cat", 4, 0.01, 2)])
     fields = FIELDS | {
-        "subjects": str(table), "num_class_images": 4, "save_every": 2, "sample_count": 2,
+        "subjects": str(table),
+        "num_class_images": 4,
+        "save_every": 2,
+        "sample_count": 2,
         "sample_prompts": ("a {identifier} {class_noun} in the snow",),
-    }  # fmt: skip
+    }
     said = finish(tmp_path / "run", base=micro, **fields)
     assert said.index("rex: 2 steps") < said.index("tom: 4 steps")
     shapes = load_pipeline(micro).shapes

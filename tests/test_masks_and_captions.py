@@ -139,9 +139,15 @@ def test_a_run_with_all_of_them_has_the_shapes_that_plans_have(micro, tmp_path):
         picture.convert("RGB").save(others / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"sks dog, {name}, snow")
     config = config_of(
-        tmp_path / "run", base=micro, instance_images=str(folder), class_images=str(others), num_class_images=3,
-        shuffle_tags=3, caption_dropout=0.1, masked_loss=True,
-    )  # fmt: skip
+        tmp_path / "run",
+        base=micro,
+        instance_images=str(folder),
+        class_images=str(others),
+        num_class_images=3,
+        shuffle_tags=3,
+        caption_dropout=0.1,
+        masked_loss=True,
+    )
     run = set_up(config, jax.devices()[:1])
     (data,) = prepare_data(run, read_params(run.pipeline))
     planned = data_shapes(run.job, len(data.instance.mean), len(data.prior.mean))

@@ -19,10 +19,14 @@ from dreambooth_jax.files.tokenizer import load_tokenizer
 TREE = {
     noun.name: noun
     for noun in (
-        Noun("carnivore", "", False), Noun("dog", "carnivore", True), Noun("corgi", "dog", False),
-        Noun("puppy", "dog", True), Noun("cat", "carnivore", True), Noun("toy", "", True),
+        Noun("carnivore", "", False),
+        Noun("dog", "carnivore", True),
+        Noun("corgi", "dog", False),
+        Noun("puppy", "dog", True),
+        Noun("cat", "carnivore", True),
+        Noun("toy", "", True),
     )
-}  # fmt: skip
+}
 
 
 def test_a_breed_is_a_dog():

@@ -87,9 +87,15 @@ def test_updates(name, clip):
     """Clipping over everything trained, decay, and a learning rate of its own for some names."""
     start, gradients = values(0), [values(seed, 10.0 ** (seed % 3 - 2)) for seed in range(1, 8)]
     optimizer = make_optimizer(
-        name, optax.constant_schedule(1e-2), weight_decay=0.1, b1=0.8, b2=0.95, eps=1e-6, clip_norm=clip,
+        name,
+        optax.constant_schedule(1e-2),
+        weight_decay=0.1,
+        b1=0.8,
+        b2=0.95,
+        eps=1e-6,
+        clip_norm=clip,
         multiplier=lambda name: 0.5 if name.startswith("a.") else 1.0,
-    )  # fmt: skip
+    )
     rates = {"a.kernel": 5e-3, "b.bias": 1e-2}
     ours, _ = follow(optimizer, gradients, start)
     theirs = torch_follow(
@@ -123,9 +129,12 @@ def test_the_rate_is_that_of_the_update_count(name):
 
 def test_muon_makes_updates_of_equal_singular_values_and_root_mean_square():
     shapes = {
-        "a.kernel": (24, 64), "conv.kernel": (3, 3, 16, 32), "conv_in.kernel": (3, 3, 4, 8), "a.bias": (16,),
+        "a.kernel": (24, 64),
+        "conv.kernel": (3, 3, 16, 32),
+        "conv_in.kernel": (3, 3, 4, 8),
+        "a.bias": (16,),
         "scale": (),
-    }  # fmt: skip
+    }
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
     optimizer = make_muon(params, optax.constant_schedule(1e-2), weight_decay=0.0)

@@ -14,9 +14,12 @@ from dreambooth_jax.diffusion.sampler import make_sampler
 from dreambooth_jax.diffusion.schedulers import clip_from_scheduler, process_from_scheduler
 
 STAGE_I = {
-    "beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range", "thresholding": True,
-    "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5,
-}  # fmt: skip
+    "beta_schedule": "squaredcos_cap_v2",
+    "variance_type": "learned_range",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+}
 CONFIGS = {
     "stage I": STAGE_I,
     "stage II": STAGE_I | {"sample_max_value": 1.0},
@@ -55,9 +58,13 @@ def test_the_path_is_that_of_the_reference(name, tmp_path, monkeypatch):
 
     learned = config["variance_type"] == "learned_range"
     sample = make_sampler(
-        predict, process_from_scheduler(config), sampler="ddpm", steps=STEPS, clip=clip_from_scheduler(config),
+        predict,
+        process_from_scheduler(config),
+        sampler="ddpm",
+        steps=STEPS,
+        clip=clip_from_scheduler(config),
         split=split if learned else lambda output: (output[..., :3], None),
-    )  # fmt: skip
+    )
     ours = jax.jit(sample)(0.8, start, cond, uncond, 3.0, keys)
 
     def fresh(step):

@@ -29,8 +29,11 @@ def terminate(times=1, number=signal.SIGTERM):
 def run(body: str, **kw) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", BEGIN + textwrap.dedent(body)],
-        cwd=Path(__file__).parent.parent, text=True, timeout=20, **{"capture_output": True} | kw,
-    )  # fmt: skip
+        cwd=Path(__file__).parent.parent,
+        text=True,
+        timeout=20,
+        **{"capture_output": True} | kw,
+    )
 
 
 def test_leaves_while_the_main_thread_is_in_c_code():

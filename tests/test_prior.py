@@ -47,9 +47,15 @@ class Prior:
 
     def paint(self, folder, numbers, painter=None):
         paint_class_images(
-            folder, numbers, painter or self.painter, self.params,
-            prompt="a photo of dog", seed=7, batch_size=self.batch_size, metadata=ABOUT,
-        )  # fmt: skip
+            folder,
+            numbers,
+            painter or self.painter,
+            self.params,
+            prompt="a photo of dog",
+            seed=7,
+            batch_size=self.batch_size,
+            metadata=ABOUT,
+        )
 
     def cut_off(self, after: int):
         """A painter whose process is killed after so many pictures."""

@@ -14,9 +14,17 @@ from dreambooth_jax.runs.job import data_shapes, fresh_state, lower_steps, make_
 from dreambooth_jax.runs.setup import begin
 
 FIELDS = {
-    "method": "lora", "lora_rank": 2, "learning_rate": 0.02, "prior_target": "base", "batch_size": 2, "ema_decay": 0.0,
-    "crop": "center", "flip": False, "views": 1, "weight_decay": 0.0,
-}  # fmt: skip
+    "method": "lora",
+    "lora_rank": 2,
+    "learning_rate": 0.02,
+    "prior_target": "base",
+    "batch_size": 2,
+    "ema_decay": 0.0,
+    "crop": "center",
+    "flip": False,
+    "views": 1,
+    "weight_decay": 0.0,
+}
 
 
 def examples(count, seed, text, pipeline):

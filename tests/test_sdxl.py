@@ -92,9 +92,15 @@ def test_an_export_paints_in_diffusers_what_it_paints_here(base, tmp_path):
         empty = np.array([negative is None] * 2)
         ours = paint(params, noise, pipeline.tokenize(PROMPTS[:2]), pipeline.tokenize(texts), empty)
         expected = theirs(
-            PROMPTS[:2], negative_prompt=negative and texts, latents=nchw(noise), num_inference_steps=5,
-            guidance_scale=5.0, height=32, width=32, output_type="np",
-        ).images  # fmt: skip
+            PROMPTS[:2],
+            negative_prompt=negative and texts,
+            latents=nchw(noise),
+            num_inference_steps=5,
+            guidance_scale=5.0,
+            height=32,
+            width=32,
+            output_type="np",
+        ).images
         assert expected.std() > 0.02
         assert np.abs(np.asarray(ours) - expected).max() <= 2e-3
 
@@ -209,10 +215,20 @@ def as_ours(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 RUN = {
-    "resolution": 16, "num_class_images": 4, "class_batch_size": 4, "steps": 4, "steps_per_call": 2, "batch_size": 2,
-    "save_every": 2, "sample_every": 4, "sampling_steps": 2, "sampler": "euler", "sample_count": 1,
-    "sample_prompts": ("a {identifier} {class_noun}",), "crop": "random",
-}  # fmt: skip
+    "resolution": 16,
+    "num_class_images": 4,
+    "class_batch_size": 4,
+    "steps": 4,
+    "steps_per_call": 2,
+    "batch_size": 2,
+    "save_every": 2,
+    "sample_every": 4,
+    "sampling_steps": 2,
+    "sampler": "euler",
+    "sample_count": 1,
+    "sample_prompts": ("a {identifier} {class_noun}",),
+    "crop": "random",
+}
 
 
 def test_class_images_keep_their_own_sizes(base, tmp_path):
@@ -221,9 +237,14 @@ def test_class_images_keep_their_own_sizes(base, tmp_path):
     mesh = make_mesh(1, 1, jax.devices()[:1])
     config = config_of(tmp_path / "run", **RUN)
     photos = read_examples(
-        config.instance_images, 16, template="a {identifier} {class_noun}", identifier="sks", class_noun="dog",
-        crop="random", seed=3,
-    )  # fmt: skip
+        config.instance_images,
+        16,
+        template="a {identifier} {class_noun}",
+        identifier="sks",
+        class_noun="dog",
+        crop="random",
+        seed=3,
+    )
     save_png(tmp_path / "class" / "0.png", np.zeros((16, 16, 3), np.uint8), {})
     painted = read_examples(tmp_path / "class", 16, template="a {class_noun}", identifier="sks", class_noun="dog")
     encode = make_encoder(pipeline, mesh, text_states=True)

@@ -142,5 +142,7 @@ def test_parameters_travel_rounded_and_gradients_to_those_who_hold_them():
     exchanged = tpu.compile_for(tpu.CHIPS["v5e"], lowered, quick=True).collectives
     size = 1024 * 4096 * 2
     assert exchanged == {
-        "all-gather": (1, size * 3 // 4), "reduce-scatter": (1, size * 3 // 4), "all-reduce": (1, size // 4),
-    }  # fmt: skip
+        "all-gather": (1, size * 3 // 4),
+        "reduce-scatter": (1, size * 3 // 4),
+        "all-reduce": (1, size // 4),
+    }

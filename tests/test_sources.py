@@ -113,10 +113,17 @@ def test_what_is_not_used_is_named_with_the_reason(tmp_path):
     listing = list_source(tmp_path)
     assert [item.name for item in listing.items] == ["0.jpg", "1.jpg"]
     reasons = {
-        "0.ARW": "ARW", "1.MOV": "video", "b.jpg.bak": ".bak", "notes.md": ".md", "LICENSE.txt": "no picture of that",
-        "no_suffix": "without a suffix", "plain": "add .jpg", "pipe": "a pipe", "link": "No such file",
+        "0.ARW": "ARW",
+        "1.MOV": "video",
+        "b.jpg.bak": ".bak",
+        "notes.md": ".md",
+        "LICENSE.txt": "no picture of that",
+        "no_suffix": "without a suffix",
+        "plain": "add .jpg",
+        "pipe": "a pipe",
+        "link": "No such file",
         "more/": "1 images",
-    }  # fmt: skip
+    }
     assert listing.unused.keys() == reasons.keys()
     assert not [name for name, reason in reasons.items() if reason not in listing.unused[name]]
     assert all(any(name in line for line in report(listing)) for name in reasons)

@@ -21,15 +21,49 @@ def _encoded(kind: str, mode: str = "RGB") -> bytes:
 
 IMAGES = [_encoded("JPEG"), _encoded("PNG", "RGBA"), _encoded("WEBP"), _encoded("GIF"), _encoded("PNG")[:90]]
 METADATA = [
-    b'{"file_name": "0.jpg", "text": "a"}\n', b'{"file_name": "../0.jpg", "caption": 3}', b"file_name,text\n0.jpg,a\n",
-    b'{"0.jpg": {"caption": "a"}}', b"[1, null]", b"null", b'{"0.jpg": ["a"]}', b'"a"', b"file_name\n\n\n,,,\n",
-    b'[{"file_name": null, "text": "a"}]', b'{"file_name": "1_a/0.png", "text": "{}"}', b"\xef\xbb\xbf", b"{" * 2000,
-]  # fmt: skip
+    b'{"file_name": "0.jpg", "text": "a"}\n',
+    b'{"file_name": "../0.jpg", "caption": 3}',
+    b"file_name,text\n0.jpg,a\n",
+    b'{"0.jpg": {"caption": "a"}}',
+    b"[1, null]",
+    b"null",
+    b'{"0.jpg": ["a"]}',
+    b'"a"',
+    b"file_name\n\n\n,,,\n",
+    b'[{"file_name": null, "text": "a"}]',
+    b'{"file_name": "1_a/0.png", "text": "{}"}',
+    b"\xef\xbb\xbf",
+    b"{" * 2000,
+]
 NAMES = [
-    "0.jpg", "0.png", "0-masklabel.png", "a.JPG", "a.TXT", "0.txt", "0.jpg.txt", "0.caption", "metadata.jsonl",
-    "metadata.csv", "metadata.json", "Metadata.CSV", ".hidden.png", "x.heic", "0.ARW", "v.mov", "n", "1_a/0.png",
-    "2_b/0.jpg", "1_a/0.txt", "0_c/0.jpg", "d/e/0.png", "é.jpg", "e\u0301.txt", "\udcff.png", "\udcff.txt", "_.txt",
-]  # fmt: skip
+    "0.jpg",
+    "0.png",
+    "0-masklabel.png",
+    "a.JPG",
+    "a.TXT",
+    "0.txt",
+    "0.jpg.txt",
+    "0.caption",
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.json",
+    "Metadata.CSV",
+    ".hidden.png",
+    "x.heic",
+    "0.ARW",
+    "v.mov",
+    "n",
+    "1_a/0.png",
+    "2_b/0.jpg",
+    "1_a/0.txt",
+    "0_c/0.jpg",
+    "d/e/0.png",
+    "é.jpg",
+    "e\u0301.txt",
+    "\udcff.png",
+    "\udcff.txt",
+    "_.txt",
+]
 CONTENTS = st.one_of(
     st.sampled_from(IMAGES), st.sampled_from(METADATA), st.binary(max_size=60), st.text(max_size=30).map(str.encode)
 )

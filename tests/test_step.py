@@ -92,17 +92,24 @@ def real(sd15):
     def run(mesh):
         placement = batch_sharding(mesh, 2 * BATCH)
         step = make_step(
-            pipeline.denoise_tokens, optimizer, pipeline.process, batch_size=BATCH, prior_weight=0.7, snr_gamma=5.0,
+            pipeline.denoise_tokens,
+            optimizer,
+            pipeline.process,
+            batch_size=BATCH,
+            prior_weight=0.7,
+            snr_gamma=5.0,
             constrain=lambda batch: jax.lax.with_sharding_constraint(batch, placement),
             combine=lambda frozen, trainable: unshard(mesh, frozen | trainable),
-        )  # fmt: skip
+        )
         placed = {n: jax.device_put(v, param_sharding(mesh, n, v.shape)) for n, v in trainable.items()}
         shardings = state_shardings(mesh, placed, jax.eval_shape(lambda p: init_state(p, optimizer), placed))
         state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(placed)
         rest = jax.device_put(({}, data, KEY, jnp.int32(1)), replicated(mesh))
-        compiled = jax.jit(
-            run_steps(step, 1), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
-        ).lower(state, *rest).compile()  # fmt: skip
+        compiled = (
+            jax.jit(run_steps(step, 1), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+            .lower(state, *rest)
+            .compile()
+        )
         losses = []
         for _ in range(STEPS):  # a compiled program takes only what it was compiled for: no second compile hides here
             state, metrics = compiled(state, *rest)

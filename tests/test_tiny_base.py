@@ -45,9 +45,12 @@ def test_pytorch_paints_the_same_picture(base):
     sample = jax.jit(make_sampler(pipeline.denoise, pipeline.process, sampler="ddim", steps=10))
     ours = pipeline.decode(params, sample(params, noise, cond, uncond, 4.0))
     theirs = reference(
-        prompt, latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2)), num_inference_steps=10,
-        guidance_scale=4.0, output_type="np",
-    ).images  # fmt: skip
+        prompt,
+        latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2)),
+        num_inference_steps=10,
+        guidance_scale=4.0,
+        output_type="np",
+    ).images
     assert np.abs(np.asarray(ours) - theirs).max() < 2e-3
     assert theirs.std() > 0.05  # a picture, not a grey square
 

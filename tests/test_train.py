@@ -61,9 +61,16 @@ def test_every_wrong_field_is_named_at_once(tmp_path):
         set_up(config)
     lines = str(error.value).splitlines()[1:]
     expected = {
-        "stepz": "unknown", "seed": "missing", "steps": "above 0", "crop": "center, random", "ema_decay": "below 1",
-        "learning_rate": "above 0", "flip": "bool", "batch_size": "int", "identifier": "not empty",
-    }  # fmt: skip
+        "stepz": "unknown",
+        "seed": "missing",
+        "steps": "above 0",
+        "crop": "center, random",
+        "ema_decay": "below 1",
+        "learning_rate": "above 0",
+        "flip": "bool",
+        "batch_size": "int",
+        "identifier": "not empty",
+    }
     assert len(lines) == len(expected)
     for name, reason in expected.items():
         assert any(line.strip().startswith(name) and reason in line for line in lines), name
@@ -144,10 +151,19 @@ CHANGES = {
     "sampling_steps": 5,
 }
 HARMLESS = {
-    "save_every": 7, "keep_last": 2, "keep_every": 5, "sample_every": 9, "sample_prompts": ("a",), "sample_count": 1,
-    "mesh_fsdp": 2, "remat": "layers", "steps_per_call": 3, "class_batch_size": 2, "negative_prompt": "blur",
+    "save_every": 7,
+    "keep_last": 2,
+    "keep_every": 5,
+    "sample_every": 9,
+    "sample_prompts": ("a",),
+    "sample_count": 1,
+    "mesh_fsdp": 2,
+    "remat": "layers",
+    "steps_per_call": 3,
+    "class_batch_size": 2,
+    "negative_prompt": "blur",
     "steps": 99,
-}  # fmt: skip
+}
 
 
 def test_going_on_with_another_config_names_every_field(micro, finished, tmp_path):
@@ -363,11 +379,15 @@ class FakeRun:
 
         with contextlib.closing(manager):
             loop(
-                self.config, progress, advance, 
+                self.config,
+                progress,
+                advance,
                 store=Store(save, lambda: checkpoint.check(manager), lambda: checkpoint.wait(manager)),
-                sheets=Sheets(lambda state: None, self.paint, is_missing), reporter=reporter,
-                guard=Preemption(), agree=lambda requested: requested,
-            )  # fmt: skip
+                sheets=Sheets(lambda state: None, self.paint, is_missing),
+                reporter=reporter,
+                guard=Preemption(),
+                agree=lambda requested: requested,
+            )
         return progress
 
 
@@ -376,12 +396,25 @@ def test_the_loop_reports_one_call_late_and_stops_where_something_is_due(tmp_pat
     run = FakeRun(tmp_path, **fields)
     assert run.loop(capacity=3).step == 11
     assert run.events == [
-        ("call", 0), ("call", 3), ("report", 0), ("report", 3), ("save", 4),
-        ("call", 4), ("report", 4), ("paint", 5),
-        ("call", 5), ("report", 5), ("save", 8),
-        ("call", 8), ("report", 8), ("paint", 10),
-        ("call", 10), ("report", 10), ("save", 11), ("paint", 11),
-    ]  # fmt: skip
+        ("call", 0),
+        ("call", 3),
+        ("report", 0),
+        ("report", 3),
+        ("save", 4),
+        ("call", 4),
+        ("report", 4),
+        ("paint", 5),
+        ("call", 5),
+        ("report", 5),
+        ("save", 8),
+        ("call", 8),
+        ("report", 8),
+        ("paint", 10),
+        ("call", 10),
+        ("report", 10),
+        ("save", 11),
+        ("paint", 11),
+    ]
     assert checkpoints(run.workdir) == [4, 8, 11]
 
 
@@ -434,10 +467,17 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_saves_nothing(micro, tm
 VARIANTS = {
     "bfloat16, remat, no prior": {"dtype": "bfloat16", "remat": "elementwise", "prior_preservation": False},
     "frozen text encoder, adafactor, accumulation, min-SNR": {
-        "train_text_encoder": False, "optimizer": "adafactor", "batch_size": 2, "accumulate": 2, "snr_gamma": 5.0,
-        "lr_schedule": "cosine", "lr_warmup_steps": 1, "ema_decay": 0.0, "sample_prompts": (),
+        "train_text_encoder": False,
+        "optimizer": "adafactor",
+        "batch_size": 2,
+        "accumulate": 2,
+        "snr_gamma": 5.0,
+        "lr_schedule": "cosine",
+        "lr_warmup_steps": 1,
+        "ema_decay": 0.0,
+        "sample_prompts": (),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

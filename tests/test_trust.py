@@ -245,9 +245,15 @@ def old(micro, tmp_path):
 
 
 FIELDS = {
-    "method": "lora", "lora_rank": 1, "num_class_images": 2, "class_batch_size": 2, "save_every": 4, "sample_every": 4,
-    "sample_prompts": (), "sample_count": 6,
-}  # fmt: skip
+    "method": "lora",
+    "lora_rank": 1,
+    "num_class_images": 2,
+    "class_batch_size": 2,
+    "save_every": 4,
+    "sample_every": 4,
+    "sample_prompts": (),
+    "sample_count": 6,
+}
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read(micro, old):

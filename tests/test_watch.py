@@ -27,10 +27,19 @@ ROWS = {
     40: {"DINO": 0.9, "CLIP-T": 0.25, "copy": 0.7},
 }
 FIELDS = {
-    "steps": 8, "steps_per_call": 2, "sample_every": 2, "save_every": 4, "num_class_images": 2, "evaluate_every": 2,
-    "held_out_images": "1", "keep_best": True, "best_max_prompt_loss": 1.0, "best_max_copy": 1.0, "keep_last": 2,
+    "steps": 8,
+    "steps_per_call": 2,
+    "sample_every": 2,
+    "save_every": 4,
+    "num_class_images": 2,
+    "evaluate_every": 2,
+    "held_out_images": "1",
+    "keep_best": True,
+    "best_max_prompt_loss": 1.0,
+    "best_max_copy": 1.0,
+    "keep_last": 2,
     "train_text_encoder": False,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

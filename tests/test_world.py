@@ -195,8 +195,15 @@ def test_a_sprite_lies_where_it_is_put():
 def test_articles():
     phrases = ("apple", "dog", "hourglass", "umbrella", "unicorn", "glasses", "bread", "orange and red")
     assert [with_article(p) for p in phrases] == [
-        "an apple", "a dog", "an hourglass", "an umbrella", "a unicorn", "glasses", "bread", "an orange and red"
-    ]  # fmt: skip
+        "an apple",
+        "a dog",
+        "an hourglass",
+        "an umbrella",
+        "a unicorn",
+        "glasses",
+        "bread",
+        "an orange and red",
+    ]
 
 
 @pytest.fixture(scope="module")

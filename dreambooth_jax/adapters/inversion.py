@@ -24,18 +24,38 @@ CUSTOM = r"\.attn2\.to_[kv]\.kernel$"  # what Custom Diffusion trains of the UNe
 # Captions of a subject and of a style, so that the rows learn neither the wording nor the kind of picture.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": (
-        "a photo of {}", "a picture of {}", "a close photo of {}", "a photo of {} from afar", "a sharp photo of {}",
-        "a blurry photo of {}", "a bright photo of {}", "a dim photo of {}", "a snapshot that shows {}",
-        "a cropped picture of {}", "one photo of {} alone", "a detailed view of {}", "a plain picture of {}",
-        "an image in which {} is seen", "a good photo of {}", "{} in a photo",
+        "a photo of {}",
+        "a picture of {}",
+        "a close photo of {}",
+        "a photo of {} from afar",
+        "a sharp photo of {}",
+        "a blurry photo of {}",
+        "a bright photo of {}",
+        "a dim photo of {}",
+        "a snapshot that shows {}",
+        "a cropped picture of {}",
+        "one photo of {} alone",
+        "a detailed view of {}",
+        "a plain picture of {}",
+        "an image in which {} is seen",
+        "a good photo of {}",
+        "{} in a photo",
     ),
     "style": (
-        "a painting in the style of {}", "a drawing in the style of {}", "a picture in the style of {}",
-        "an artwork made in the manner of {}", "a small painting in the style of {}", "a large work in the style of {}",
-        "a scene painted in the style of {}", "a detail in the style of {}", "a dark picture in the style of {}",
-        "a bright picture in the style of {}", "a sketch in the style of {}", "a print in the style of {}",
+        "a painting in the style of {}",
+        "a drawing in the style of {}",
+        "a picture in the style of {}",
+        "an artwork made in the manner of {}",
+        "a small painting in the style of {}",
+        "a large work in the style of {}",
+        "a scene painted in the style of {}",
+        "a detail in the style of {}",
+        "a dark picture in the style of {}",
+        "a bright picture in the style of {}",
+        "a sketch in the style of {}",
+        "a print in the style of {}",
     ),
-}  # fmt: skip
+}
 
 
 def inversion(parts: str, count: int, initial: Callable[[], Mapping[str, Sequence[int]]]) -> Method:
@@ -140,10 +160,14 @@ def both(rows: Method, other: Method) -> Method:
         return {**new, **other.adapter(rest)}
 
     return Method(
-        shapes, start, combine, f"{rows.says}, {other.says}", adapter=adapter if other.adapter else None,
+        shapes,
+        start,
+        combine,
+        f"{rows.says}, {other.says}",
+        adapter=adapter if other.adapter else None,
         multiplier=lambda name: 1.0 if is_row(name) else other.multiplier(name),
         decays=lambda name: not is_row(name) and (other.decays is None or other.decays(name)),
-    )  # fmt: skip
+    )
 
 
 def stop_after(step: int, stops: Callable[[str], bool]) -> optax.GradientTransformation:

@@ -32,9 +32,17 @@ Ranks = Sequence[tuple[str, int, float]]
 
 
 def lora(
-    parts: str, targets: str, rank: int, alpha: float, names: str = "", *, form: str = "lora", ranks: Ranks = (),
-    stabilized: bool = False, ratio: float = 1.0,
-) -> Method:  # fmt: skip
+    parts: str,
+    targets: str,
+    rank: int,
+    alpha: float,
+    names: str = "",
+    *,
+    form: str = "lora",
+    ranks: Ranks = (),
+    stabilized: bool = False,
+    ratio: float = 1.0,
+) -> Method:
     """Low-rank differences of the kernels of the modules that match both regexes.
 
     Args:
@@ -91,10 +99,14 @@ def lora(
         return joined if form in ("lora", "dora") else cast(Params, merge(joined))
 
     return Method(
-        shapes_of, start, combine, f"{_SAYS[form]} of rank {rank} on {names}", adapter=scaled,
+        shapes_of,
+        start,
+        combine,
+        f"{_SAYS[form]} of rank {rank} on {names}",
+        adapter=scaled,
         multiplier=lambda name: ratio if parse(name)[1] == LORA_B else 1.0,
         decays=(lambda name: parse(name)[1] != MAGNITUDE) if form == "dora" else None,
-    )  # fmt: skip
+    )
 
 
 _SAYS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}

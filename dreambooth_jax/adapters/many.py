@@ -70,9 +70,14 @@ def lane(tree: Tree, number: int) -> Tree:
 
 
 def stacked_data(
-    instances: Sequence[EncodedExamples], priors: Sequence[EncodedExamples | None], keys: Sequence[Array], *,
-    batch_size: int, steps: int, rates: Sequence[float],
-) -> TrainingData:  # fmt: skip
+    instances: Sequence[EncodedExamples],
+    priors: Sequence[EncodedExamples | None],
+    keys: Sequence[Array],
+    *,
+    batch_size: int,
+    steps: int,
+    rates: Sequence[float],
+) -> TrainingData:
     """The subjects' examples in arrays of one size: rows that no order names fill up the shorter ones.
 
     Args:
@@ -82,11 +87,16 @@ def stacked_data(
         rates: the subjects' factors on the learning rate.
     """
     most = [max(len(x.mean) for x in instances), max(len(jax.tree.leaves(x.cond)[0]) for x in instances)]
-    padded = [x._replace(
-        mean=_filled(x.mean, most[0]), std=_filled(x.std, most[0]), cond_index=_filled(x.cond_index, most[0]),
-        cond=jax.tree.map(lambda c: _filled(c, most[1]), x.cond),
-        of_example=jax.tree.map(lambda c: _filled(c, most[0]), x.of_example),
-    ) for x in instances]  # fmt: skip
+    padded = [
+        x._replace(
+            mean=_filled(x.mean, most[0]),
+            std=_filled(x.std, most[0]),
+            cond_index=_filled(x.cond_index, most[0]),
+            cond=jax.tree.map(lambda c: _filled(c, most[1]), x.cond),
+            of_example=jax.tree.map(lambda c: _filled(c, most[0]), x.of_example),
+        )
+        for x in instances
+    ]
     order = [picks(len(x.mean), batch_size, key, steps) for x, key in zip(instances, keys, strict=True)]
     shared = all(prior is priors[0] for prior in priors)
     prior = priors[0] if shared else stack(priors)

@@ -81,10 +81,16 @@ def read_class_folder(folder: epath.Path, config: ConfigDict, size: Size | None 
         ValueError: images of one colour, which a failed painting leaves; all of them are named.
     """
     (examples,) = read_buckets(
-        folder, (size or (config.resolution, config.resolution),), template=config.class_prompt,
-        identifier=config.identifier, class_noun=config.class_noun, captions=config.captions, crop=config.crop,
-        flip=config.flip, seed=config.seed,
-    )  # fmt: skip
+        folder,
+        (size or (config.resolution, config.resolution),),
+        template=config.class_prompt,
+        identifier=config.identifier,
+        class_noun=config.class_noun,
+        captions=config.captions,
+        crop=config.crop,
+        flip=config.flip,
+        seed=config.seed,
+    )
     plain = {name: "one colour" for name, image in zip(examples.names, examples.images, strict=True) if is_plain(image)}
     if plain:
         raise_listing(f"{folder}: class images show nothing", plain, "Remove them.")
@@ -195,15 +201,25 @@ def paint_missing(
     folder = class_folders(config)[-1]
     prompt = fill(config.class_prompt, config.identifier, config.class_noun, "class_prompt")
     about = {
-        "model": config.base, "model_digest": digest, "sampler": config.sampler, "steps": str(config.sampling_steps),
+        "model": config.base,
+        "model_digest": digest,
+        "sampler": config.sampler,
+        "steps": str(config.sampling_steps),
         "guidance": str(config.guidance_scale),
-    }  # fmt: skip
+    }
     if runtime.is_first_process():
         write_atomic(folder / MARK, json.dumps({"class_images": {"prompt": prompt, **about}}, indent=2).encode())
     paint_class_images(
-        folder, numbers, paint, params, prompt=prompt, seed=config.seed, batch_size=config.class_batch_size,
-        metadata=about, low=low,
-    )  # fmt: skip
+        folder,
+        numbers,
+        paint,
+        params,
+        prompt=prompt,
+        seed=config.seed,
+        batch_size=config.class_batch_size,
+        metadata=about,
+        low=low,
+    )
 
 
 def paint_class_images(

@@ -57,16 +57,28 @@ WORLD = (
     *(
         f"a {{identifier}} {{class_noun}} {place}"
         for place in (
-            "in the snow", "on the grass", "on the beach", "in the night sky", "on a wooden floor",
-            "in front of a brick wall", "on the water", "on a checkered cloth", "in the jungle", "in the forest",
-            "in the desert", "on a street", "in the mountains", "at sunset", "in a room",
+            "in the snow",
+            "on the grass",
+            "on the beach",
+            "in the night sky",
+            "on a wooden floor",
+            "in front of a brick wall",
+            "on the water",
+            "on a checkered cloth",
+            "in the jungle",
+            "in the forest",
+            "in the desert",
+            "on a street",
+            "in the mountains",
+            "at sunset",
+            "in a room",
             *(f"on a {colour} background" for colour in ("red", "blue", "green", "yellow", "purple", "pink", "white")),
         )
     ),
     "a photo of {identifier} {class_noun}",
     "a picture of {identifier} {class_noun} in the snow",
     "a 3d render of {identifier} {class_noun} on a gray background",
-)  # fmt: skip
+)
 
 # The applications of the paper, section 4.4 and figures 1, 7 and 8.
 APPLICATIONS: dict[str, tuple[str, ...]] = {
@@ -80,8 +92,14 @@ APPLICATIONS: dict[str, tuple[str, ...]] = {
     ),
     "art renditions": tuple(
         f"a painting of a {{identifier}} {{class_noun}} in the style of {artist}"
-        for artist in ("Vincent van Gogh", "Michelangelo", "Rembrandt", "Johannes Vermeer", "Pierre-Auguste Renoir",
-                       "Leonardo da Vinci")
+        for artist in (
+            "Vincent van Gogh",
+            "Michelangelo",
+            "Rembrandt",
+            "Johannes Vermeer",
+            "Pierre-Auguste Renoir",
+            "Leonardo da Vinci",
+        )
     ),
     "view synthesis": tuple(
         f"a {{identifier}} {{class_noun}} seen from the {side}" for side in ("top", "bottom", "side", "back", "front")
@@ -98,7 +116,7 @@ APPLICATIONS: dict[str, tuple[str, ...]] = {
         f"a {{identifier}} {{class_noun}} {state}"
         for state in ("depressed", "sleeping", "sad", "joyous", "barking", "crying", "frowning", "screaming")
     ),
-}  # fmt: skip
+}
 
 
 def paper_prompts(class_noun: str) -> tuple[str, ...]:

@@ -14,13 +14,21 @@ PAPER = Quoted(
         "DreamBooth (Stable Diffusion)": {"DINO": 0.668, "CLIP-I": 0.803, "CLIP-T": 0.305},
         "Textual inversion (Stable Diffusion)": {"DINO": 0.569, "CLIP-I": 0.780, "CLIP-T": 0.255},
         "Imagen, 15 subjects, with prior loss": {
-            "DINO": 0.684, "CLIP-I": 0.815, "CLIP-T": 0.308, "DIV": 0.391, "PRES": 0.493,
+            "DINO": 0.684,
+            "CLIP-I": 0.815,
+            "CLIP-T": 0.308,
+            "DIV": 0.391,
+            "PRES": 0.493,
         },
         "Imagen, 15 subjects, without": {
-            "DINO": 0.712, "CLIP-I": 0.828, "CLIP-T": 0.306, "DIV": 0.371, "PRES": 0.664,
+            "DINO": 0.712,
+            "CLIP-I": 0.828,
+            "CLIP-T": 0.306,
+            "DIV": 0.371,
+            "PRES": 0.664,
         },
     },
-)  # fmt: skip
+)
 
 
 def summary(label: str, protocol: str, subjects: Mapping[str, Scores]) -> list[Row]:

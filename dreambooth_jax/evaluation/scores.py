@@ -21,7 +21,7 @@ MEASURES: dict[str, tuple[bool, str]] = {
     "class CLIP-T": (True, "prompt fidelity of pictures of the bare class"),
     "leak": (False, "cosine of backgrounds and the photos' backgrounds in CLIP, less that of the base's pictures"),
     "copy": (False, "largest cosine of a generated picture and a photo in DINO"),
-}  # fmt: skip
+}
 PER_PROMPT = ("DINO", "CLIP-I", "CLIP-T", "DIV")
 _KEPT = 6  # of the closest pairs
 _ROUNDING = 1e-5  # of cosines in float32

@@ -124,9 +124,11 @@ def write_kohya(path: str | os.PathLike, factors: Tensors, about: About, *, dtyp
             tensors[key] = value[..., None, None]
     tensors = {key: np.asarray(value, jnp.dtype(dtype), order="C") for key, value in sorted(tensors.items())}
     digest = hashlib.sha256(b"".join(value.tobytes() for value in tensors.values())).hexdigest()
-    metadata = {"format": "pt"} | _metadata(tensors, about) | {
-        "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest,
-    }  # fmt: skip
+    metadata = (
+        {"format": "pt"}
+        | _metadata(tensors, about)
+        | {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    )
     write_tensors(path, {key: as_tensor(value) for key, value in tensors.items()}, dtype=dtype, metadata=metadata)
 
 

@@ -38,10 +38,18 @@ def to_file(factors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         dora = any(f"{MAGNITUDE}.scale" in named for named in own.values())
         # PEFT compares ends of names; transformers 5 has no "text_model." in them.
         targets = sorted(module.removeprefix(f"{part}.").removeprefix("text_model.") for module in own)
-        configs |= {f"{part}.{name}": value for name, value in {
-            "peft_type": "LORA", "r": rank, "lora_alpha": rank, "use_dora": dora, "rank_pattern": {},
-            "alpha_pattern": {}, "target_modules": targets,
-        }.items()}  # fmt: skip
+        configs |= {
+            f"{part}.{name}": value
+            for name, value in {
+                "peft_type": "LORA",
+                "r": rank,
+                "lora_alpha": rank,
+                "use_dora": dora,
+                "rank_pattern": {},
+                "alpha_pattern": {},
+                "target_modules": targets,
+            }.items()
+        }
     return tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(configs, sort_keys=True)}
 
 

@@ -85,9 +85,11 @@ def entries(shapes: Mapping[str, Shape], layout: str) -> dict[str, Entry]:
         table[VAE + file_name(rename(name))] = Entry((f"vae.{name}",), convolution=attention)
     for part, (prefix, open_clip) in _TEXT[layout].items():
         names = under_prefix(f"{part}.", shapes)
-        table |= _open_clip_entries(part, prefix, names) if open_clip else {
-            prefix + file_name(name): Entry((f"{part}.{name}",)) for name in names
-        }  # fmt: skip
+        table |= (
+            _open_clip_entries(part, prefix, names)
+            if open_clip
+            else {prefix + file_name(name): Entry((f"{part}.{name}",)) for name in names}
+        )
     return table
 
 
@@ -270,10 +272,17 @@ def split_base(base: str) -> tuple[Path | None, str]:
 
 def describe(layout: str, *, v_prediction: bool, resolution: int, title: str, trigger: str) -> dict[str, str]:
     """ModelSpec 1.0.1 metadata of a checkpoint."""
-    return {"format": "pt"} | model_spec(
-        layout, v_prediction=v_prediction, title=title, trigger=trigger,
-        implementation="https://github.com/Stability-AI/generative-models",
-    ) | {"modelspec.resolution": f"{resolution}x{resolution}"}  # fmt: skip
+    return (
+        {"format": "pt"}
+        | model_spec(
+            layout,
+            v_prediction=v_prediction,
+            title=title,
+            trigger=trigger,
+            implementation="https://github.com/Stability-AI/generative-models",
+        )
+        | {"modelspec.resolution": f"{resolution}x{resolution}"}
+    )
 
 
 def model_spec(

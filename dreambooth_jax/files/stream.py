@@ -13,9 +13,7 @@ from jax.typing import DTypeLike
 
 from dreambooth_jax.files.atomic import replacing
 
-_NAMES = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
-}  # fmt: skip
+_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32"}
 
 
 class Tensor(NamedTuple):

@@ -32,9 +32,13 @@ class Tokenizer(Protocol):
 
 # tokenizer_config.json names a class; only these are looked up in transformers.
 CLASSES = (
-    "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast",
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "T5Tokenizer",
+    "T5TokenizerFast",
+    "PreTrainedTokenizerFast",
     "TokenizersBackend",
-)  # fmt: skip
+)
 
 
 def load_tokenizer(

@@ -319,9 +319,12 @@ class PixelUNet(nnx.Module):
         widths, groups, last = spec.block_out_channels, spec.norm_num_groups, len(spec.block_out_channels) - 1
         temb_dim = spec.time_embedding_dim or 4 * widths[0]
         common = {
-            "temb_dim": temb_dim, "groups": groups, "eps": spec.norm_eps, "act": spec.act_fn,
+            "temb_dim": temb_dim,
+            "groups": groups,
+            "eps": spec.norm_eps,
+            "act": spec.act_fn,
             "skip_time_act": spec.resnet_skip_time_act,
-        }  # fmt: skip
+        }
         resnet = common | {"divisor": spec.resnet_out_scale_factor}
 
         def attend(only_cross: bool) -> dict[str, Any]:

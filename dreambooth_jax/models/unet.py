@@ -419,8 +419,10 @@ class UNet2DConditionModel(nnx.Module):
         """Embedding of the pooled text and of every size number, as for time (arXiv 2307.01952, section 2.2)."""
         spec = self.spec
         embedded = timestep_embedding(
-            sizes.reshape(-1), spec.addition_time_embed_dim,
-            flip_sin_to_cos=spec.flip_sin_to_cos, freq_shift=spec.freq_shift,
-        )  # fmt: skip
+            sizes.reshape(-1),
+            spec.addition_time_embed_dim,
+            flip_sin_to_cos=spec.flip_sin_to_cos,
+            freq_shift=spec.freq_shift,
+        )
         both = jnp.concatenate([pooled.astype(jnp.float32), embedded.reshape(len(sizes), -1)], -1)
         return self.add_embedding(both.astype(self.dtype))

@@ -51,9 +51,14 @@ def _kernel(query: Array, key: Array, value: Array, interpret: bool) -> Array:
     width, heads, lengths = query.shape[-1], query.shape[2], (query.shape[1], key.shape[1])
     backward = BLOCK_BACKWARD if lengths[1] % BLOCK_BACKWARD == 0 else BLOCK
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=BLOCK, block_kv=BLOCK, block_kv_compute=BLOCK_COMPUTE, block_q_dkv=BLOCK, block_kv_dkv=backward,
-        block_kv_dkv_compute=BLOCK_COMPUTE, use_fused_bwd_kernel=True,
-    )  # fmt: skip
+        block_q=BLOCK,
+        block_kv=BLOCK,
+        block_kv_compute=BLOCK_COMPUTE,
+        block_q_dkv=BLOCK,
+        block_kv_dkv=backward,
+        block_kv_dkv_compute=BLOCK_COMPUTE,
+        use_fused_bwd_kernel=True,
+    )
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask(lengths)] * heads)
     splash = splash_attention_kernel.make_splash_mha(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=RESIDUALS, interpret=interpret

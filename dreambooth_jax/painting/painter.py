@@ -74,9 +74,13 @@ def make_paint_batch(
     """
     output, split = (pipeline.denoise, None) if trained else (pipeline.output, pipeline.split)
     sample = make_sampler(
-        output, pipeline.process, sampler=sampler, steps=steps, clip=pipeline.family.clip(pipeline.models),
+        output,
+        pipeline.process,
+        sampler=sampler,
+        steps=steps,
+        clip=pipeline.family.clip(pipeline.models),
         **({} if split is None else {"split": split}),
-    )  # fmt: skip
+    )
     condition = picture_conditions(pipeline, resolution, sr_noise, noise_level)
     shape = pipeline.example_shape(resolution)
     placement = batch_sharding(mesh, batch_size)

@@ -64,9 +64,12 @@ def open_checkpoints(
         sys.unraisablehook = _ignore_late_callbacks
         seal = functools.partial(_seal, path, {} if record is None else record)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True,
-            enable_async_checkpointing=True, async_options=ocp.AsyncOptions(post_finalization_callback=seal),
-        )  # fmt: skip
+            max_to_keep=keep_last,
+            keep_period=keep_every,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=seal),
+        )
     return ocp.CheckpointManager(path, options=options)
 
 

@@ -56,10 +56,13 @@ def _one_of(*choices: str, **kw: bool) -> Field:
 
 def _are_ranks(value: tuple) -> bool:
     return all(
-        isinstance(entry, (tuple, list)) and [type(x) for x in entry] in ([str, int, int], [str, int, float])
-        and _is_regex(entry[0]) and entry[1] >= 0 and entry[2] > 0
+        isinstance(entry, (tuple, list))
+        and [type(x) for x in entry] in ([str, int, int], [str, int, float])
+        and _is_regex(entry[0])
+        and entry[1] >= 0
+        and entry[2] > 0
         for entry in value
-    )  # fmt: skip
+    )
 
 
 def _text(**kw: bool) -> Field:
@@ -177,8 +180,14 @@ FIELDS: dict[str, Field] = {
 }
 # Fields that determine the class images: changing one changes the run only if prior preservation is on.
 _ONE_SUBJECT = (
-    "masked_loss", "shuffle_tags", "caption_dropout", "evaluate_every", "held_out_images", "buckets", "sr_crop",
-)  # fmt: skip
+    "masked_loss",
+    "shuffle_tags",
+    "caption_dropout",
+    "evaluate_every",
+    "held_out_images",
+    "buckets",
+    "sr_crop",
+)
 _PAINTING = ("class_prompt", "class_images", "num_class_images", "sampler", "sampling_steps", "guidance_scale")
 
 

@@ -85,9 +85,12 @@ def to_single_file(subject: Subject, path: Path, dtype: DTypeLike, rank: int) ->
     layout = layout_of_subject(subject)
     v_prediction = _predicts_v(pipeline)
     metadata = single_file.describe(
-        layout, v_prediction=v_prediction, resolution=subject.run.config.resolution, title=subject.title,
+        layout,
+        v_prediction=v_prediction,
+        resolution=subject.run.config.resolution,
+        title=subject.title,
         trigger=subject.trigger,
-    )  # fmt: skip
+    )
     path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
     single_file.write_single_file(path, subject.tuned, layout, dtype=dtype, metadata=metadata)
     if layout == single_file.SD2 and v_prediction:
@@ -112,14 +115,23 @@ def about_adapter(pipeline: Pipeline, config: ConfigDict, title: str) -> lora_ko
     """What a kohya file says of the run that trained it."""
     layout = single_file.layout_of(pipeline.shapes, pipeline.models.configs)
     return lora_kohya.About(
-        layout, _predicts_v(pipeline), title, f"{config.identifier} {config.class_noun}", str(config.base),
+        layout,
+        _predicts_v(pipeline),
+        title,
+        f"{config.identifier} {config.class_noun}",
+        str(config.base),
         {
-            "learning_rate": config.learning_rate, "max_train_steps": config.steps, "seed": config.seed,
-            "batch_size_per_device": config.batch_size, "optimizer": config.optimizer,
-            "lr_scheduler": config.lr_schedule, "resolution": config.resolution,
-            "prior_loss_weight": config.prior_weight, "mixed_precision": config.dtype,
+            "learning_rate": config.learning_rate,
+            "max_train_steps": config.steps,
+            "seed": config.seed,
+            "batch_size_per_device": config.batch_size,
+            "optimizer": config.optimizer,
+            "lr_scheduler": config.lr_schedule,
+            "resolution": config.resolution,
+            "prior_loss_weight": config.prior_weight,
+            "mixed_precision": config.dtype,
         },
-    )  # fmt: skip
+    )
 
 
 def to_peft(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
@@ -137,18 +149,19 @@ def to_embedding(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> W
     path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
     word, layout = subject.run.config.identifier, layout_of_subject(subject)
     about = single_file.model_spec(
-        layout, v_prediction=_predicts_v(subject.run.pipeline), title=subject.title, trigger=word,
+        layout,
+        v_prediction=_predicts_v(subject.run.pipeline),
+        title=subject.title,
+        trigger=word,
         kind="/textual-inversion",
-    )  # fmt: skip
+    )
     embeddings.write_embeddings(path, list(subject.rows.values()), dtype=dtype, metadata={"format": "pt"} | about)
     how = f"load_textual_inversion({str(path)!r}, token={word!r})"
     says = f"in A1111 and ComfyUI the file's name, {path.stem}, is the word"
     return Written(path, lambda: dict(subject.base), _for_all_tools(subject, "an embedding", how), says)
 
 
-FORMATS = {
-    "folder": to_folder, "single": to_single_file, "kohya": to_kohya, "peft": to_peft, "embedding": to_embedding,
-}  # fmt: skip
+FORMATS = {"folder": to_folder, "single": to_single_file, "kohya": to_kohya, "peft": to_peft, "embedding": to_embedding}
 
 
 def _factors(subject: Subject, rank: int) -> tuple[Tensors, str]:
@@ -207,9 +220,15 @@ def default_format(config: ConfigDict, path: Path) -> str:
 
 
 def export(
-    workdir: str | os.PathLike, output: str | os.PathLike, *, step: int | str | None, kind: str | None,
-    dtype: DTypeLike, rank: int, hub: str = "",
-) -> str:  # fmt: skip
+    workdir: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    step: int | str | None,
+    kind: str | None,
+    dtype: DTypeLike,
+    rank: int,
+    hub: str = "",
+) -> str:
     """Writes a run and proves the file; returns what to print.
 
     Args:

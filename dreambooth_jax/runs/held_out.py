@@ -42,10 +42,14 @@ def divide(examples: Examples, config: ConfigDict) -> tuple[Examples, Examples |
     except ValueError as error:
         raise ConfigError(f"{config.instance_images}: {error}") from error
     found = read_examples(
-        config.instance_images if count else held, config.resolution, template=config.instance_prompt,
-        identifier=config.identifier, class_noun=config.class_noun, captions=config.captions,
+        config.instance_images if count else held,
+        config.resolution,
+        template=config.instance_prompt,
+        identifier=config.identifier,
+        class_noun=config.class_noun,
+        captions=config.captions,
         masked=config.masked_loss,
-    )  # fmt: skip
+    )
     return without(examples, aside), once(found, aside or tuple(dict.fromkeys(found.names)))
 
 
@@ -83,15 +87,25 @@ def make_loss(job: Job) -> Callable[[Params, Params, TrainingData, Key[Array, ""
 
         def one(number: Array) -> Losses:
             batch = draw(
-                data, pipeline.process, size, jax.random.fold_in(key, _STREAM), number, pipeline.example_shape(side),
-                make_augment(low, side, config.sr_noise) if low else None, pairs_prior(config),
-            )  # fmt: skip
+                data,
+                pipeline.process,
+                size,
+                jax.random.fold_in(key, _STREAM),
+                number,
+                pipeline.example_shape(side),
+                make_augment(low, side, config.sr_noise) if low else None,
+                pairs_prior(config),
+            )
             return dreambooth_loss(
-                pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise, params,
-                jax.lax.with_sharding_constraint(batch, spread), pipeline.process, num_instance=size,
-                prior_weight=config.prior_weight, snr_gamma=config.snr_gamma or None,
+                pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
+                params,
+                jax.lax.with_sharding_constraint(batch, spread),
+                pipeline.process,
+                num_instance=size,
+                prior_weight=config.prior_weight,
+                snr_gamma=config.snr_gamma or None,
                 base=unshard(mesh, frozen, dtype) if of_base else None,
-            )  # fmt: skip
+            )
 
         count = max(DRAWS, len(data.instance.mean))
         return jax.tree.map(jnp.mean, jax.lax.map(one, jnp.arange(-(-count // size))))

@@ -52,12 +52,16 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
     rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
     method = make_method(config, pipeline)
     optimizer = make_optimizer(
-        config.optimizer, rate, weight_decay=config.weight_decay, clip_norm=config.clip_norm or None,
+        config.optimizer,
+        rate,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm or None,
         moment_dtype=config.moment_dtype,
-        multiplier=lambda name: method.multiplier(name)
-        * (config.text_encoder_multiplier if pipeline.family.role_of(name) == TEXT else 1.0),
+        multiplier=lambda name: (
+            method.multiplier(name) * (config.text_encoder_multiplier if pipeline.family.role_of(name) == TEXT else 1.0)
+        ),
         decays=method.decays,
-    )  # fmt: skip
+    )
     if config.method == "pivotal":
         optimizer = optax.chain(optimizer, stop_after(tokens_held_from(config), is_row))
     return Job(config, pipeline, mesh, optimizer, method)
@@ -98,9 +102,8 @@ def make_method(config: ConfigDict, pipeline: Pipeline) -> Method:
     if config.method not in WITH_TOKEN:
         return _method_on_weights(config.method, config, pipeline)
     rows = inversion(
-        pipeline.trainable(TEXT), config.token_vectors,
-        lambda: pipeline.ids_of(config.token_start or config.class_noun),
-    )  # fmt: skip
+        pipeline.trainable(TEXT), config.token_vectors, lambda: pipeline.ids_of(config.token_start or config.class_noun)
+    )
     if config.method == "inversion":
         return rows
     if config.method == "pivotal":
@@ -114,9 +117,16 @@ def _method_on_weights(kind: str, config: ConfigDict, pipeline: Pipeline) -> Met
     parts, names = pipeline.trainable(*roles), " and ".join(pipeline.family.names(*roles))
     if kind in FORMS:
         return lora(
-            parts, config.lora_targets, config.lora_rank, config.lora_alpha, names, form=kind,
-            ranks=config.lora_ranks, stabilized=config.lora_scaling == "stabilized", ratio=config.lora_plus_ratio,
-        )  # fmt: skip
+            parts,
+            config.lora_targets,
+            config.lora_rank,
+            config.lora_alpha,
+            names,
+            form=kind,
+            ranks=config.lora_ranks,
+            stabilized=config.lora_scaling == "stabilized",
+            ratio=config.lora_plus_ratio,
+        )
     return full(parts, names)
 
 
@@ -299,10 +309,12 @@ def lower_calls(
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     shardings = jax.tree.map(lambda x: x.sharding, state)
     steps = jax.jit(
-        run_steps(step, config.steps_per_call), donate_argnums=0, out_shardings=(shardings, replicated(mesh)),
+        run_steps(step, config.steps_per_call),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
         keep_unused=True,  # what is frozen stays on the devices, to paint samples: its memory counts
         compiler_options=compiler_options.TRAINING if on_tpu else None,
-    )  # fmt: skip
+    )
     with jax.set_mesh(mesh):  # kernels split their batch over it
         return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))
 

@@ -75,9 +75,12 @@ class Lease:
         self._token, self._stop = secrets.token_hex(8), threading.Event()
         pid = os.getpid()
         self._holder = {
-            "token": self._token, "host": socket.gethostname(), "pid": pid, "machine": _machine(),
+            "token": self._token,
+            "host": socket.gethostname(),
+            "pid": pid,
+            "machine": _machine(),
             "started": _started(pid),
-        }  # fmt: skip
+        }
 
     def _sign(self, write: Callable[[epath.Path, bytes], None] = write_atomic) -> None:
         write(self._path, json.dumps(self._holder | {"time": time.time()}).encode())

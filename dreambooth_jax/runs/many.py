@@ -200,8 +200,11 @@ def train_many(config: ConfigDict, guard: Preemption) -> None:
             )
     _paint_sheets(many, states)
     if runtime.is_first_process():
-        print(f"Done: {workdir}/NAME.safetensors\nHow much the subjects mix:  python -m dreambooth_jax.evaluate "
-              f"--workdir {shlex.quote(str(workdir))}", flush=True)  # fmt: skip
+        print(
+            f"Done: {workdir}/NAME.safetensors\nHow much the subjects mix:  python -m dreambooth_jax.evaluate "
+            f"--workdir {shlex.quote(str(workdir))}",
+            flush=True,
+        )
 
 
 def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
@@ -346,16 +349,19 @@ def _data(
         own = ConfigDict(dict(config) | {"class_noun": noun, "workdir": str(Path(config.workdir) / "classes" / noun)})
         priors[noun] = _class_examples(own, job, params, digest, encode) if config.prior_preservation else None
     data = stacked_data(
-        [encode(params, x) for x in examples], [priors[subject.class_noun] for subject in subjects],
-        [key] * len(subjects), batch_size=config.batch_size, steps=max(subject.steps for subject in subjects),
+        [encode(params, x) for x in examples],
+        [priors[subject.class_noun] for subject in subjects],
+        [key] * len(subjects),
+        batch_size=config.batch_size,
+        steps=max(subject.steps for subject in subjects),
         rates=[subject.learning_rate / config.learning_rate for subject in subjects],
-    )  # fmt: skip
+    )
     place = subject_sharding(job, len(subjects))
     shared = len(priors) == 1
     return data._replace(
         **{name: jax.device_put(getattr(data, name), place) for name in ("instance", "order", "rate")},
         prior=jax.device_put(data.prior, replicated(mesh) if shared else place),
-    )  # fmt: skip
+    )
 
 
 def _class_examples(config: ConfigDict, job: Job, params: Params, digest: str, encode: Encoder) -> EncodedExamples:

@@ -54,8 +54,10 @@ def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
 def _buckets(run: Run) -> str:
     """The shapes, the share of the steps that each takes, and what becomes of the class images."""
     total = sum(len(part.captions) for part in run.examples)
-    shapes = [f"{text_of(size)} ({100 * len(part.captions) / total:.0f} % of the steps)"
-              for size, part in zip(sizes_of(run), run.examples, strict=True)]  # fmt: skip
+    shapes = [
+        f"{text_of(size)} ({100 * len(part.captions) / total:.0f} % of the steps)"
+        for size, part in zip(sizes_of(run), run.examples, strict=True)
+    ]
     count = f"{len(shapes)} shape{'s' * (len(shapes) > 1)} and compiled program{'s' * (len(shapes) > 1)}"
     prior = "; class images are cropped to the shape of their step" if run.config.prior_preservation else ""
     return f"{count}: {', '.join(shapes)}{prior}"

@@ -20,10 +20,21 @@ from dreambooth_jax.runs.config import ConfigError, check_config
 from dreambooth_jax.runs.scoring import protocol_of, questions_of, read_section, score_run
 
 _KINDS = {
-    "dataset": str, "subjects": tuple, "workdir": str, "keep_checkpoints": bool, "prompts": str, "count": int,
-    "class_count": int, "judge": str, "dino": str, "clip": str, "transform": str, "lpips": str, "backbone": str,
+    "dataset": str,
+    "subjects": tuple,
+    "workdir": str,
+    "keep_checkpoints": bool,
+    "prompts": str,
+    "count": int,
+    "class_count": int,
+    "judge": str,
+    "dino": str,
+    "clip": str,
+    "transform": str,
+    "lpips": str,
+    "backbone": str,
     "train": ConfigDict,
-}  # fmt: skip
+}
 _CHOICES = {"prompts": PROMPTS, "judge": JUDGES, "transform": TRANSFORMS, "backbone": BACKBONES}
 
 
@@ -121,9 +132,13 @@ def write_tables(config: ConfigDict, judge: Judge, sections: dict[str, Section],
     if runtime.is_first_process():
         notes = {"Config": config.to_json(indent=1), "Repeat": command}
         html = page(
-            f"{len(rows)} subjects of {config.dataset}", judge.title, list(sections.values()), summary=both,
-            quoted=PAPER, notes=notes,
-        )  # fmt: skip
+            f"{len(rows)} subjects of {config.dataset}",
+            judge.title,
+            list(sections.values()),
+            summary=both,
+            quoted=PAPER,
+            notes=notes,
+        )
         write_atomic(folder / "table.md", (text + "\n").encode())
         write_atomic(folder / "table.json", (json.dumps(as_json([*both, *rows], PAPER), indent=1) + "\n").encode())
         write_atomic(folder / "index.html", html.encode())

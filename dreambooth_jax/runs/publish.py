@@ -22,22 +22,40 @@ def model_card(subject: Subject, written: Sequence[Written], sheet: bool) -> str
     licence = "creativeml-openrail-m" if layout_of_subject(subject) == SD1 else "openrail++"
     tags = ["text-to-image", "dreambooth", "jax", *(["lora"] if adapter else [])]
     front = [
-        "---", f"base_model: {config.base}", f"license: {licence}", f'instance_prompt: "{subject.trigger}"', "tags:",
-        *(f"- {tag}" for tag in tags), "---",
-    ]  # fmt: skip
+        "---",
+        f"base_model: {config.base}",
+        f"license: {licence}",
+        f'instance_prompt: "{subject.trigger}"',
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+    ]
     files = [f"- `{part.path.name}`: {part.tools}{'; ' + part.says if part.says else ''}" for part in written]
     prompts = [f"- {fill(prompt, config)}" for prompt in config.sample_prompts]
-    return "\n".join([
-        *front, f"# {subject.trigger}", "",
-        f"{subject.run.method.says} on {config.base}, {config.steps} steps. Write **{subject.trigger}** in the prompt.",
-        "The licence of the base holds for what was made of it.", "",
-        *([f"![samples]({SHEET})", ""] if sheet else []),
-        "## Files", "", *files, "",
-        "ComfyUI: put an adapter into `models/loras`, a checkpoint into `models/checkpoints`, an embedding into "
-        "`models/embeddings`. A1111 and Forge: `models/Lora`, `models/Stable-diffusion`, `embeddings`; an adapter is "
-        "called by `<lora:NAME:1>` in the prompt.", "",
-        "## Prompts of the samples", "", *prompts, "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *front,
+            f"# {subject.trigger}",
+            "",
+            f"{subject.run.method.says} on {config.base}, {config.steps} steps. "
+            f"Write **{subject.trigger}** in the prompt.",
+            "The licence of the base holds for what was made of it.",
+            "",
+            *([f"![samples]({SHEET})", ""] if sheet else []),
+            "## Files",
+            "",
+            *files,
+            "",
+            "ComfyUI: put an adapter into `models/loras`, a checkpoint into `models/checkpoints`, an embedding into "
+            "`models/embeddings`. A1111 and Forge: `models/Lora`, `models/Stable-diffusion`, `embeddings`; an adapter "
+            "is called by `<lora:NAME:1>` in the prompt.",
+            "",
+            "## Prompts of the samples",
+            "",
+            *prompts,
+            "",
+        ]
+    )
 
 
 def publish(name: str, subject: Subject, written: Sequence[Written], workdir: Path, api: HfApi | None = None) -> str:

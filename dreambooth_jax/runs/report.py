@@ -85,9 +85,11 @@ class Reporter:
                 names = (f"train/{name}" for name in COLUMNS[1:])
                 self._events.add(step, dict(zip(names, row, strict=True)))
         self._bar.set_postfix(
-            loss=f"{columns.loss.mean():.4f}", instance=f"{columns.instance.mean():.4f}",
-            prior=f"{columns.prior.mean():.4f}", refresh=False,
-        )  # fmt: skip
+            loss=f"{columns.loss.mean():.4f}",
+            instance=f"{columns.instance.mean():.4f}",
+            prior=f"{columns.prior.mean():.4f}",
+            refresh=False,
+        )
         self._bar.update(count)
 
     def flush(self) -> None:

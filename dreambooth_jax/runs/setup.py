@@ -131,10 +131,18 @@ def read_subject(job: Job) -> tuple[tuple[Examples, ...], Examples | None]:
     """
     config = job.config
     buckets = read_buckets(
-        config.instance_images, possible_sizes(job), template=config.instance_prompt, identifier=config.identifier,
-        class_noun=config.class_noun, captions=config.captions, crop=config.crop, flip=config.flip,
-        views=config.views, seed=config.seed, masked=config.masked_loss,
-    )  # fmt: skip
+        config.instance_images,
+        possible_sizes(job),
+        template=config.instance_prompt,
+        identifier=config.identifier,
+        class_noun=config.class_noun,
+        captions=config.captions,
+        crop=config.crop,
+        flip=config.flip,
+        views=config.views,
+        seed=config.seed,
+        masked=config.masked_loss,
+    )
     divided = [divide(part, config) for part in buckets]
     held_out = divided[0][1]
     return tuple(with_templates(part, config) for part, _ in divided), held_out and with_templates(held_out, config)
@@ -234,9 +242,13 @@ def prepare_data(
     """
     config = run.config
     encode = make_encoder(
-        run.pipeline, run.mesh, text_states=not reads_tokens(config), orders=config.shuffle_tags,
-        with_empty=config.caption_dropout > 0, seed=config.seed,
-    )  # fmt: skip
+        run.pipeline,
+        run.mesh,
+        text_states=not reads_tokens(config),
+        orders=config.shuffle_tags,
+        with_empty=config.caption_dropout > 0,
+        seed=config.seed,
+    )
     instance = [encode(params, _cut(examples, config)) for examples in run.examples]
     if not config.prior_preservation:
         return tuple(TrainingData(half, None) for half in instance)

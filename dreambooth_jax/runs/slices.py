@@ -179,10 +179,13 @@ def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, fl
     inputs = input_shapes(pipeline, both, config.resolution)
     condition = picture_conditions(pipeline, config.resolution)
     cond = jax.eval_shape(
-        lambda params, inputs: pipeline.encode_text(params, inputs.tokens)
-        | condition(inputs.pictures, jax.random.wrap_key_data(inputs.keys)),
-        pipeline.shapes, inputs,
-    )  # fmt: skip
+        lambda params, inputs: (
+            pipeline.encode_text(params, inputs.tokens)
+            | condition(inputs.pictures, jax.random.wrap_key_data(inputs.keys))
+        ),
+        pipeline.shapes,
+        inputs,
+    )
     x = jax.ShapeDtypeStruct((both, *pipeline.example_shape(config.resolution)), jnp.float32)
     t = jax.ShapeDtypeStruct((both,), jnp.float32)
     one_step = jax.jit(pipeline.denoise).lower(pipeline.shapes, x, t, cond)
@@ -240,16 +243,22 @@ def describe(plan: Plan, config: ConfigDict) -> str:
     ]
     if plan.class_images is not None:
         painting = plan.class_images
-        lines.insert(-1, (
-            "class images",
-            f"{plan.class_image_seconds:.1f} s for {config.class_batch_size}, peak {painting.peak / GIB:.2f} GiB",
-        ))  # fmt: skip
+        lines.insert(
+            -1,
+            (
+                "class images",
+                f"{plan.class_image_seconds:.1f} s for {config.class_batch_size}, peak {painting.peak / GIB:.2f} GiB",
+            ),
+        )
         fit = "fit" if plan.sheets_peak <= chip.hbm else "do NOT fit: paint fewer at once (class_batch_size)"
         lines.insert(-1, ("sheets", f"peak {plan.sheets_peak / GIB:.2f} GiB beside the optimizer: {fit}"))
     if plan.painting_missing:
-        lines.append(("class images", (
-            f"do NOT fit: {plan.painting_missing / GIB:.2f} GiB too much; paint fewer at once (class_batch_size)"
-        )))  # fmt: skip
+        lines.append(
+            (
+                "class images",
+                (f"do NOT fit: {plan.painting_missing / GIB:.2f} GiB too much; paint fewer at once (class_batch_size)"),
+            )
+        )
     return _lines(lines)
 
 
@@ -315,10 +324,13 @@ def plan_protocol(config: ConfigDict, options: argparse.Namespace) -> str:
     batch = found.class_image_seconds or painting_cost(job, found.chip, quick=not options.full)[1]
     steps = train.steps * found.cost.seconds
     cost = protocol_cost.cost_of(
-        scale, run=steps, class_images=found.run_seconds(train) - steps, picture=batch / train.class_batch_size,
+        scale,
+        run=steps,
+        class_images=found.run_seconds(train) - steps,
+        picture=batch / train.class_batch_size,
         score=protocol_cost.scoring_seconds(config, mesh, found.chip, quick=not options.full),
         chips=found.devices // found.chip.devices,
-    )  # fmt: skip
+    )
     return protocol_cost.describe(cost, scale, config, options.chip_hour_price)
 
 

@@ -123,11 +123,17 @@ def train(
                 open_best(run.workdir, config, done, record) as best,
             ):
                 loop(
-                    config, progress, advance,
-                    store=store_of(manager), sheets=sheets_of(run, frozen, watch and watch._replace(best=best)),
+                    config,
+                    progress,
+                    advance,
+                    store=store_of(manager),
+                    sheets=sheets_of(run, frozen, watch and watch._replace(best=best)),
                     reporter=reporter(run.workdir, first_step=progress.step, steps=config.steps),
-                    guard=guard, agree=Agreement(run.mesh), inspect=look, alike=functools.partial(alike, bucket),
-                )  # fmt: skip
+                    guard=guard,
+                    agree=Agreement(run.mesh),
+                    inspect=look,
+                    alike=functools.partial(alike, bucket),
+                )
             reached = progress.step
     if runtime.is_first_process():
         print(farewell(run, reached), flush=True)

@@ -98,10 +98,13 @@ def train_clip(config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Arra
     """Both towers of the CLIP."""
     part = config.clip
     text = {
-        "vocab_size": len(tokenizer), "max_position_embeddings": config.max_length,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, **part.text.to_dict(),
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": config.max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **part.text.to_dict(),
+    }
     vision = part.vision.to_dict()
     towers = CLIPTextSpec.from_config(text), CLIPVisionSpec.from_config(vision)
     clip = functional(lambda rngs: CLIPModel(*towers, part.projection_dim, rngs=rngs))
@@ -109,10 +112,12 @@ def train_clip(config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Arra
     draw = draw_alike(_view(config, part))
     params = _train_tower("clip", clip_loss(clip, tokenizer.eos_token_id), draw, start, atlas, config)
     about = {
-        "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": part.projection_dim,
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": part.projection_dim,
         "text_config": text | {"model_type": "clip_text_model", "projection_dim": part.projection_dim},
         "vision_config": vision | {"model_type": "clip_vision_model"},
-    }  # fmt: skip
+    }
     return Part(params, about)
 
 
@@ -158,10 +163,16 @@ def train_unet(
     optimizer = muon(part, start)
     empty = tokenizer("", padding="max_length", max_length=config.max_length).input_ids
     loss = unet_loss(
-        encoder, unet, tower, process_from_scheduler(config.scheduler.to_dict()),
-        times=config.scheduler.num_train_timesteps, scale=vae_spec.scaling_factor, empty=tuple(empty),
-        unconditional=config.unconditional, t_power=part.t_power,
-    )  # fmt: skip
+        encoder,
+        unet,
+        tower,
+        process_from_scheduler(config.scheduler.to_dict()),
+        times=config.scheduler.num_train_timesteps,
+        scale=vae_spec.scaling_factor,
+        empty=tuple(empty),
+        unconditional=config.unconditional,
+        t_power=part.t_power,
+    )
     step = make_step(loss, optimizer, draw_any(_view(config, part)), part.ema_decay)
     params = fit("unet", step, start, with_prefix("vae.", vae.params), optimizer, atlas, config, part)
     text_part = Part(under_prefix("text_encoder.", params), text_config | {"architectures": ["CLIPTextModel"]})

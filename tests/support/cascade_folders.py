@@ -20,9 +20,13 @@ from support.torch_folders import TEXT_15, UNET_15, VAE, randomise, write_tokeni
 
 SENTENCES = ["a photo of a sks dog", "a photo of a dog", "a dog in the snow", "a cat on the beach", "of the red wall"]
 SCHEDULER = {
-    "beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range", "thresholding": True,
-    "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5, "prediction_type": "epsilon",
-}  # fmt: skip
+    "beta_schedule": "squaredcos_cap_v2",
+    "variance_type": "learned_range",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+    "prediction_type": "epsilon",
+}
 X4 = UNET_15 | {
     "in_channels": 7,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -60,22 +64,31 @@ def t5_encoder() -> T5EncoderModel:
 
 def write_stage_i(folder: Path, **unet) -> IFPipeline:
     pipe = IFPipeline(
-        tokenizer=t5_tokenizer(), text_encoder=t5_encoder(),
-        unet=randomise(UNet2DConditionModel(**IF_STAGE_I | unet), 1), scheduler=DDPMScheduler(**SCHEDULER),
-        safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False,
-    )  # fmt: skip
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        unet=randomise(UNet2DConditionModel(**IF_STAGE_I | unet), 1),
+        scheduler=DDPMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
     return _saved(pipe, folder)
 
 
 def write_stage_ii(folder: Path, **unet) -> IFSuperResolutionPipeline:
     """Of 64 pixels for those of 16."""
     pipe = IFSuperResolutionPipeline(
-        tokenizer=t5_tokenizer(), text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
         unet=randomise(UNet2DConditionModel(**IF_STAGE_II | {"sample_size": 64} | unet), 2),
         scheduler=DDPMScheduler(**SCHEDULER | {"sample_max_value": 1.0}),
         image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        safety_checker=None, feature_extractor=None, watermarker=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
     return _saved(pipe, folder)
 
 
@@ -86,14 +99,16 @@ def write_upscaler(folder: Path) -> StableDiffusionUpscalePipeline:
     text = CLIPTextModel(CLIPTextConfig(max_position_embeddings=16, **ids, **TEXT_15))
     betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
     pipe = StableDiffusionUpscalePipeline(
-        vae=randomise(AutoencoderKL(**X4_VAE, scaling_factor=0.08333), 1), text_encoder=randomise(text, 2),
-        tokenizer=tokenizer, unet=randomise(UNet2DConditionModel(**X4), 3),
+        vae=randomise(AutoencoderKL(**X4_VAE, scaling_factor=0.08333), 1),
+        text_encoder=randomise(text, 2),
+        tokenizer=tokenizer,
+        unet=randomise(UNet2DConditionModel(**X4), 3),
         low_res_scheduler=DDPMScheduler(**betas),
         scheduler=DDIMScheduler(
             **betas, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1
         ),
         max_noise_level=350,
-    )  # fmt: skip
+    )
     return _saved(pipe, folder)
 
 

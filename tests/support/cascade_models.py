@@ -42,8 +42,12 @@ T5 = {
 }
 _II = {name: value for name, value in IF_STAGE_II.items() if value != IF_STAGE_I.get(name)}
 # Published configs (deep-floyd and derivatives), less what they share with IF_STAGE_I.
-_FULL = IF_STAGE_I | {"attention_head_dim": 64, "encoder_hid_dim": 4096, "addition_embed_type_num_heads": 64,
-                      "norm_num_groups": 32}  # fmt: skip
+_FULL = IF_STAGE_I | {
+    "attention_head_dim": 64,
+    "encoder_hid_dim": 4096,
+    "addition_embed_type_num_heads": 64,
+    "norm_num_groups": 32,
+}
 _I_BLOCKS = {
     "sample_size": 64,
     "down_block_types": ("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
@@ -65,7 +69,7 @@ FULL_SIZE = {
         "cross_attention_dim": 1280,
         "time_embedding_dim": 1280,
     },
-}  # fmt: skip
+}
 X4 = {
     "sample_size": 128,
     "in_channels": 7,

@@ -61,8 +61,10 @@ def write_micro(folder: Path):
 
 
 def flags(**fields) -> list[str]:
-    return [f"--config.{name}={value!r}" if not isinstance(value, str) else f"--config.{name}={value}"
-            for name, value in fields.items()]  # fmt: skip
+    return [
+        f"--config.{name}={value!r}" if not isinstance(value, str) else f"--config.{name}={value}"
+        for name, value in fields.items()
+    ]
 
 
 get_config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]

@@ -6,11 +6,15 @@ from dreambooth_jax.models.unet import UNetSpec
 
 UNET = UNetSpec.from_config(
     {
-        "block_out_channels": [32, 64], "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "layers_per_block": 1, "cross_attention_dim": 16,
-        "attention_head_dim": 2, "norm_num_groups": 8,
+        "block_out_channels": [32, 64],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
     }
-)  # fmt: skip
+)
 
 
 def normal(seed, *shape):

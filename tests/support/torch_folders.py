@@ -87,10 +87,15 @@ def write_folder(
     tokenizer = write_tokenizer(folder / "tokenizer", length)
     unet, vae, text = make_parts(unet or UNET_15, text or TEXT_15, vae or VAE, len(tokenizer), length)
     pipe = StableDiffusionPipeline(
-        unet=unet, vae=vae, text_encoder=text, tokenizer=tokenizer,
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
         scheduler=scheduler or DDIMScheduler(clip_sample=False, **SCHEDULE),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder, **save)
     return pipe

@@ -246,10 +246,19 @@ CORE_NOUNS = frozenset(" ".join(_CORE.split()).split(", "))
 
 # One meaning for a colour word everywhere: dyed sprites and plain backgrounds.
 COLOURS = {
-    "red": (220, 40, 45), "orange": (245, 140, 35), "yellow": (250, 215, 60), "green": (65, 165, 70),
-    "teal": (40, 165, 165), "blue": (50, 100, 220), "purple": (135, 70, 190), "pink": (245, 150, 190),
-    "brown": (135, 85, 50), "white": (245, 245, 245), "grey": (140, 140, 145), "black": (28, 28, 32),
-}  # fmt: skip
+    "red": (220, 40, 45),
+    "orange": (245, 140, 35),
+    "yellow": (250, 215, 60),
+    "green": (65, 165, 70),
+    "teal": (40, 165, 165),
+    "blue": (50, 100, 220),
+    "purple": (135, 70, 190),
+    "pink": (245, 150, 190),
+    "brown": (135, 85, 50),
+    "white": (245, 245, 245),
+    "grey": (140, 140, 145),
+    "black": (28, 28, 32),
+}
 
 # Never "a": they come in twos, in heaps, or by weight.
 _PLURAL = """

@@ -231,11 +231,23 @@ def _fire(rng: np.random.Generator, size: int) -> Picture:
 
 
 _PAINTERS = {
-    "snow": _snow, "grass": _grass, "beach": _beach, "night sky": _night_sky, "wooden floor": _wooden_floor,
-    "brick wall": _brick_wall, "water": _water, "checkered cloth": _checkered_cloth, "jungle": _jungle,
-    "forest": _forest, "desert": _desert, "street": _street, "mountains": _mountains, "sunset": _sunset,
-    "room": _room, "fire": _fire,
-}  # fmt: skip
+    "snow": _snow,
+    "grass": _grass,
+    "beach": _beach,
+    "night sky": _night_sky,
+    "wooden floor": _wooden_floor,
+    "brick wall": _brick_wall,
+    "water": _water,
+    "checkered cloth": _checkered_cloth,
+    "jungle": _jungle,
+    "forest": _forest,
+    "desert": _desert,
+    "street": _street,
+    "mountains": _mountains,
+    "sunset": _sunset,
+    "room": _room,
+    "fire": _fire,
+}
 SETTINGS = tuple(_PAINTERS)
 # What `backgrounds` of `dataset.render` counts through.
 BACKGROUNDS = (*COLOURS, "gradient", *SETTINGS)

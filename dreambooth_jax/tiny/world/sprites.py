@@ -38,12 +38,21 @@ _POSES, _LEAST_CHANGE, _HELD_OUT_POSE = 12, 6.0, 4
 
 # A class with one picture has no variety that a prior could keep, so these also come dyed in other colours.
 _TINTS = {
-    "backpack": "blue green yellow purple", "teapot": "blue green white yellow", "robot": "red green blue yellow",
-    "duck": "white brown yellow", "teddy bear": "white pink grey", "can": "blue green yellow",
+    "backpack": "blue green yellow purple",
+    "teapot": "blue green white yellow",
+    "robot": "red green blue yellow",
+    "duck": "white brown yellow",
+    "teddy bear": "white pink grey",
+    "can": "blue green yellow",
     "vase": "blue white green",
-    "candle": "red blue green", "sneaker": "red blue green", "boot": "blue black green", "bowl": "red green white",
-    "glasses": "red green purple", "dog": "white brown grey", "cat": "white grey brown",
-}  # fmt: skip
+    "candle": "red blue green",
+    "sneaker": "red blue green",
+    "boot": "blue black green",
+    "bowl": "red green white",
+    "glasses": "red green purple",
+    "dog": "white brown grey",
+    "cat": "white grey brown",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
