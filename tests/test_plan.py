@@ -5,7 +5,10 @@ import dataclasses
 import io
 import json
 import math
+import os
 import runpy
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -179,6 +182,17 @@ def test_unknown_slices_are_refused(topology):
 )
 def test_what_is_missing_is_read_from_the_compilers_message(message, gib):
     assert tpu.OutOfMemory(message).missing == pytest.approx(gib * 2**30, rel=1e-6)
+
+
+def test_a_plan_prints_itself_alone_and_leaves_no_programs(micro, tmp_path):
+    """Neither complaints of libtpu about a machine without TPU, nor programs that no later plan could read again."""
+    command = [sys.executable, "-m", "dreambooth_jax.plan", "--config", "configs/dog.py", "--topology", "v5e:1x1"]
+    fields = [f"--config.base={micro}", "--config.resolution=32", "--config.prior_preservation=False"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = subprocess.run([*command, *fields], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "fits" in done.stdout
+    assert not list(tmp_path.glob("jit_run-*"))  # the training program
 
 
 def test_the_whole_protocol_is_priced(micro, planned, monkeypatch, tmp_path, capsys):

@@ -80,6 +80,16 @@ def _sizes(shape: str) -> list[int]:
     return [int(size) for size in shape.split("x")] if re.fullmatch(r"\d{1,4}(x\d{1,4})*", shape) else []
 
 
+# What libtpu else asks the machine's metadata server for, and prints errors where there is none; and leave for several
+# processes, since compiling uses no chip.
+_COMPILING_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
 @functools.cache
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """The devices of a slice, for meshes to compile against. "v5e:1x1" is one chip of a host.
@@ -89,14 +99,14 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         ValueError: no such slice.
     """
     chip = chip_of(topology)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no query of the machine's metadata server
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling uses no chip
+    for name, value in _COMPILING_ALONE.items():
+        os.environ.setdefault(name, value)
     generation, _, shape = topology.partition(":")
     alone = math.prod(_sizes(shape)) == 1
     smallest = "2x4" if chip.axes == 2 else "2x2x1"
     name = f"{generation}:{smallest}" if alone else topology
     try:
-        with without_xla_flags():
+        with for_absent_devices():
             # The two cores of a v4 chip are one device, as by default on TPU VMs.
             cores = {"chip_config_name": "megacore"} if generation == "v4" else {}
             devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores).devices
@@ -110,14 +120,19 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
 
 
 @contextlib.contextmanager
-def without_xla_flags() -> Iterator[None]:
-    """Hides XLA_FLAGS from the TPU compiler, which ends the process over flags that only the CPU's compiler knows.
-    Around threads that compile, it also keeps each from giving the flags back while another compiles."""
+def for_absent_devices() -> Iterator[None]:
+    """Hides XLA_FLAGS from the TPU compiler, which ends the process over flags that only the CPU's compiler knows, and
+    keeps its programs out of the cache of compiled ones, which cannot read them without a TPU. Around threads that
+    compile, it also keeps each from giving the flags back while another compiles."""
     jax.devices()  # the CPU's compiler reads them here
     flags = os.environ.pop("XLA_FLAGS", None)
+    shortest = "jax_persistent_cache_min_compile_time_secs"  # of the programs that are cached
+    cached = getattr(jax.config, shortest)
+    jax.config.update(shortest, math.inf)
     try:
         yield
     finally:
+        jax.config.update(shortest, cached)
         if flags is not None:
             os.environ["XLA_FLAGS"] = flags
 
@@ -206,7 +221,7 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, *, quick: bool = False)
     """
     started = time.monotonic()
     try:
-        with without_xla_flags():
+        with for_absent_devices():
             compiled = lowered.compile(compiler_options.planning(quick=quick))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):

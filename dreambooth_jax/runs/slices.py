@@ -25,8 +25,8 @@ from dreambooth_jax.devices.tpu import (
     chip_of,
     compile_for,
     devices_of,
+    for_absent_devices,
     shard_bytes,
-    without_xla_flags,
 )
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
@@ -122,7 +122,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     paints = class_images and config.prior_preservation and not pairs_prior(config)
     cost, missing, painting, seconds, painting_missing = None, 0, None, 0.0, 0
     lowered = lower_steps(job, state, frozen, data, key, size)
-    with without_xla_flags(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
+    with for_absent_devices(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
         painted = beside.submit(painting_cost, job, chip, quick=quick) if paints else None
         try:
             cost = compile_for(chip, lowered, quick=quick)
