@@ -1,5 +1,6 @@
 """Adapters of a full fine-tuning: exact where the differences are of low rank, the best approximation elsewhere."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +19,17 @@ def test_only_what_changed_is_a_difference():
     assert found.keys() == {"a.diff.kernel", "a.diff.bias"}
     np.testing.assert_allclose(found["a.diff.kernel"], 1, rtol=1e-5)
     np.testing.assert_allclose(found["a.diff.bias"], -2, rtol=1e-5)
+
+
+def test_differences_lead_from_the_base_to_the_tuned_model():
+    """Parameters of every kind, those without a kernel too; at weight 0.5 half of the way."""
+    shapes = {"a.kernel": (4, 3), "a.bias": (3,), "norm.scale": (3,), "norm.bias": (3,), "words.embedding": (5, 4)}
+    base, tuned = ({name: jnp.asarray(normal(*shape, seed=s)) for name, shape in shapes.items()} for s in (0, 1))
+    for weight in (1.0, 0.5):
+        reached = add(base, differences(base, tuned), weight)
+        assert reached.keys() == base.keys()
+        for name, value in reached.items():
+            np.testing.assert_allclose(value, (1 - weight) * base[name] + weight * tuned[name], atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [(), (3, 3)])

@@ -105,12 +105,15 @@ def test_pivotal_tuning_has_rows_and_factors_and_its_rows_stop(micro, tmp_path):
     assert [step[rows[0]] for step in moved] == [True] * 5 + [False] * 3
     assert all(value for step in moved for name, value in step.items() if name not in rows)
     assert params.keys() == frozen.keys()
+    file = job.method.adapter(trainable)
+    assert rows[0] in file and len(file) == len(trainable)
     stopped, _ = stop_after(0, is_row).update({"a.new": jnp.ones(2), "b": jnp.ones(2)}, jnp.zeros((), jnp.int32))
     assert not stopped["a.new"].any() and stopped["b"].all()
 
 
 def test_custom_diffusion_trains_the_token_and_cross_attentions_keys_and_values(micro, tmp_path):
-    _, _, trainable, frozen = job_of(micro, tmp_path, method="custom")
+    job, _, trainable, frozen = job_of(micro, tmp_path, method="custom")
+    assert job.method.adapter is None  # its file is found by comparison with the base
     kernels = {name for name in trainable if not is_row(name)}
     assert kernels and all(name.endswith((".attn2.to_k.kernel", ".attn2.to_v.kernel")) for name in kernels)
     assert TABLE in frozen and list(rows_of(trainable)) == ["text_encoder"]
