@@ -22,6 +22,7 @@ from dreambooth_jax.adapters.many import (
 )
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
+from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.runs.config import ConfigError, check_config
@@ -94,6 +95,48 @@ def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
             filled = padded_to(jax.eval_shape(lambda x: x, {name: own[name]}), {name: cut[name]})[name]
             np.testing.assert_array_equal(own[name], filled, err_msg=f"{name}: what fills up the rank stays 0")
     assert not np.allclose(losses[:, 0], losses[:, 1])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_lane_reads_its_own_data_and_stops_by_itself(shared):
+    """A step that adds up what it is given; class images of one noun, or of two."""
+    numbers = [EncodedExamples(*(jnp.full((4, 2), 10.0**k),) * 2, None, jnp.zeros(4, jnp.int32)) for k in range(3)]
+    data = TrainingData(stack(numbers[:2]), numbers[2] if shared else stack(numbers[1:]), None, jnp.array([0.1, 0.2]))
+
+    def step(state, frozen, data, key):
+        base, scale = frozen
+        after = {
+            "photos": data.instance.mean.sum() * scale,
+            "class": data.prior.mean.sum() * base["weight"],
+            "key": key,
+        }
+        return TrainState(state.step + 1, after, {}, None), Metrics(*[data.rate] * 4)
+
+    states = TrainState(jnp.array([3, 3]), dict.fromkeys(("photos", "class", "key"), jnp.zeros(2)), {}, None)
+    lanes = Lanes(data, jnp.array([3, 4]), jnp.array([1.0, 2.0]))
+    run = over_subjects(step, shared_prior=shared)
+    states, metrics = run(states, {"weight": jnp.array(0.5)}, lanes, jnp.array([7.0, 8.0]))
+    np.testing.assert_array_equal(states.step, [3, 4])  # the first lane has stopped, and changes no more
+    wanted = {"photos": [0, 2 * 80], "class": [0, 0.5 * 800], "key": [0, 8]}
+    for name, value in wanted.items():
+        np.testing.assert_allclose(states.trainable[name], value, err_msg=name)
+    np.testing.assert_allclose(metrics.loss, [0.1, 0.2])
+
+
+def test_shorter_lanes_are_filled_with_rows_that_no_order_names():
+    def some(count, captions):
+        rows = jnp.arange(count, dtype=jnp.float32)[:, None]
+        own = {"sizes": rows + 100}
+        return EncodedExamples(rows, rows, jnp.ones((captions, 3)), jnp.zeros(count, jnp.int32), own)
+
+    given, keys = [some(5, 1), some(3, 2)], [jax.random.key(k) for k in range(2)]
+    data = stacked_data(given, [None, None], keys, batch_size=2, steps=7, rates=(1.0, 1.0))
+    assert data.instance.mean.shape == (2, 5, 1) and data.instance.cond.shape == (2, 2, 3)
+    for number, own in enumerate(given):
+        stacked = lane(data.instance, number)
+        np.testing.assert_array_equal(stacked.mean[: len(own.mean)], own.mean)
+        np.testing.assert_array_equal(stacked.of_example["sizes"][: len(own.mean)], own.of_example["sizes"])
+        assert int(data.order[number].max()) == len(own.mean) - 1
 
 
 def test_finished_names_the_subjects_that_reach_their_stop():
