@@ -5,6 +5,7 @@ import os
 import unicodedata
 from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -186,6 +187,28 @@ def test_the_folders_of_kohya(tmp_path):
     assert set(captions_of(tmp_path, captions="template").values()) == {"a sks dog"}
     assert listing.unused["0_off/"] == "0 repeats" and "1 images" in listing.unused["log/"]
     assert any("20_sks dog_snow/: 1 images, 2 times each" in line for line in report(listing))
+
+
+def test_files_that_hold_less_than_their_number_says_are_named(tmp_path):
+    """One file under two names, an animation, masks that nobody reads, a mask without a picture."""
+    for name, colour in (("a.png", 1), ("copy of a.png", 1), ("b.png", 2)):
+        Image.fromarray(np.arange(3 * 16 * 16, dtype=np.uint8).reshape(16, 16, 3) // colour).save(tmp_path / name)
+    still, moved = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    moved.save(tmp_path / "c.webp", save_all=True, append_images=[still], duration=100)
+    moved.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[still])
+    mask = Image.linear_gradient("L").resize((16, 16))
+    for name in ("b", "gone"):
+        mask.save(tmp_path / f"{name}-masklabel.png")
+    options = {"template": "a sks dog", "identifier": "sks", "class_noun": "dog"}
+    examples = read_examples(tmp_path, 16, **options)
+    assert examples.names == ("a.png", "b.png", "c.webp", "copy of a.png", "phone.jpg")
+    assert examples.notes == (
+        "not used: gone-masklabel.png: a mask; no picture of that name",
+        "animations, of which the first picture is used: c.webp",
+        "one file under 2 names: a.png, copy of a.png",
+        "not used: masks of b.png: only masked_loss reads the masks of photos",
+    )
+    assert not [note for note in read_examples(tmp_path, 16, **options, masked=True).notes if "masked_loss" in note]
 
 
 def test_an_empty_folder_says_where_images_are(tmp_path):

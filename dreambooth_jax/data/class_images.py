@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dreambooth_jax.data.buckets import Size
 from dreambooth_jax.data.captions import fill, raise_listing
 from dreambooth_jax.data.images import Examples, decode_image, is_plain, join, read_buckets
-from dreambooth_jax.data.sources import list_images
+from dreambooth_jax.data.sources import list_images, list_source, report
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.models.params import Params
@@ -121,6 +121,14 @@ def describe_class_images(config: ConfigDict, to_paint: int) -> str:
     if there or to_paint:
         parts.append(f"{max(there, to_paint)} images in {painted}, {to_paint} of them still to be painted")
     return "; ".join(parts)
+
+
+def class_notes(config: ConfigDict) -> list[str]:
+    """Lines for the plan: what the folders of class images hold that is not used, and where their captions are."""
+    return [
+        line for folder in class_folders(config) if list_images(folder)
+        for line in report(list_source(folder, config.captions))
+    ]  # fmt: skip
 
 
 def missing_class_images(folder: str | os.PathLike, count: int) -> list[int]:

@@ -7,6 +7,7 @@ with them is said at once. The images are later encoded once and stay on the dev
 happens here, as `views` pre-drawn crops and flips of each image.
 """
 
+import hashlib
 import io
 import os
 import warnings
@@ -102,11 +103,9 @@ def read_buckets(
         )
     by_size = {size: [row for row in rows if row.image.shape[:2] == size] for size in sizes}
     buckets = [_examples(found, crop, named=len(sizes) > 1) for found in by_size.values() if found]
-    notes = report(listing)
-    if plain := dict.fromkeys(row.name for row in rows if is_plain(row.image)):
-        notes.append(f"of one colour, with nothing to learn: {', '.join(plain)}")
     first = buckets[0]
-    return first._replace(notes=(*notes, *first.notes)), *buckets[1:]
+    notes = (*report(listing), *_remarks(rows), *([] if masked else _idle_masks(listing.items)), *first.notes)
+    return first._replace(notes=notes), *buckets[1:]
 
 
 class _View(NamedTuple):
@@ -114,10 +113,32 @@ class _View(NamedTuple):
 
     name: str
     caption: str
+    digest: bytes  # of its file
+    animated: bool
     image: np.ndarray  # uint8[h w 3]
     original: tuple[int, int]  # height, width
     corner: tuple[int, int]  # top, left
     mask: np.ndarray | None  # uint8[h w]
+
+
+def _remarks(rows: Sequence[_View]) -> list[str]:
+    """What the files of images hold less than their number says, in words."""
+    notes = []
+    if plain := dict.fromkeys(row.name for row in rows if is_plain(row.image)):
+        notes.append(f"of one colour, with nothing to learn: {', '.join(plain)}")
+    if animated := dict.fromkeys(row.name for row in rows if row.animated):
+        notes.append(f"animations, of which the first picture is used: {', '.join(animated)}")
+    same: dict[bytes, dict[str, None]] = {}
+    for row in rows:
+        same.setdefault(row.digest, {})[row.name] = None
+    return notes + [
+        f"one file under {len(names)} names: {', '.join(names)}" for names in same.values() if len(names) > 1
+    ]
+
+
+def _idle_masks(items: Sequence[Item]) -> list[str]:
+    names = dict.fromkeys(item.name for item in items if item.mask is not None)
+    return [f"not used: masks of {', '.join(names)}: only masked_loss reads the masks of photos"] if names else []
 
 
 def _examples(rows: Sequence[_View], crop: str, *, named: bool) -> Examples:
@@ -225,6 +246,7 @@ def _read_views(
             data = item.read()
             image = decode_image(data)
             mask = read_mask(item, data, image.size) if masked else None
+            about = item.name, text, hashlib.blake2b(data).digest(), is_animated(data)
         except Exception as error:  # whatever a decoder trips over belongs on the list
             bad[item.name] = _reason(error)
             continue
@@ -233,7 +255,7 @@ def _read_views(
             small.append(f"{item.name} ({image.width} x {image.height})")
         for view in _draw_views(item.name, crop, flip, views, seed):
             cropped = _cropped(image, size, *view)
-            rows.append(_View(item.name, text, *cropped, None if mask is None else _cropped(mask, size, *view)[0]))
+            rows.append(_View(*about, *cropped, None if mask is None else _cropped(mask, size, *view)[0]))
     if bad:
         raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
     if small:
@@ -253,12 +275,22 @@ def decode_image(data: bytes) -> Image.Image:
     """
     if not data:
         raise ValueError("the file is empty")
+    image = _open(data)
+    image.load()
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _open(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow warns from half of its limit on, which a 108-megapixel phone reaches; the limit itself still raises.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def is_animated(data: bytes) -> bool:
+    """Whether an encoded image is a moving one; a phone's JPEG with a preview behind it is not."""
+    with _open(data) as image:
+        return image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1
 
 
 def is_plain(image: np.ndarray) -> bool:
@@ -283,7 +315,7 @@ def read_mask(item: Item, data: bytes, size: tuple[int, int]) -> Image.Image:
             raise ValueError(f"its mask is {mask.width} x {mask.height}, another shape than {size[0]} x {size[1]}")
         mask = mask.resize(size)
     else:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data), formats=FORMATS))
+        image = ImageOps.exif_transpose(_open(data))
         opaque = Image.new("L", size, 255)
         mask = image.convert("RGBA").getchannel("A") if image.has_transparency_data else opaque
     if not mask.getbbox():

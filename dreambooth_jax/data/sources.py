@@ -177,8 +177,11 @@ def _sort_files(folder: epath.Path) -> _Files:
         elif name.lower() not in _SYSTEM_FILES:
             unused[printable(name)] = _why_unused(path)
     stems = {path.stem for path in kinds["pictures"]}
-    masks = {p.stem.removesuffix(MASK_ENDING): p for p in kinds["pictures"] if _is_mask(p, stems)}
-    pictures = [path for path in kinds["pictures"] if not _is_mask(path, stems)]
+    masks = {p.stem.removesuffix(MASK_ENDING): p for p in kinds["pictures"] if p.stem.endswith(MASK_ENDING)}
+    pictures = [path for path in kinds["pictures"] if not path.stem.endswith(MASK_ENDING)]
+    unused |= {
+        printable(path.name): "a mask; no picture of that name" for stem, path in masks.items() if stem not in stems
+    }
     lost = [printable(path.name) for path in foreign if path.stem not in stems]
     if lost:
         raise ValueError(
@@ -191,10 +194,6 @@ def _sort_files(folder: epath.Path) -> _Files:
     return _Files(
         tuple(pictures), masks, tuple(kinds["captions"]), tuple(kinds["metadata"]), tuple(kinds["folders"]), unused
     )
-
-
-def _is_mask(path: epath.Path, stems: set[str]) -> bool:
-    return path.stem.endswith(MASK_ENDING) and path.stem.removesuffix(MASK_ENDING) in stems
 
 
 def _why_unused(path: epath.Path) -> str:

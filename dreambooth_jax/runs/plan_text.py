@@ -6,7 +6,7 @@ import shutil
 import jax
 
 from dreambooth_jax.data.buckets import text_of
-from dreambooth_jax.data.class_images import describe_class_images
+from dreambooth_jax.data.class_images import class_notes, describe_class_images
 from dreambooth_jax.data.contradictions import contradictions, too_long
 from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.devices.sharding import batch_sharding
@@ -45,6 +45,8 @@ def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
     if config.buckets:
         lines["buckets"] = _buckets(run)
     notes = [f"  photos: {note}" for part in run.examples for note in part.notes]
+    if config.prior_preservation and not pairs_prior(config):
+        notes += [f"   class: {note}" for note in class_notes(config)]
     notes += [f"    note: {note}" for note in run.notes]
     if done and not compared:
         notes.append("    note: the checkpoint stores no fingerprints: photos and base were not compared with its own")
