@@ -157,6 +157,7 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
         "subjects": str(table),
         "num_class_images": 4,
         "save_every": 2,
+        "keep_last": 2,
         "sample_count": 2,
         "sample_prompts": ("a {identifier} {class_noun} in the snow",),
     }
@@ -181,7 +182,10 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
     assert (tmp_path / "run" / "evaluation" / "bleed.png").is_file()
     # Other photos are another run.
     table.write_text(table.read_text().replace(str(photos / "dog"), str(photos / "cat")))
-    assert "holds a run trained with other data" in finish(tmp_path / "run", 1, base=micro, **fields)
+    victim = next((tmp_path / "run" / "checkpoints" / "4" / "optimizer").glob("**/manifest.ocdbt"))
+    victim.write_bytes(b"")
+    said = finish(tmp_path / "run", 1, base=micro, **fields)
+    assert "holds a run trained with other data" in said and "damaged_checkpoints/4; the run goes on from" in said
 
 
 def test_a_classes_file_gives_the_nouns(tmp_path):
@@ -210,6 +214,10 @@ def test_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("name,steps\nrex,3\n")
     (tmp_path / "rate.csv").write_text("photos,learning_rate\nrex,fast\n")
+    (tmp_path / "spelled.csv").write_text("photos,learningrate\nrex,0.1\n")
+    (tmp_path / "latin.csv").write_bytes("photos\nédouard\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv is not UTF-8 text"):
+        read_subjects(config_of(tmp_path, subjects=str(tmp_path / "latin.csv")))
     (tmp_path / "negative.csv").write_text("photos,lora_rank\nrex,-1\n")
     (tmp_path / "ranks.csv").write_text("name,photos,lora_rank\na,rex,1\nb,rex,2\n")
     for subjects, message in (
@@ -217,6 +225,7 @@ def test_errors(tmp_path):
         ("empty", "expected subjects of different names, found none"),
         ("table.csv", "line 2: no photos"),
         ("rate.csv", "learning_rate = 'fast', expected a number"),
+        ("spelled.csv", "unknown columns learningrate; expected some of name, photos"),
         ("negative.csv", "lora_rank = -1, expected a number above 0"),
         ("ranks.csv", "lora_rank = 1, 2 in one program needs method = lora or dora"),
     ):

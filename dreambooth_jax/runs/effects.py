@@ -46,6 +46,12 @@ IDLE = (
     Idle(("stage", "stage_fields"), lambda c: not c.stages, "without stages"),
     Idle(("stages", "stage", "stage_fields"), lambda c: bool(c.subjects), "with subjects, which train one model"),
     Idle(("instance_images",), lambda c: bool(c.subjects), "with subjects, which name the photos"),
+    Idle(("sample_every",), lambda c: bool(c.subjects), "with subjects, painted once at the end"),
+    Idle(
+        ("create_class_images",),
+        lambda c: not c.class_images and c.prior_preservation and c.prior_target == "noise",
+        "without class_images: the workdir's own folder is made anyway",
+    ),
     Idle(("moment_dtype",), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
     Idle(("sample_count", "negative_prompt"), lambda c: not c.sample_prompts, "without sample_prompts"),
     Idle(

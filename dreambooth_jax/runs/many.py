@@ -2,9 +2,10 @@
 
 import csv
 import functools
+import io
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +28,11 @@ from dreambooth_jax.adapters.many import (
     stack,
     stacked_data,
 )
+from dreambooth_jax.data.captions import read_text
 from dreambooth_jax.data.class_images import class_images_to_paint, paint_missing, read_class_images
+from dreambooth_jax.data.contradictions import contradictions, too_long
 from dreambooth_jax.data.encode import Encoder, make_encoder
+from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
@@ -89,13 +93,18 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
     classes file if it is there, or the rows of a .csv table.
 
     Raises:
-        ConfigError: no such folder or table, no subjects in it, a name twice, a row without photos, a value that is no
-            number, or ranks that differ where the method or the optimizer cannot fill them up.
+        ConfigError: no such folder or table, no subjects in it, an unknown column, a name twice, a row without photos,
+            a value that is no number, or ranks that differ where the method or the optimizer cannot fill them up.
+        ValueError: the table is not text in UTF-8.
     """
     path = Path(shipped(config.subjects)).expanduser()
     if path.suffix == ".csv" and path.is_file():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        table = csv.DictReader(io.StringIO(read_text(epath.Path(path))))
+        rows = list(table)
+        if unknown := sorted({*(table.fieldnames or ())} - {*Subject._fields}):
+            raise ConfigError(
+                f"{path}: unknown columns {', '.join(unknown)}; expected some of {', '.join(Subject._fields)}"
+            )
         wrong = [str(number) for number, row in enumerate(rows, 2) if not row.get("photos")]
         if wrong:
             raise ConfigError(f"{path}, line {', '.join(wrong)}: no photos; columns: {', '.join(Subject._fields)}")
@@ -178,17 +187,20 @@ def train_many(config: ConfigDict, guard: Preemption) -> None:
     config = absolute_paths(config)
     subjects = read_subjects(config)
     workdir = epath.Path(config.workdir)
-    claim(workdir, config)
+    notes = claim(workdir, config)
     many = _prepare(config, subjects)
     record = {"config": json.loads(config.to_json()), "fingerprints": _fingerprints(many)}
-    manager = checkpoint.open_checkpoints(workdir / "checkpoints", keep_last=config.keep_last, record=record)
+    manager = checkpoint.open_checkpoints(
+        workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None, record=record
+    )
     with checkpoint.closing(manager):
         guard.before_leaving(functools.partial(checkpoint.wait, manager))
-        if done := manager.latest_step():
+        done = manager.latest_step() or 0
+        if runtime.is_first_process():
+            print(_plan(many, done, notes), flush=True)
+        if done:
             earlier = checkpoint.read_record(workdir / "checkpoints", done).get("fingerprints", {})
             check_same(config.workdir, earlier, record["fingerprints"])
-        if runtime.is_first_process():
-            print(_plan(many, done or 0), flush=True)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), many.states)
         states = checkpoint.restore(manager, like) or many.states
         prior = many.lanes.data.prior
@@ -240,7 +252,7 @@ def _fingerprints(many: _Lanes) -> Fingerprints:
     return found | {"base": {"weights": many.digest}}
 
 
-def _plan(many: _Lanes, done: int) -> str:
+def _plan(many: _Lanes, done: int, notes: Sequence[str]) -> str:
     job, config = many.job, many.job.config
     trained = count(job.method.shapes(job.pipeline.shapes)[0])
     lines = {
@@ -257,7 +269,18 @@ def _plan(many: _Lanes, done: int) -> str:
             f"rate {subject.learning_rate:g}, rank {subject.lora_rank}"
         )
         rows += [f"    photos: {note}" for note in examples.notes]
+        rows += [f"    warning: {warning}" for warning in _warnings(many, subject, examples)]
+    rows += [f"  note: {note}" for note in notes]
     return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *rows])
+
+
+def _warnings(many: _Lanes, subject: Subject, examples: Examples) -> list[str]:
+    """What defeats the training of one subject."""
+    own, tokenizer = subject.config(many.job.config), many.job.pipeline.tokenizer
+    return [
+        *check_identifier(tokenizer, subject.identifier), *contradictions(own, examples.captions),
+        *too_long(examples.captions, subject.identifier, tokenizer),
+    ]  # fmt: skip
 
 
 def _loop(
