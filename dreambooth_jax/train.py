@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.data.images import check_headers
 from dreambooth_jax.data.sources import list_folder
+from dreambooth_jax.files.digest import check_files
 from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
@@ -47,7 +48,9 @@ def check_places(config: ConfigDict) -> None:
     if not re.match(r"[a-z]+:", config.instance_images):
         check_headers(list_folder(config.instance_images, config.captions).items[:100], config.instance_images)
     if config.base.startswith(("/", ".")):
-        resolve_base(config.base)
+        folder = resolve_base(config.base)
+        if os.path.isdir(config.base):  # not a single file
+            check_files(folder)
 
 
 def run(config: ConfigDict) -> None:

@@ -1,6 +1,7 @@
 """Configs: files, overrides, and checks of every field before anything heavy is imported."""
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -123,6 +124,36 @@ WRONG = {
 }
 
 
+def _damaged(base: Path, kind: str) -> None:
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    if kind == "broken JSON":
+        (base / "vae" / "config.json").write_text("{,}")
+    elif kind == "pickle":
+        weights.rename(weights.with_suffix(".bin"))
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("broken JSON", "vae/config.json: not readable JSON"),
+        ("pickle", "unet: only pickled weights"),
+        ("cut off", "diffusion_pytorch_model.safetensors: not a readable safetensors file"),
+    ],
+)
+def test_a_damaged_base_is_named_before_jax_is_imported(micro, tmp_path, kind, message):
+    """JAX and the model libraries take seconds to import."""
+    base = shutil.copytree(micro, tmp_path / "base")
+    _damaged(base, kind)
+    program = "import sys; sys.modules['jax'] = None; from dreambooth_jax.train import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--config", DOG, f"--config.base={base}", f"--config.workdir={tmp_path}/run"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1 and message in done.stderr and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kind", WRONG)
 def test_cheap_errors_are_one_line_and_come_at_once(kind):
     arguments, message = WRONG[kind]
@@ -138,6 +169,8 @@ IDLE = {
     "lora_rank": ({"lora_rank": 4}, "lora_rank = 4 has no effect with method = 'full'"),
     "prior": ({"prior_preservation": False, "num_class_images": 7}, "num_class_images = 7 has no effect with prior"),
     "tower": ({"train_text_encoder": False, "text_encoder_multiplier": 0.5}, "text_encoder_multiplier = 0.5"),
+    "shared": ({"create_class_images": True}, "create_class_images = True has no effect without class_images"),
+    "subjects": ({"subjects": "a", "instance_images": "b"}, "instance_images = 'b' has no effect with subjects"),
     "moments": ({"optimizer": "adafactor", "moment_dtype": "bfloat16"}, "moment_dtype = 'bfloat16'"),
     "sheets": ({"sample_prompts": (), "sample_count": 2}, "sample_count = 2 has no effect without sample_prompts"),
 }

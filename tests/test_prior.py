@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 from support.runs import config_of
 
 from dreambooth_jax.data.class_images import (
@@ -28,6 +28,8 @@ from dreambooth_jax.files.digest import parts_digests, weights_digest
 from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.painting.painter import make_painter
 from dreambooth_jax.painting.sheets import save_png
+from dreambooth_jax.runs.plan_text import plan_text
+from dreambooth_jax.runs.setup import set_up
 
 DIGEST = "0123456789abcdef" * 2
 ABOUT = {"model": "micro", "model_digest": DIGEST, "sampler": "ddim"}
@@ -209,6 +211,20 @@ def test_what_a_persons_folder_lacks_is_painted_into_the_workdir(prior, micro, t
         class_images_to_paint(config, "0" * 32)
 
 
+def test_the_plan_names_what_the_folder_of_class_images_holds_besides(micro, tmp_path):
+    folder = own(tmp_path / "mine", "rex.jpg", "fido.png")
+    own(folder / "more", "bello.png")
+    (folder / "fido.ARW").write_bytes(b"?")
+    run = set_up(
+        config_of(tmp_path / "run", base=micro, num_class_images=2, class_images=str(folder)), jax.devices()[:1]
+    )
+    lines = [line.strip() for line in plan_text(run, done=0).splitlines() if line.startswith("   class: ")]
+    assert lines == [
+        "class: not used: more/: a subfolder with 1 images; subfolders are not searched",
+        "class: not used: fido.ARW: a ARW file; the picture of that name is read",
+    ]
+
+
 @pytest.mark.parametrize("colour", ["black", "white"])
 def test_own_class_images_that_show_nothing_are_named(micro, tmp_path, colour):
     folder = own(tmp_path / "mine", "rex.jpg")
@@ -235,8 +251,11 @@ def test_one_flipped_bit_changes_the_digest_of_all_bytes(tmp_path):
     assert weights_digest(tmp_path / "flipped", ["unet"]) == weights_digest(tmp_path / "one", ["unet"])
 
 
+CUT_OFF = save({"a": np.zeros(1000, np.float32)})[:-1]
+
+
 @pytest.mark.parametrize(
-    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"", b"\x02" + bytes(7)]
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"", b"\x02" + bytes(7), CUT_OFF]
 )
 def test_files_that_are_no_weights_are_named(tmp_path, content):
     (tmp_path / "unet").mkdir()

@@ -6,11 +6,25 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from dreambooth_jax.files.diffusers_folder import INDEX, components, read_json
 from dreambooth_jax.files.weight_files import WeightsError, weight_files
 
 _BLOCK = 4096  # bytes
 _PIECE = 2**22  # bytes read at once
 _LFS = b"version "  # first 8 bytes of a pointer
+
+
+def check_files(folder: Path) -> None:
+    """Opens the configs of a pipeline folder's models and the headers of their weights, which is cheap.
+
+    Raises:
+        FileNotFoundError, UnsupportedConfig: a config is not there or no JSON.
+        WeightsError: weights are absent, cut off, or in a format that is not read.
+    """
+    models = [name for name in components(read_json(folder, INDEX)) if (folder / name / "config.json").is_file()]
+    for name in models:
+        read_json(folder, f"{name}/config.json")
+    _by_part(folder, models)
 
 
 def weights_digest(folder: Path, parts: Iterable[str]) -> str:
@@ -81,7 +95,7 @@ def _tensors(paths: Iterable[Path]) -> dict[str, _Tensor]:
     """The tensors by their names, from the headers of safetensors files.
 
     Raises:
-        WeightsError: a file is no safetensors file.
+        WeightsError: a file is no safetensors file, or is cut off.
     """
     found = {}
     for path in paths:
@@ -94,6 +108,8 @@ def _tensors(paths: Iterable[Path]) -> dict[str, _Tensor]:
                 for name, about in places.items():
                     ends = (8 + size + offset for offset in about["data_offsets"])
                     found[name] = _Tensor(path, about["dtype"], about["shape"], *ends)
+                if max((found[name].stop for name in places), default=0) > path.stat().st_size:
+                    raise ValueError("it ends too early")
             except (ValueError, AttributeError, KeyError, TypeError) as error:
                 pointer = " but a pointer of Git LFS (git lfs pull fetches the file)" if start == _LFS else ""
                 raise WeightsError(f"{path}: not a readable safetensors file{pointer}. Download it again.") from error
