@@ -117,8 +117,10 @@ AVERAGED = {"decay": 0.9999, "inv_gamma": 1.0, "optimization_step": 100, "use_em
         (TEXT, lambda tensors: tensors.update(SPARE), "text_projection"),
         ("unet/config.json", lambda c: c.update(AVERAGED), "decay, inv_gamma"),
         ("unet/config.json", lambda c: c.update(only_cross_attention=[False, False]), None),
+        ("model_index.json", lambda c: c.update(_class_name="StableDiffusionImg2ImgPipeline"), None),
+        ("model_index.json", lambda c: c.update(_class_name="StableDiffusionInpaintPipeline"), None),
     ],
-    ids=["old defaults", "clip skip", "projection", "average", "list of falses"],
+    ids=["old defaults", "clip skip", "projection", "average", "list of falses", "image to image", "inpainting"],
 )
 def test_fields_that_training_does_not_read_are_ignored_with_one_line(copy, file, function, said, caplog):
     change(copy / file, function)

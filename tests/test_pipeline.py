@@ -112,7 +112,7 @@ def broken(sd15, tmp_path, file: str, change) -> str:
 @pytest.mark.parametrize(
     ("file", "field", "value"),
     [
-        ("model_index.json", "_class_name", "StableDiffusionImg2ImgPipeline"),
+        ("model_index.json", "_class_name", "StableDiffusionXLImg2ImgPipeline"),
         ("unet/config.json", "addition_embed_type", "text_time"),
         ("vae/config.json", "shift_factor", 0.5),
         ("text_encoder/config.json", "hidden_act", "relu"),

@@ -15,6 +15,7 @@ from support.painting import painted_by_diffusers, painted_by_sample
 
 from dreambooth_jax import export
 from dreambooth_jax.families.pipeline import describe_base, load_pipeline, read_params
+from dreambooth_jax.files import hub
 from dreambooth_jax.files.safetensors import file_name, to_file_axes
 from dreambooth_jax.files.single_file import (
     SD1,
@@ -116,7 +117,7 @@ def test_a_single_file_is_a_base_and_other_tools_files_are_read(sd21, tmp_path):
     assert split_base(f"{other}")[1] == SD21 and split_base("tiny") == (None, "tiny")
 
 
-def test_bad_files(sd15, sd21, tmp_path):
+def test_bad_files(sd15, sd21, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     write_single_file(path, sd15.params, SD1, dtype="float32", metadata={})
     with pytest.raises(WeightsError, match=r"is no SD 2\.x file of these configs: .*\n  missing: "):
@@ -130,6 +131,10 @@ def test_bad_files(sd15, sd21, tmp_path):
     ):
         with pytest.raises(WeightsError, match=message):
             load_pipeline(str(tmp_path / name))
+    monkeypatch.setattr(hub, "_fetch", lambda base, weights: 1 / 0)
+    monkeypatch.setattr(hub, "_cached", lambda base: None)
+    with pytest.raises(FileNotFoundError, match=rf"{path}': configs and tokenizer .* come from {SD15}.*{path}@/path"):
+        load_pipeline(str(path))
 
 
 def test_a_run_as_one_file_paints_alike(finished, micro, tmp_path, capsys):

@@ -4,4 +4,6 @@ from dreambooth_jax.families import imagen, sd, sdxl, upscaler
 from dreambooth_jax.families.family import Family
 
 _ALL = (sd.FAMILY, sdxl.FAMILY, imagen.STAGE_I, imagen.STAGE_II, upscaler.FAMILY)
-FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+# Folders of the same models that were saved by another pipeline of diffusers.
+_OTHER_NAMES = {"StableDiffusionImg2ImgPipeline": sd.FAMILY, "StableDiffusionInpaintPipeline": sd.FAMILY}
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL} | _OTHER_NAMES

@@ -20,7 +20,7 @@ def resolve_base(base: str) -> Path:
         FileNotFoundError: neither a folder nor a hub name that can be fetched.
         WeightsError: the hub has the base, but not in a format that is read; or the folder holds a pipe.
     """
-    file = None
+    file, given = None, base
     if ".safetensors" in base or ".ckpt" in base:
         from dreambooth_jax.files.single_file import split_base  # here, as most bases need no JAX to be found
 
@@ -42,6 +42,12 @@ def resolve_base(base: str) -> Path:
         cached = _cached(base)
         if cached is not None:
             return cached
+        if file is not None:
+            raise FileNotFoundError(
+                f"base = {given!r}: configs and tokenizer of this kind of file come from {base}, which is no folder, "
+                f"and the model hub did not give it ({error}). Check the network, or name a folder of such a base: "
+                f"{file}@/path/to/folder"
+            ) from error
         raise FileNotFoundError(
             f"base = {base!r}: no such folder, and the model hub did not give it ({error}). "
             "Check the name and the network, or give a local folder with --config.base=/path."
