@@ -1,18 +1,22 @@
 """A training run killed again and again ends where the uninterrupted one ends, bit for bit.
 
-    python benchmarks/kills.py                          # 200 SIGKILLs in five chains; 45 minutes on two busy cores
+    python benchmarks/kills.py                          # 200 SIGKILLs in five chains
     python benchmarks/kills.py --kills 20 --chains 2
     python benchmarks/kills.py --folder runs/kills      # kept; the same command goes on where it was stopped
 
 Every chain trains a LoRA of the tests' micro base, whose steps take milliseconds, and saves or paints every few steps.
 A moment is random: any time of the process's life, or soon after a picture, a checkpoint or a sheet. The signal is
-SIGKILL; in every second chain one in four is SIGTERM, SIGINT or SIGHUP instead, and the run must then leave by itself,
-with the code of the signal. A chain that reaches the end is compared, and begins anew.
+SIGKILL; in every second chain one in four is SIGTERM, SIGINT or SIGHUP in turn instead, and the run must then leave by
+itself, with the code of the signal. A chain that reaches the end is compared, and begins anew.
+
+A run is the train command in a process of its own, forked from one that has only imported the library: a process that
+is killed while it imports has touched nothing, and to import costs as much as the rest.
 """
 
 import argparse
 import collections
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -22,25 +26,45 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import Popen
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from support.runs import assert_same_run, checkpoints, finish, log_of, pictures, start, write_micro
+from support.runs import ROOT, SMALL, assert_same_run, checkpoints, flags, log_of, pictures, write_micro
+
+from dreambooth_jax import train
 
 FIELDS = {
-    "method": "lora",
-    "lora_rank": 2,
-    "train_text_encoder": False,
-    "num_class_images": 6,
-    "class_batch_size": 2,
-    "steps": 24,
-    "save_every": 3,
-    "sample_every": 6,
-    "keep_last": 2,
-}
+    "method": "lora", "lora_rank": 2, "train_text_encoder": False, "num_class_images": 6, "class_batch_size": 2,
+    "steps": 12, "save_every": 2, "sample_every": 4, "keep_last": 2,
+}  # fmt: skip
 MOMENTS = ("any moment", "any moment", "class image", "writing", "saved", "sheet")
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["__main__", "dreambooth_jax.runs.training", "dreambooth_jax.runs.many"])
+Process = multiprocessing.process.BaseProcess
+
+
+def command(workdir: Path, base: Path) -> None:
+    """The train command in this process; its output goes to the run's log."""
+    for number in ASKED:  # as a shell starts it
+        signal.signal(number, signal.SIG_DFL)
+    log = os.open(log_of(workdir), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(ROOT)
+    train.main(["--config", "configs/dog.py", *flags(**SMALL | FIELDS | {"workdir": str(workdir), "base": str(base)})])
+
+
+def start(workdir: Path, base: Path) -> Process:
+    process = FORKING.Process(target=command, args=(workdir, base))
+    process.start()
+    return process
+
+
+def finish(workdir: Path, base: Path) -> None:
+    process = start(workdir, base)
+    process.join()
+    assert process.exitcode == 0, log_of(workdir).read_text()
 
 
 def event_of(kind: str, workdir: Path, seconds: float) -> Callable[[], bool]:
@@ -56,15 +80,17 @@ def event_of(kind: str, workdir: Path, seconds: float) -> Callable[[], bool]:
     }[kind]
 
 
-def send_when(process: Popen, number: signal.Signals, happened: Callable[[], bool], delay: float) -> tuple[bool, float]:
+def send_when(
+    process: Process, number: signal.Signals, happened: Callable[[], bool], delay: float
+) -> tuple[bool, float]:
     """Sends a signal `delay` seconds after `happened()`; (whether the process was running, seconds until its end)."""
-    while not happened() and process.poll() is None:
+    while not happened() and process.is_alive():
         time.sleep(0.005)
     time.sleep(delay)
-    was_running = process.poll() is None
-    process.send_signal(number)
+    if was_running := process.is_alive():
+        os.kill(process.pid, number)
     sent = time.monotonic()
-    process.wait(300)
+    process.join(300)
     return was_running, time.monotonic() - sent
 
 
@@ -93,16 +119,16 @@ def chain(number: int, kills: int, base: Path, whole: Path, seconds: float) -> d
         random_ = random.Random(f"{number} {len(done['kills'])} {len(done['asked'])} {done['ended']}")
         kind, delay = random_.choice(MOMENTS), random_.uniform(0, 0.3)
         asked = number % 2 == 1 and random_.random() < 0.25
-        name = random_.choice(ASKED) if asked else signal.SIGKILL
+        name = ASKED[len(done["asked"]) % len(ASKED)] if asked else signal.SIGKILL
         before = len(log_of(workdir).read_text()) if log_of(workdir).exists() else 0
-        process = start(workdir, base=str(base), **FIELDS)
+        process = start(workdir, base)
         try:
             was_running, took = send_when(process, name, event_of(kind, workdir, random_.uniform(0, seconds)), delay)
         finally:
             process.kill()
         log = log_of(workdir).read_text()[before:]
-        assert ends_well(process.returncode, name, log), f"{kind}, {name.name}: code {process.returncode}\n{log}"
-        if process.returncode == 0:
+        assert ends_well(process.exitcode, name, log), f"{kind}, {name.name}: code {process.exitcode}\n{log}"
+        if process.exitcode == 0:
             same(workdir, whole)
             shutil.rmtree(workdir)
             done["ended"] += 1
@@ -111,7 +137,7 @@ def chain(number: int, kills: int, base: Path, whole: Path, seconds: float) -> d
             done["slowest"] = max(done["slowest"], took)
             print(f"chain {number}, {len(done['kills'])} kills: {done['asked' if asked else 'kills'][-1]}", flush=True)
         file.write_text(json.dumps(done))
-    finish(workdir, base=str(base), **FIELDS)
+    finish(workdir, base)
     same(workdir, whole)
     return done
 
@@ -132,16 +158,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder of all runs, kept (default: a temporary one)")
     options = parser.parse_args()
     folder = options.folder.absolute() if options.folder else Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
     base, whole = folder / "base", folder / "whole"
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    for number in ASKED:  # the runs inherit what a shell ignores in the background
-        signal.signal(number, signal.SIG_DFL)
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     if not (folder / "seconds.json").exists():
         write_micro(base)
-        finish(whole, base=str(base), **FIELDS)
+        finish(whole, base)
         began = time.monotonic()  # compiled programs are found from now on
-        finish(folder / "again", base=str(base), **FIELDS)
+        finish(folder / "again", base)
         same(folder / "again", whole)
         (folder / "seconds.json").write_text(str(time.monotonic() - began))
     seconds = json.loads((folder / "seconds.json").read_text())
