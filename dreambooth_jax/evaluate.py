@@ -9,6 +9,7 @@ python -m dreambooth_jax.evaluate --config configs/protocol.py:sd15 --config.dat
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -75,6 +76,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lpips", default="", help="folder of benchmarks/convert_weights.py, for DIV")
     parser.add_argument("--backbone", choices=BACKBONES, default="alex", help="of LPIPS (default: alex)")
     options, rest = parser.parse_known_args(arguments)
+    options.workdir = options.workdir and os.path.expanduser(options.workdir)
     options.overrides = [text for text in rest if options.config and re.match(r"--config\.[\w.]+=", text)]
     if unknown := [text for text in rest if text not in options.overrides]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -16,13 +16,19 @@ from dreambooth_jax.runs.command import one_line_errors, step_of
 FORMATS = ("folder", "single", "kohya", "peft", "embedding")
 
 
-def check_output(output: str, base: Path) -> None:
-    """Raises ValueError if an export to `output` would write over the base in `base`."""
-    place, base = Path(output).resolve(), base.resolve()
-    if place == base or base in place.parents:
-        raise ValueError(
-            f"--output {output} lies in the run's own base, {base}: the export would overwrite it. Give another folder."
-        )
+def check_output(output: str, base: str) -> None:
+    """Raises ValueError if an export to `output` would write over the base of the run, its folder or single file."""
+    from dreambooth_jax.files.hub import resolve_base
+    from dreambooth_jax.files.single_file import split_base
+
+    file, _ = split_base(base)
+    place = Path(output).resolve()
+    for own in (resolve_base(base).resolve(), *([file.resolve()] if file else [])):
+        if place == own or own in place.parents:
+            raise ValueError(
+                f"--output {output} lies in the run's own base, {own}: the export would overwrite it. Give another "
+                "place."
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,11 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runtime.start()
         import jax.numpy as jnp
 
-        from dreambooth_jax.files.hub import resolve_base
         from dreambooth_jax.runs.exports import export
         from dreambooth_jax.runs.workdir import read_config
 
-        check_output(options.output, resolve_base(read_config(options.workdir).base))
+        check_output(options.output, read_config(options.workdir).base)
         settings = {"step": options.step, "kind": options.format, "rank": options.rank, "hub": options.push_to_hub}
         print(export(options.workdir, options.output, dtype=jnp.dtype(options.dtype), **settings))
 

@@ -195,8 +195,21 @@ def test_untouched_defaults_are_silent():
 def test_paths_become_absolute_and_names_do_not(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "base").mkdir()
-    config = config_of(Path("~/run"), base="~/base", class_images="own", instance_images="~/photos")
+    paths = {"subjects": "~/table.csv", "init_adapter": "~/a.safetensors", "held_out_images": "~/held"}
+    config = config_of(
+        Path("~/run"), base="~/base", class_images="own", instance_images="~/photos", stages=("~/base", "a/hub"),
+        judge_dino="~/base", judge_clip="a/hub", **paths,
+    )  # fmt: skip
     found = absolute_paths(config)
+    assert {name: found[name] for name in paths} == {name: f"{tmp_path}{text[1:]}" for name, text in paths.items()}
+    assert (found.stages, found.judge_dino, found.judge_clip) == (
+        (f"{tmp_path}/base", "a/hub"),
+        f"{tmp_path}/base",
+        "a/hub",
+    )
+    (tmp_path / "one.safetensors").touch()
+    single = absolute_paths(config_of(tmp_path, base="~/one.safetensors@~/base"))
+    assert single.base == f"{tmp_path}/one.safetensors@{tmp_path}/base"
     assert (found.workdir, found.base) == (f"{tmp_path}/run", f"{tmp_path}/base")
     assert (found.class_images, found.instance_images) == (f"{Path.cwd()}/own", f"{tmp_path}/photos")
     for name in ("tiny", "stable-diffusion-v1-5/stable-diffusion-v1-5"):

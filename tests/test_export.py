@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support.painting import painted_by_diffusers, painted_by_sample
 
 from dreambooth_jax import export
@@ -59,3 +60,16 @@ def test_errors(finished, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(SystemExit, match=message):
             export.main(["--workdir", str(arguments[0]), "--output", str(arguments[1])])
+
+
+def test_the_runs_own_base_is_not_overwritten(micro, tmp_path):
+    """In its folder, under another name of it, or in the file that it is."""
+    (tmp_path / "link").symlink_to(micro)
+    for output in (micro, f"{micro}/unet", tmp_path / "link" / "new"):
+        with pytest.raises(ValueError, match="lies in the run's own base"):
+            export.check_output(str(output), micro)
+    file = tmp_path / "one.safetensors"
+    save_file({"model.diffusion_model.x": np.zeros(1, np.float32)}, file)
+    with pytest.raises(ValueError, match="lies in the run's own base"):
+        export.check_output(str(file), f"{file}@{micro}")
+    export.check_output(str(tmp_path / "out"), micro)

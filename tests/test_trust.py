@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -218,6 +219,7 @@ def test_the_only_checkpoint_damaged_is_said_and_the_run_begins_anew(micro, work
     text = plan_text(run, done=0)
     assert "the bytes of trainable are not those that were saved" in text and "damaged_checkpoints/60" in text
     assert "going on" not in text
+    assert re.search(r"warning: keep_last = 1: .* nothing is left; 2 would take [\d.e-]+ GB more", text)
 
 
 def test_half_written_files_of_a_killed_run_are_removed(micro, workdir, capfd):

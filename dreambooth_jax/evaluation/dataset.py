@@ -40,7 +40,7 @@ def read_dataset(folder: str | os.PathLike) -> list[Subject]:
         FileNotFoundError: no classes file, or no subject's folder.
         ValueError: a folder of photos that the classes file does not name.
     """
-    path = epath.Path(folder)
+    path = epath.Path(folder).expanduser()
     classes = path / CLASSES_FILE
     if not classes.exists():
         raise FileNotFoundError(f"{classes} is not there: give the folder `dataset` of google/dreambooth")

@@ -287,22 +287,26 @@ def absolute_paths(config: ConfigDict) -> ConfigDict:
     return changed
 
 
-def _absolute(config: ConfigDict | Mapping[str, Any]) -> dict[str, str]:
+def _absolute(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Field -> absolute path; names of hubs and data sets, and buckets, stay as they are."""
-    paths = {}
-    for name in ("workdir", "instance_images", "held_out_images", "class_images", "base"):
+    paths: dict[str, Any] = {}
+    for name in ("workdir", "instance_images", "held_out_images", "class_images", "subjects", "init_adapter"):
         text = config.get(name, "")  # older versions had fewer
-        if not text or re.match(r"[a-z]+:", text) or (name == "base" and (text == "tiny" or not _exists(text))):
-            continue
-        if name == "held_out_images" and text.isdecimal():  # a number of photos
+        if not text or re.match(r"[a-z]+:", text) or (name == "held_out_images" and text.isdecimal()):  # a number
             continue
         path = os.path.expanduser(text)
-        paths[name] = os.path.abspath(shipped(path) if name == "instance_images" else path)
-    return paths
+        paths[name] = os.path.abspath(shipped(path) if name in ("instance_images", "subjects") else path)
+    paths |= {name: _model_path(config[name]) for name in ("base", "judge_dino", "judge_clip") if name in config}
+    return paths | {"stages": tuple(map(_model_path, config.get("stages", ())))}
 
 
-def _exists(path: str) -> bool:
-    return os.path.exists(os.path.expanduser(path))
+def _model_path(name: str) -> str:
+    """Absolute path of a model's folder, or of FILE or FILE@TEMPLATE; the name of a hub, or "tiny", as it is."""
+    place, at, template = name.partition("@")
+    path = os.path.expanduser(place)
+    if name == "tiny" or not os.path.exists(path):
+        return name
+    return os.path.abspath(path) + at + (_model_path(template) if at else "")
 
 
 _ATTENTION = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"

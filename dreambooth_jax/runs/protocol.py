@@ -77,7 +77,7 @@ def _names(subjects: list[Subject]) -> str:
 
 def train_config(config: ConfigDict, subject: Subject) -> ConfigDict:
     """The training config of a subject: class images are shared by the subjects of a class."""
-    folder = epath.Path(config.workdir)
+    folder = epath.Path(config.workdir).expanduser()
     train = ConfigDict(config.train)
     train.workdir = str(folder / subject.name)
     train.instance_images = str(subject.folder)
@@ -128,7 +128,7 @@ def write_tables(config: ConfigDict, judge: Judge, sections: dict[str, Section],
     scores = {name: section.scores for name, section in sections.items()}
     both: list[Row] = summary(label, rows[0].protocol, scores)
     text = markdown([*both, *rows], list(MEASURES), PAPER)
-    folder = epath.Path(config.workdir)
+    folder = epath.Path(config.workdir).expanduser()
     if runtime.is_first_process():
         notes = {"Config": config.to_json(indent=1), "Repeat": command}
         html = page(
