@@ -69,29 +69,27 @@ photos_are_here() {
 
 # Copies the package, the configs and the photos to every host and installs them into a virtual environment.
 install() {
-    local stage failed=0
     if photos_are_here && [[ ! -d $PHOTOS ]]; then
         echo "PHOTOS=$PHOTOS: no such folder; expected a folder of pictures" >&2
         return 1
     fi
-    stage=$(mktemp -d)
-    copy_to_hosts "$stage" || failed=1
-    rm -rf "$stage"
-    [[ $failed == 0 ]] || return 1
+    copy_to_hosts || return 1
     on_all_hosts "mkdir -p job && tar -xzf job.tgz -C job && rm job.tgz && cd job &&
         python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.11 env &&
         python3 -m uv pip install -q --python env -e '.[tpu]'"
 }
 
-copy_to_hosts() {
-    local photos=()
+# In a shell of its own, whose trap removes the copies of the photos however it ends.
+copy_to_hosts() (
+    photos=() stage=$(mktemp -d)
+    trap 'rm -rf "$stage"' EXIT
     if photos_are_here; then
-        run cp -RL -- "$PHOTOS" "$1/photos" || return
-        photos=(-C "$1" photos)
+        run cp -RL -- "$PHOTOS" "$stage/photos" || exit
+        photos=(-C "$stage" photos)
     fi
-    run tar -czf "$1/job.tgz" --exclude=__pycache__ setup.py README.md dreambooth_jax configs "${photos[@]}" || return
-    run gcloud compute tpus tpu-vm scp "$1/job.tgz" "$NAME:job.tgz" "${where[@]}" --worker=all
-}
+    run tar -czf "$stage/job.tgz" --exclude=__pycache__ setup.py README.md dreambooth_jax configs "${photos[@]}" || exit
+    run gcloud compute tpus tpu-vm scp "$stage/job.tgz" "$NAME:job.tgz" "${where[@]}" --worker=all
+)
 
 # Starts the same command on every host; it resumes from the last checkpoint in WORKDIR. Compiled programs are kept
 # there too, for the next slice. MODULE says which command it is.
@@ -103,8 +101,13 @@ train() {
     evaluate) what=(evaluate --workdir "$WORKDIR") ;;
     protocol) what=(evaluate --config "$CONFIG" --config.workdir="$WORKDIR" --config.dataset="$source") ;;
     esac
-    [[ -z $ARGS ]] ||
-        mapfile -d '' -t args < <(xargs printf '%s\0' <<<"$ARGS") # splits words at quotes as a shell does, runs nothing
+    if [[ -n $ARGS ]]; then # xargs splits words at quotes as a shell does, and runs nothing
+        if ! xargs printf '%s\0' <<<"$ARGS" >/dev/null; then
+            echo "ARGS=$ARGS: expected words, each quote closed on its own line" >&2
+            return 2
+        fi
+        mapfile -d '' -t args < <(xargs printf '%s\0' <<<"$ARGS")
+    fi
     on_all_hosts "cd job &&$(quoted env "JAX_COMPILATION_CACHE_DIR=$WORKDIR/xla" env/bin/python -m \
         "dreambooth_jax.${what[0]}" "${what[@]:1}" "${args[@]}")"
 }

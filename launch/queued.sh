@@ -60,7 +60,8 @@ all() {
         fi
         echo "the slice was taken away; a new one is requested, and the run resumes from the last checkpoint" >&2
         delete
-        create
+        created=
+        create_or_attach
     done
     fetch
 }

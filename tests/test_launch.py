@@ -143,6 +143,23 @@ def test_a_creation_that_fails_deletes_nothing(cloud, script, tmp_path):
     assert not [call for call in calls(cloud) if " delete " in call or " scp " in call]
 
 
+def test_a_second_creation_that_fails_deletes_nothing_either(cloud, tmp_path):
+    (tmp_path / "cloud" / "once").touch()
+    done = subprocess.run([ROOT / "launch" / "queued.sh", "all"], env=cloud, capture_output=True, text=True)
+    assert done.returncode == 1 and "the slice was not created" in done.stderr
+    made = [kind for call in calls(cloud) for kind in ("create", "delete") if f" {kind} " in call]
+    assert made == ["create", "delete", "create"]
+
+
+@pytest.mark.parametrize("args", ["--config.steps='2", "'a\nb'"])
+def test_arguments_that_cannot_be_split_are_an_error(cloud, args):
+    done = subprocess.run(
+        [ROOT / "launch" / "tpu_vm.sh", "train"], env=cloud | {"ARGS": args, "DRY_RUN": "1"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "expected words" in done.stderr and "dreambooth_jax.train" not in done.stderr
+
+
 ODD = "a; touch pwned #'\"$(touch pwned)\nz"
 
 
@@ -211,10 +228,12 @@ def test_a_folder_of_photos_may_have_any_name(cloud, tmp_path):
     photos = tmp_path / "d, e"
     shutil.copytree(ROOT / "examples" / "subjects" / "dog", photos)
     step(cloud, "create")
-    step(cloud | {"PHOTOS": str(photos)}, "install")
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    step(cloud | {"PHOTOS": str(photos), "TMPDIR": str(copies)}, "install")
     host = tmp_path / "cloud" / "host0"
     assert {path.name for path in (host / "job" / "photos").iterdir()} == {path.name for path in photos.iterdir()}
-    assert not (host / "job.tgz").exists()
+    assert not (host / "job.tgz").exists() and not list(copies.iterdir())
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -1,5 +1,6 @@
 """Stands in for `gcloud` on PATH: a slice has one folder per host in $FAKE_CLOUD, and its hosts' commands are processes
-of this machine. A file `preempt` there takes the slice away once, as Google does: SIGTERM, then gone.
+of this machine. A file `preempt` there takes the slice away once, as Google does: SIGTERM, then gone. With a file
+`full` there are no slices left; with `once` there is one, which is taken away before it is used.
 """
 
 import os
@@ -20,9 +21,12 @@ STATE = CLOUD / "state"
 def create() -> int:
     if STATE.exists() or (CLOUD / "full").exists():
         return 1
+    once = CLOUD / "once"
     for host in HOSTS:
         host.mkdir(parents=True)
-    STATE.write_text("ACTIVE")
+    STATE.write_text("SUSPENDED" if once.exists() else "ACTIVE")
+    if once.exists():
+        once.rename(CLOUD / "full")
     return 0
 
 
