@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -185,15 +186,17 @@ def test_absent_weights(sd15, tmp_path):
 
 
 def test_pickles_are_refused_with_a_command_that_converts_them(sd15, tmp_path, monkeypatch):
-    write_folder(tmp_path / "base", safe_serialization=False)
-    folder = tmp_path / "base" / "unet"
+    base = tmp_path / 'it\'s "$HOME" base'
+    write_folder(base, safe_serialization=False)
+    folder = base / "unet"
     with pytest.raises(WeightsError, match=r"diffusion_pytorch_model\.bin") as error:
         read_model(folder, sd15.pipeline.models.functions["unet"].shapes)
-    # `python -c "..."`, run here to save importing PyTorch once more.
-    program = str(error.value).split('python -c "')[1].rstrip('"')
+    # `python -c "..." ARGUMENTS`, run here to save importing PyTorch once more.
+    _, _, program, *arguments = shlex.split(str(error.value).splitlines()[-1])
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
     exec(program, {})
     assert_same(
-        read_model(tmp_path / "base-safetensors" / "unet", sd15.pipeline.models.functions["unet"].shapes),
+        read_model(base.with_name(f"{base.name}-safetensors") / "unet", sd15.pipeline.models.functions["unet"].shapes),
         under_prefix("unet.", sd15.params),
     )
 

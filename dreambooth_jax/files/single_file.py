@@ -5,6 +5,7 @@ A1111, ComfyUI, kohya's scripts and Civitai have SD 1.x, SD 2.x and SDXL in this
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,10 +195,10 @@ def check_path(path: str | os.PathLike) -> Path:
     if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
         raise WeightsError(
             f"{path}: a pickle, which can run code when opened and is refused. Convert it once, where PyTorch is:\n"
-            '  python -c "import torch; from safetensors.torch import save_file; '
-            f"x = torch.load('{path}', map_location='cpu', weights_only=True); x = x.get('state_dict', x); "
-            "save_file({k: v.contiguous() for k, v in x.items() if hasattr(v, 'contiguous')}, "
-            f"'{path.with_suffix(SUFFIX)}')\""
+            '  python -c "import sys, torch; from safetensors.torch import save_file; '
+            "x = torch.load(sys.argv[1], map_location='cpu', weights_only=True); x = x.get('state_dict', x); "
+            "save_file({k: v.contiguous() for k, v in x.items() if hasattr(v, 'contiguous')}, sys.argv[2])\" "
+            + shlex.join([str(path), str(path.with_suffix(SUFFIX))])
         )
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")

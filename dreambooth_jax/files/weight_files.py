@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -51,8 +52,9 @@ def choose(names: Iterable[str], where: str, base: str) -> list[str]:
         raise WeightsError(
             f"{where}: only pickled weights ({', '.join(pickles)}), which can run code when opened and are refused. "
             "Convert the base once, where PyTorch is installed, and train from the new folder:\n"
-            '  python -c "from diffusers import DiffusionPipeline as P; '
-            f"P.from_pretrained('{base}').save_pretrained('{converted}-safetensors')\""
+            '  python -c "import sys; from diffusers import DiffusionPipeline as P; '
+            'P.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])" '
+            + shlex.join([base, f"{converted}-safetensors"])
         )
     raise WeightsError(f"{where}: no weights. Expected {' or '.join(WEIGHT_FILES)}.")
 
