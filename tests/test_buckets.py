@@ -231,3 +231,5 @@ def test_what_has_no_buckets_says_so(micro, tmp_path):
         set_up(config_of(tmp_path / "run", base=micro, buckets=True, stages=("another",)), jax.devices()[:1])
     with pytest.raises(ConfigError, match="buckets: not implemented for many subjects at once"):
         check_config(config_of(tmp_path, buckets=True, subjects="folder", method="lora"))
+    with pytest.raises(ConfigError, match="held_out_images: not implemented with buckets"):
+        check_config(config_of(tmp_path, buckets=True, held_out_images="1", evaluate_every=20))

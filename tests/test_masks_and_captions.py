@@ -162,5 +162,7 @@ def test_a_run_with_all_of_them_has_the_shapes_that_plans_have(micro, tmp_path):
 def test_where_they_are_not_implemented_they_are_refused(tmp_path):
     config = config_of(tmp_path, shuffle_tags=2, caption_dropout=0.1, masked_loss=True, sr_crop=64)
     config.update(subjects=str(tmp_path), method="lora")
-    with pytest.raises(ConfigError, match=r"(?s)shuffle_tags, caption_dropout: .*many.*masked_loss: .*sr_crop"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)shuffle_tags, caption_dropout, sr_crop: .*many.*masked_loss: .*sr_crop"
+    ):
         check_config(config)
