@@ -34,9 +34,16 @@ from support.runs import ROOT, SMALL, assert_same_run, checkpoints, flags, log_o
 from dreambooth_jax import train
 
 FIELDS = {
-    "method": "lora", "lora_rank": 2, "train_text_encoder": False, "num_class_images": 6, "class_batch_size": 2,
-    "steps": 12, "save_every": 2, "sample_every": 4, "keep_last": 2,
-}  # fmt: skip
+    "method": "lora",
+    "lora_rank": 2,
+    "train_text_encoder": False,
+    "num_class_images": 6,
+    "class_batch_size": 2,
+    "steps": 12,
+    "save_every": 2,
+    "sample_every": 4,
+    "keep_last": 2,
+}
 MOMENTS = ("any moment", "any moment", "class image", "writing", "saved", "sheet")
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FORKING = multiprocessing.get_context("forkserver")

@@ -149,8 +149,10 @@ def test_a_damaged_base_is_named_before_jax_is_imported(micro, tmp_path, kind, m
     program = "import sys; sys.modules['jax'] = None; from dreambooth_jax.train import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "--config", DOG, f"--config.base={base}", f"--config.workdir={tmp_path}/run"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 1 and message in done.stderr and not (tmp_path / "run").exists()
 
 
@@ -197,9 +199,15 @@ def test_paths_become_absolute_and_names_do_not(tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     paths = {"subjects": "~/table.csv", "init_adapter": "~/a.safetensors", "held_out_images": "~/held"}
     config = config_of(
-        Path("~/run"), base="~/base", class_images="own", instance_images="~/photos", stages=("~/base", "a/hub"),
-        judge_dino="~/base", judge_clip="a/hub", **paths,
-    )  # fmt: skip
+        Path("~/run"),
+        base="~/base",
+        class_images="own",
+        instance_images="~/photos",
+        stages=("~/base", "a/hub"),
+        judge_dino="~/base",
+        judge_clip="a/hub",
+        **paths,
+    )
     found = absolute_paths(config)
     assert {name: found[name] for name in paths} == {name: f"{tmp_path}{text[1:]}" for name, text in paths.items()}
     assert (found.stages, found.judge_dino, found.judge_clip) == (

@@ -154,9 +154,11 @@ def test_a_second_creation_that_fails_deletes_nothing_either(cloud, tmp_path):
 @pytest.mark.parametrize("args", ["--config.steps='2", "'a\nb'"])
 def test_arguments_that_cannot_be_split_are_an_error(cloud, args):
     done = subprocess.run(
-        [ROOT / "launch" / "tpu_vm.sh", "train"], env=cloud | {"ARGS": args, "DRY_RUN": "1"}, capture_output=True,
+        [ROOT / "launch" / "tpu_vm.sh", "train"],
+        env=cloud | {"ARGS": args, "DRY_RUN": "1"},
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and "expected words" in done.stderr and "dreambooth_jax.train" not in done.stderr
 
 

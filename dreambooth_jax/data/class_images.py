@@ -126,9 +126,11 @@ def describe_class_images(config: ConfigDict, to_paint: int) -> str:
 def class_notes(config: ConfigDict) -> list[str]:
     """Lines for the plan: what the folders of class images hold that is not used, and where their captions are."""
     return [
-        line for folder in class_folders(config) if list_images(folder)
+        line
+        for folder in class_folders(config)
+        if list_images(folder)
         for line in report(list_source(folder, config.captions))
-    ]  # fmt: skip
+    ]
 
 
 def missing_class_images(folder: str | os.PathLike, count: int) -> list[int]:

@@ -278,9 +278,10 @@ def _warnings(many: _Lanes, subject: Subject, examples: Examples) -> list[str]:
     """What defeats the training of one subject."""
     own, tokenizer = subject.config(many.job.config), many.job.pipeline.tokenizer
     return [
-        *check_identifier(tokenizer, subject.identifier), *contradictions(own, examples.captions),
+        *check_identifier(tokenizer, subject.identifier),
+        *contradictions(own, examples.captions),
         *too_long(examples.captions, subject.identifier, tokenizer),
-    ]  # fmt: skip
+    ]
 
 
 def _loop(
