@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.runs import ROOT, config_of, finish
+from support.runs import ROOT, config_of, finish, get_config
 
 from dreambooth_jax import evaluate
 from dreambooth_jax.adapters.inversion import TEMPLATES
@@ -158,6 +158,7 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
         "num_class_images": 4,
         "save_every": 2,
         "keep_last": 2,
+        "sample_every": get_config().sample_every,  # it would have no effect
         "sample_count": 2,
         "sample_prompts": ("a {identifier} {class_noun} in the snow",),
     }
