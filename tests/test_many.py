@@ -27,7 +27,7 @@ from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.runs.config import ConfigError, check_config
 from dreambooth_jax.runs.job import fresh_state, lower_calls, lower_steps, make_job, training_step
-from dreambooth_jax.runs.many import examples_of, read_subjects
+from dreambooth_jax.runs.many import examples_of, plan_text, read_subjects
 from dreambooth_jax.runs.setup import begin
 
 FIELDS = {
@@ -157,7 +157,6 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
         "subjects": str(table),
         "num_class_images": 4,
         "save_every": 2,
-        "keep_last": 2,
         "sample_every": get_config().sample_every,  # it would have no effect
         "sample_count": 2,
         "sample_prompts": ("a {identifier} {class_noun} in the snow",),
@@ -183,10 +182,23 @@ def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
     assert (tmp_path / "run" / "evaluation" / "bleed.png").is_file()
     # Other photos are another run.
     table.write_text(table.read_text().replace(str(photos / "dog"), str(photos / "cat")))
-    victim = next((tmp_path / "run" / "checkpoints" / "4" / "optimizer").glob("**/manifest.ocdbt"))
-    victim.write_bytes(b"")
-    said = finish(tmp_path / "run", 1, base=micro, **fields)
-    assert "holds a run trained with other data" in said and "damaged_checkpoints/4; the run goes on from" in said
+    assert "holds a run trained with other data" in finish(tmp_path / "run", 1, base=micro, **fields)
+
+
+def test_the_plan_has_notes_of_the_workdir_and_warnings_of_every_subject(micro, tmp_path):
+    photos = ROOT / "examples" / "subjects" / "dog"
+    (tmp_path / "photos.csv").write_text(f"name,photos,identifier\nrex,{photos},sks\ntom,{photos},dog\n")
+    config = config_of(tmp_path / "run", base=micro, subjects=str(tmp_path / "photos.csv"), **FIELDS)
+    job, subjects = make_job(config, load_pipeline(micro), make_mesh(1, 1, jax.devices()[:1])), read_subjects(config)
+    examples = [examples_of(job, subject) for subject in subjects]
+    lines = plan_text(job, subjects, examples, 0, ["step 4 is damaged"]).splitlines()
+    begin = [number for number, line in enumerate(lines) if line.startswith(("  rex: ", "  tom: "))]
+    own, other = lines[begin[0] : begin[1]], lines[begin[1] :]
+    assert "  note: step 4 is damaged" in other
+    assert not [line for line in own if "holds the identifier" in line]
+    assert [
+        line for line in other if line.startswith("    warning: class_prompt 'a photo of dog' holds the identifier")
+    ]
 
 
 def test_a_classes_file_gives_the_nouns(tmp_path):

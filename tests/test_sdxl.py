@@ -264,18 +264,10 @@ def test_class_images_keep_their_own_sizes(base, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_resumes_and_exports(base, tmp_path):
-    """LoRA on UNet and both towers in bfloat16, with buckets, masks and the prior on eight devices, stopped after half
-    of its steps; diffusers loads the factors."""
+    """LoRA on UNet and both towers in bfloat16, stopped after half of its steps; diffusers loads the factors."""
     _, pipeline, _ = base
-    for name, size in (("lies", (60, 40)), ("stands", (40, 60))):
-        photo = Image.effect_noise(size, 60).convert("RGB")
-        photo.putalpha(Image.linear_gradient("L").resize(size))
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        photo.save(tmp_path / "photos" / f"{name}.png")
     fields = RUN | {"base": str(pipeline.folder), "method": "lora", "dtype": "bfloat16", "learning_rate": 1e-2}
-    fields |= {"instance_images": str(tmp_path / "photos"), "buckets": True, "masked_loss": True}
     config = config_of(tmp_path / "run", **fields)
-    assert len(set_up(config).examples) == 2
     with pytest.raises(KeyboardInterrupt):
         train_to(config, stop_after=2)
     assert checkpoints(tmp_path / "run") == [2]

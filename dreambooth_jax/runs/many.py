@@ -197,7 +197,7 @@ def train_many(config: ConfigDict, guard: Preemption) -> None:
         guard.before_leaving(functools.partial(checkpoint.wait, manager))
         done = manager.latest_step() or 0
         if runtime.is_first_process():
-            print(_plan(many, done, notes), flush=True)
+            print(plan_text(many.job, many.subjects, many.examples, done, notes), flush=True)
         if done:
             earlier = checkpoint.read_record(workdir / "checkpoints", done).get("fingerprints", {})
             check_same(config.workdir, earlier, record["fingerprints"])
@@ -252,31 +252,38 @@ def _fingerprints(many: _Lanes) -> Fingerprints:
     return found | {"base": {"weights": many.digest}}
 
 
-def _plan(many: _Lanes, done: int, notes: Sequence[str]) -> str:
-    job, config = many.job, many.job.config
+def plan_text(
+    job: Job, subjects: Sequence[Subject], subjects_examples: Sequence[Examples], done: int, notes: Sequence[str]
+) -> str:
+    """The plan of a run that goes on from step `done`, and what defeats the training of a subject.
+
+    Args:
+        subjects_examples: examples of each subject.
+        notes: what was found in the workdir.
+    """
+    config = job.config
     trained = count(job.method.shapes(job.pipeline.shapes)[0])
     lines = {
         "base": f"{config.base} ({config.resolution}x{config.resolution})",
-        "method": f"{job.method.says}, {len(many.subjects)} x {trained / 1e6:.3g} M parameters, {config.optimizer}",
+        "method": f"{job.method.says}, {len(subjects)} x {trained / 1e6:.3g} M parameters, {config.optimizer}",
         "steps": f"{config.batch_size} images of every subject" + (f"; going on from step {done}" if done else ""),
         "mesh": f"{job.mesh.size} {jax.devices()[0].device_kind} device(s)",
         "workdir": f"{config.workdir}/NAME.safetensors",
     }
     rows = []
-    for subject, examples in zip(many.subjects, many.examples, strict=True):
+    for subject, examples in zip(subjects, subjects_examples, strict=True):
         rows.append(
             f"  {subject.name}: {len(set(examples.names))} images, {examples.captions[0]!r}, {subject.steps} steps, "
             f"rate {subject.learning_rate:g}, rank {subject.lora_rank}"
         )
         rows += [f"    photos: {note}" for note in examples.notes]
-        rows += [f"    warning: {warning}" for warning in _warnings(many, subject, examples)]
+        rows += [f"    warning: {warning}" for warning in _warnings(job, subject, examples)]
     rows += [f"  note: {note}" for note in notes]
     return "\n".join([*(f"{name:>8}: {text}" for name, text in lines.items()), *rows])
 
 
-def _warnings(many: _Lanes, subject: Subject, examples: Examples) -> list[str]:
-    """What defeats the training of one subject."""
-    own, tokenizer = subject.config(many.job.config), many.job.pipeline.tokenizer
+def _warnings(job: Job, subject: Subject, examples: Examples) -> list[str]:
+    own, tokenizer = subject.config(job.config), job.pipeline.tokenizer
     return [
         *check_identifier(tokenizer, subject.identifier),
         *contradictions(own, examples.captions),
