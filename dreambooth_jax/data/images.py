@@ -2,9 +2,9 @@
 
     folder or tfds:NAME:SPLIT ──> decode, orient, to sRGB on white ──> cropped views + captions ──> Examples
 
-A subject is a handful of images, so they are all read before anything slow starts, and everything that is wrong
-with them is said at once. The images are later encoded once and stay on the devices; augmentation therefore
-happens here, as `views` pre-drawn crops and flips of each image.
+A subject is a handful of images: all are read before anything slow starts, and one error lists every problem. Each
+image is encoded once and stays on the devices, so augmentation is done here, as `views` pre-drawn crops and flips of
+each image.
 """
 
 import hashlib
@@ -64,8 +64,8 @@ def read_buckets(
 ) -> tuple[Examples, ...]:
     """Reads every image of a folder or data set as crops of the nearest of some shapes, with captions.
 
-    An image is resized (Lanczos) to the smallest size that covers the shape whose ratio is nearest to its own, and what
-    is too long is cut off. The draws of random crop and flip depend only on (seed, image name), not on the order or
+    An image is resized (Lanczos) to the smallest size that covers the shape whose ratio is nearest to its own, and its
+    longer side is cropped. The draws of random crop and flip depend only on (seed, image name), not on the order or
     number of the images; of two consecutive views exactly one is flipped.
 
     Args:
@@ -81,7 +81,7 @@ def read_buckets(
       crop: "center" or "random".
       flip: mirrors half of the views left to right.
       views: number of augmented views per image.
-      seed: of the random crops and flips.
+      seed: seed of the random crops and flips.
       masked: reads masks: `dog-masklabel.png` for `dog.jpg`, or the image's transparency.
 
     Returns:
@@ -109,7 +109,7 @@ def read_buckets(
 
 
 class _View(NamedTuple):
-    """An image as it trains: its crop, what the crop was cut from, and the caption."""
+    """A view of an image: its crop, the place of the crop, and the caption."""
 
     name: str
     caption: str
@@ -239,7 +239,7 @@ def _read_views(
     source: str | os.PathLike,
     masked: bool,
 ) -> list[_View]:
-    """Every view of every image, each of the shape that is nearest to its image's."""
+    """All views of all images, each in the shape nearest to its image's."""
     rows, bad, small = [], {}, []
     for item, text in zip(items, texts, strict=True):
         try:
@@ -247,7 +247,7 @@ def _read_views(
             image = decode_image(data)
             mask = read_mask(item, data, image.size) if masked else None
             about = item.name, text, hashlib.blake2b(data).digest(), is_animated(data)
-        except Exception as error:  # whatever a decoder trips over belongs on the list
+        except Exception as error:  # decoders' errors have no common type; the list takes all
             bad[item.name] = _reason(error)
             continue
         size = nearest(sizes, image.height, image.width)
@@ -356,7 +356,7 @@ def _reason(error: Exception) -> str:
 
 
 def _draw_views(name: str, crop: str, flip: bool, views: int, seed: int) -> list[tuple[float, bool]]:
-    """Per view the crop's place along the long side, in [0, 1], and whether it is mirrored."""
+    """The place of each view's crop along the long side, in [0, 1], and whether the view is mirrored."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     first = int(rng.integers(2))
     places = rng.random(views) if crop == "random" else np.full(views, 0.5)

@@ -1,11 +1,11 @@
-"""Where photos come from, and what becomes of every file there.
+"""Sources of photos, with an account of every file in them.
 
     folder               JPEG, PNG and WebP files directly in it, or those that a metadata file names in subfolders
     folder of N_NAME/    the layout of kohya's scripts: N repeats of the images of every such subfolder
     hub:OWNER/NAME       a data set of the model hub, fetched and read like a folder
     tfds:NAME:SPLIT      a TFDS split stored as ArrayRecord
 
-`list_source` names every file that is not used, with the reason.
+`list_source` names every unused file, with the reason.
 """
 
 import math
@@ -61,8 +61,8 @@ class Listing(NamedTuple):
     """The contents of a source.
 
     Attributes:
-        items: pictures that are used.
-        unused: printable name of a file -> why it is not used.
+        items: used pictures.
+        unused: printable name of a file -> reason.
         remarks: further lines for the plan.
     """
 

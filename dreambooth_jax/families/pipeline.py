@@ -1,4 +1,4 @@
-"""A base of any family as pure functions: specs and tokenizers now, weights when asked for."""
+"""A base of any family as pure functions: specs and tokenizers at once, weights on demand."""
 
 import dataclasses
 import functools
@@ -100,8 +100,8 @@ class Pipeline:
 
     @functools.cached_property
     def frozen_shapes(self) -> Shapes:
-        """The same for parameters that are not trained: kernels and embeddings in the dtype of their part's
-        computation, to which it rounds them anyway."""
+        """Names and shapes of frozen parameters: kernels and embeddings in the dtype of their part's computation, which
+        rounds them anyway."""
         rounded = {n: x for n, x in self.shapes.items() if n.endswith((".kernel", ".embedding"))}
         held = {n: jax.ShapeDtypeStruct(x.shape, self.dtypes[n.partition(".")[0]]) for n, x in rounded.items()}
         return self.shapes | held
@@ -159,11 +159,11 @@ class Pipeline:
 
     @functools.cached_property
     def low_resolution(self) -> LowResolution | None:
-        """How pictures of the stage before are taken, in a super-resolution stage."""
+        """The form in which a super-resolution stage takes pictures of the stage before; None for other bases."""
         return self.family.low_resolution(self.models)
 
     def with_index(self, **entries: Any) -> "Pipeline":
-        """The same with further entries of model_index.json."""
+        """The pipeline with further entries of model_index.json."""
         index = dict(self.models.configs["index"]) | entries
         configs = dict(self.models.configs) | {"index": index}
         return dataclasses.replace(self, models=self.models._replace(configs=configs))
@@ -190,8 +190,8 @@ def load_pipeline(base: str, *, dtype: DTypeLike = jnp.float32, remat: str = "no
 
     Args:
         base: see `resolve_base`.
-        dtype: of the computation, autoencoder excepted; trained params are float32.
-        remat: what the denoiser's backward pass recomputes instead of storing it: "nothing", "elementwise" or "layers".
+        dtype: precision of the computation, autoencoder excepted; trained params are float32.
+        remat: results that the denoiser's backward pass recomputes: "nothing", "elementwise" or "layers".
 
     Raises:
         FileNotFoundError: the base or a file of it is not there.

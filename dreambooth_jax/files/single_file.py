@@ -33,9 +33,9 @@ _TEXT = {
         "text_encoder_2": ("conditioner.embedders.1.model.", True),
     },
 }
-_SGM = (("conditioner.embedders.0.", "cond_stage_model."),)  # what newer code calls the one text encoder
+_SGM = (("conditioner.embedders.0.", "cond_stage_model."),)  # the one text encoder's name in newer code
 _QKV = re.compile(r"^(.*)\.self_attn\.[qkv]_proj\.(kernel|bias)$")
-# Present in many files, read by nobody: constants of the schedule, averages, the optimizer; a head of CLIP; markers.
+# Keys of many files that no model reads: constants of the schedule, averages, the optimizer; a head of CLIP; markers.
 _IGNORED = re.compile(
     r"^(betas|alphas_|sqrt_|log_one|posterior_|model_ema\.|optimizer|lr_sched|v_pred$|ztsnr$|denoiser\.|edm_|cond_stage"
     r"_model\.model\.(visual|logit_scale|text_projection|attn_mask)|conditioner\.embedders\.\d\.(model\.)?(logit_scale|"
@@ -44,7 +44,7 @@ _IGNORED = re.compile(
 
 
 class Entry(NamedTuple):
-    """A tensor of the file: our tensors that make it (three for a fused q, k, v), and how it is laid out.
+    """A tensor of the file: the names of our tensors in it (three for a fused q, k, v), and its layout.
 
     Attributes:
         convolution: whether the file has a linear layer as a 1x1 convolution, [out, in, 1, 1].
@@ -57,14 +57,14 @@ class Entry(NamedTuple):
 
 
 def layout_of(shapes: Iterable[str], configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Which kind of single file a base has.
+    """The layout of a base's single file.
 
     Args:
         shapes: all parameters' names.
         configs: part -> config.json.
 
     Raises:
-        ValueError: none of them.
+        ValueError: the parts are those of no layout.
     """
     parts = {name.partition(".")[0] for name in shapes}
     if parts == {"unet", "vae", "text_encoder", "text_encoder_2"}:
@@ -144,7 +144,7 @@ def write_single_file(
         params: our names -> arrays of all parts.
         layout: see `layout_of`.
         dtype: stored precision: float32, float16 or bfloat16.
-        metadata: such as `describe` gives.
+        metadata: text entries of the header, such as `describe` returns.
     """
     tensors = {
         key: Tensor(shape_in_file(entry, params), lambda entry=entry: _to_file(entry, params))
@@ -186,10 +186,10 @@ def read_single_file(
 
 
 def check_path(path: str | os.PathLike) -> Path:
-    """The path of a safetensors file that is there.
+    """The path of an existing safetensors file.
 
     Raises:
-        WeightsError: it is a pickle (with the command that converts it), or not there.
+        WeightsError: it is a pickle (with the command that converts it), or does not exist.
     """
     path = Path(path).expanduser()
     if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
@@ -206,7 +206,8 @@ def check_path(path: str | os.PathLike) -> Path:
 
 
 def _todays_key(key: str, layout: str) -> str:
-    """Keys as `entries` has them: older files leave out "text_model.", newer code calls the text encoder otherwise."""
+    """A key in the form of `entries`: older files lack "text_model.", newer code has another name for the text
+    encoder."""
     if layout != XL:
         for new, old in _SGM:
             key = old + key.removeprefix(new) if key.startswith(new) else key
@@ -250,7 +251,7 @@ def sniff(path: str | os.PathLike) -> str:
     return SD2 if any(".resblocks." in key for key in keys) else SD1
 
 
-# Published bases whose configs and tokenizers a file is opened with, where none is named.
+# Layout -> published base whose configs and tokenizers open a file by default.
 _TEMPLATES = {
     SD1: "stable-diffusion-v1-5/stable-diffusion-v1-5",
     SD2: "stabilityai/stable-diffusion-2-1",

@@ -100,7 +100,7 @@ def _problems(spec: PixelUNetSpec) -> list[str]:
     )
 
 
-# What the reference takes where a config says nothing, for fields of which only another value is implemented.
+# The reference's defaults, for absent fields of which only another value is implemented.
 _REFERENCE_DEFAULTS = {
     "addition_embed_type": None,
     "cross_attention_norm": None,
@@ -205,8 +205,8 @@ class ResnetBlock2D(nnx.Module):
     Args:
         resize: `halve`, `double` or `keep`.
         act: name of the activation.
-        skip_time_act: whether the embedding comes activated.
-        divisor: of the sum.
+        skip_time_act: whether the embedding of time is activated already.
+        divisor: number by which the sum is divided.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ class PixelUNet(nnx.Module):
     Args:
         spec: sizes, from `PixelUNetSpec.from_config`.
         dtype: precision of the computation; parameters are float32.
-        remat: what the backward pass recomputes instead of storing it, a key of `REMAT`.
+        remat: results that the backward pass recomputes, a key of `REMAT`.
     """
 
     def __init__(self, spec: PixelUNetSpec, *, dtype: DTypeLike = jnp.float32, remat: str = "nothing", rngs: nnx.Rngs):

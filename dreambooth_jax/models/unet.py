@@ -278,8 +278,8 @@ class MidBlock(nnx.Module):
 
 
 def _is_worth_its_room(primitive: Primitive, *factors: jax.core.ShapedArray, **params: Any) -> bool:
-    """Whether the backward pass had better find this value than compute it again: a matrix product or a convolution,
-    but not the products that are larger than both of their factors (GEGLU's, scores of attention)."""
+    """Whether to save this value for the backward pass: a matrix product or a convolution, except products larger than
+    both of their factors (GEGLU's, scores of attention)."""
     if primitive is not primitives.dot_general_p:
         return primitive is primitives.conv_general_dilated_p
     product = jax.eval_shape(functools.partial(primitive.bind, **params), *factors)
@@ -289,7 +289,7 @@ def _is_worth_its_room(primitive: Primitive, *factors: jax.core.ShapedArray, **p
 _DEAR = jax.checkpoint_policies.save_from_both_policies(
     _is_worth_its_room, jax.checkpoint_policies.save_only_these_names(flash.RESIDUALS)
 )
-# What is recomputed -> a transformation of the function of a layer.
+# Recomputed results -> transformation of a layer's function.
 REMAT: dict[str, Callable[..., Callable]] = {
     "nothing": lambda layer, **_: layer,
     "elementwise": functools.partial(nnx.remat, policy=_DEAR),
@@ -302,8 +302,8 @@ class UNet2DConditionModel(nnx.Module):
 
     Args:
         spec: from `UNetSpec.from_config`.
-        dtype: of the computation; parameters are float32.
-        remat: what the backward pass recomputes instead of storing it, a key of `REMAT`.
+        dtype: precision of the computation; parameters are float32.
+        remat: results that the backward pass recomputes, a key of `REMAT`.
     """
 
     def __init__(self, spec: UNetSpec, *, dtype: DTypeLike = jnp.float32, remat: str = "nothing", rngs: nnx.Rngs):
@@ -373,9 +373,15 @@ class UNet2DConditionModel(nnx.Module):
         pooled: Float[Array, "b p"] | None = None,
         sizes: Float[Array, "b s"] | None = None,
     ) -> Float[Array, "b h w out"]:
-        """x: noisy latents; t: timesteps in [0, T), whole or fractional; context: text states; level: timestep of the
-        noise on the low-resolution picture, where `spec.num_class_embeds` says that there is one; pooled, sizes: text
-        embedding and size numbers that join the time embedding, where `spec.addition_embed_type` says so.
+        """The prediction, like `x`.
+
+        Args:
+            x: noisy latents.
+            t: timesteps in [0, T), whole or fractional.
+            context: text states.
+            level: timestep of the noise on the low-resolution picture; None without `spec.num_class_embeds`.
+            pooled, sizes: text embedding and size numbers that join the embedding of time, with
+                `spec.addition_embed_type` "text_time".
 
         Raises:
             ValueError: height or width is no multiple of `spec.downscale`, or `level` is absent.

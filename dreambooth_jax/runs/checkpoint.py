@@ -43,7 +43,7 @@ def open_checkpoints(
     read_only: bool = False,
     record: Mapping[str, Any] | None = None,
 ) -> ocp.CheckpointManager:
-    """The checkpoints under `folder` (local or gs://), which is made.
+    """Opens the checkpoints under `folder` (local or gs://), which is made if absent.
 
     A save runs in the background and becomes visible only when complete; older checkpoints are deleted after that, so
     that a kill at any moment leaves the newest complete one.
@@ -51,7 +51,7 @@ def open_checkpoints(
     Args:
         keep_last: number of the newest checkpoints to keep.
         keep_every: besides those, keep every checkpoint whose step is a multiple of this.
-        read_only: touch nothing, such as what a training run beside is writing.
+        read_only: whether to change nothing, as beside a run that writes there.
         record: JSON values to store in every checkpoint; read when the checkpoint is complete.
     """
     path = epath.Path(folder)
@@ -74,8 +74,8 @@ def open_checkpoints(
 
 
 def _is_told(record: logging.LogRecord) -> bool:
-    """Whether a log record is for a person. Orbax logs errors that it also raises, and folders that it was told not to
-    write to; of the parts of a save that fail together it raises one error, and asyncio logs the others."""
+    """Whether to show a log record. Orbax logs errors that it also raises, and the read-only mode of a folder. If
+    several parts of a save fail, Orbax raises one error and asyncio logs the others."""
     if record.name == "asyncio":
         return "never retrieved" not in record.getMessage()
     repeated = record.levelno >= logging.ERROR or "read only" in str(record.msg)
@@ -83,19 +83,19 @@ def _is_told(record: logging.LogRecord) -> bool:
 
 
 def _ignore_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
-    """After a failed save TensorStore still calls an event loop that Orbax has closed: no news for a person."""
+    """Hides the errors of TensorStore's callbacks into the event loop that Orbax closes after a failed save."""
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 
 
 def _is_complete(path: epath.Path) -> bool:
-    """Whether a folder is a checkpoint that was saved to its end: Orbax gives it its name then, or, in a Google bucket,
-    where nothing can be renamed, one more file."""
+    """Whether a folder is a complete checkpoint. Orbax renames the folder at the end of a save; in a Google bucket,
+    which has no renaming, it writes a further file."""
     return path.name.isdigit() and (not str(path).startswith("gs://") or (path / "commit_success.txt").exists())
 
 
 def _is_unfinished(path: epath.Path) -> bool:
-    """Whether a folder is a checkpoint that is being saved, or was when its process ended."""
+    """Whether a folder is an incomplete checkpoint: of a running save, or of one that its process did not finish."""
     return ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _is_complete(path))
 
 
@@ -103,7 +103,7 @@ def _seal(folder: epath.Path, record: Mapping[str, Any]) -> None:
     """Writes digests and record into the checkpoint that is about to become visible."""
     for unfinished in filter(_is_unfinished, folder.iterdir()):
         items = sorted(path for path in unfinished.iterdir() if path.is_dir())
-        # Buckets check what they store themselves, and reading it back would cost as much as the save.
+        # Buckets verify their contents themselves; reading them back would cost as much as the save.
         digests = {} if is_remote(folder) else {path.name: _digest(Path(path), to_disk=True) for path in items}
         text = json.dumps({"digests": digests, **record}, indent=1)
         write_atomic(unfinished / RECORD, text.encode())
@@ -168,9 +168,9 @@ def verify(folder: str | os.PathLike, step: int, items: tuple[str, ...] = ()) ->
 
 
 def finish_deletions(folder: str | os.PathLike, *, keep_last: int, keep_every: int | None = None) -> None:
-    """Deletes what is left of checkpoints that a process was deleting when it was killed.
+    """Completes the deletions of checkpoints that a kill interrupted.
 
-    They are those that `open_checkpoints` with the same arguments would not keep and that are not whole.
+    Deleted are incomplete checkpoints that `open_checkpoints` with the same arguments would not keep.
     """
     if not runtime.is_first_process() or is_remote(folder):
         return
@@ -227,7 +227,7 @@ class SaveFailed(OSError):
 
 @contextlib.contextmanager
 def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Whatever a save fails with becomes one line that names the folder and the remedy."""
+    """Turns every error of a save into one line with the folder and the remedy."""
     try:
         yield
     except Exception as error:
@@ -243,7 +243,7 @@ def _told(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
-    """Begins to save `state` as `step`; the arrays are copied off the device before this returns.
+    """Starts to save `state` as `step`; returns after the arrays are copied off the device.
 
     Raises:
         SaveFailed: this save or the one before it.
@@ -261,7 +261,7 @@ def check(manager: ocp.CheckpointManager) -> None:
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-    """Returns when every save that was begun is on the disk.
+    """Returns when every started save is on the disk.
 
     Raises:
         SaveFailed: one of them was not.
@@ -274,7 +274,7 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 @contextlib.contextmanager
 def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Closes the manager at the end; what is being saved becomes complete, after an error too."""
+    """Closes the manager at the end and completes running saves, after an error too."""
     try:
         yield
     except BaseException:
@@ -289,7 +289,8 @@ def restore(manager: ocp.CheckpointManager, like: TrainState, step: int | None =
     """The state saved at `step` (default: the newest), or None if there is no checkpoint yet.
 
     Args:
-        like: arrays or ShapeDtypeStructs with shardings: what to restore, and where to, whatever mesh saved it.
+        like: arrays or ShapeDtypeStructs with the structure, shapes and shardings of the result; the mesh of the save
+            may be another.
 
     Raises:
         ValueError: the checkpoint has another structure or other shapes, or cannot be read.
@@ -325,7 +326,7 @@ def restore_weights(
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, items: Mapping[str, Any]) -> ocp.args.Composite:
-    """The items of a checkpoint; whatever Orbax trips over becomes one error that names the checkpoint."""
+    """The items of a checkpoint; every error of Orbax becomes one that names the checkpoint."""
     try:
         return manager.restore(step, args=ocp.args.Composite(**_targets(items)))
     except Exception as error:

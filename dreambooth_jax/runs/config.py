@@ -1,4 +1,4 @@
-"""What a config may say: everything that is checked before anything runs.
+"""The fields of a config, and the checks before a run.
 
 The fields and their meaning stand in configs/dog.py. Nothing here imports JAX, so that a wrong config is refused at
 once: choices are written out, and tests/test_config.py compares them with the tables of the modules that implement
@@ -192,7 +192,7 @@ _PAINTING = ("class_prompt", "class_images", "num_class_images", "sampler", "sam
 
 
 def check_config(config: ConfigDict) -> None:
-    """Checks every field by itself and what two of them say together.
+    """Checks every field, and contradictions between fields.
 
     Raises:
         ConfigError: naming every field that is unknown, missing or wrong, and what was expected.
@@ -324,7 +324,7 @@ def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
     if config.method not in ADAPTERS:
         fields -= {name for name in fields if name.startswith("lora_") and config.method != "pivotal"}
     if config.lr_schedule == "constant":
-        fields -= {"steps"}  # a longer run begins alike
+        fields -= {"steps"}  # a longer run has the same first steps
     changed = sorted(name for name in fields if now[name] != earlier.get(name))
     if changed:
         lines = (f"{name}: {earlier.get(name)!r} in the checkpoint, {now[name]!r} now" for name in changed)

@@ -32,7 +32,7 @@ SUFFIX = ".safetensors"
 
 
 class Subject(NamedTuple):
-    """What is exported.
+    """A trained model to export.
 
     Attributes:
         base: parameters of the base model.
@@ -59,8 +59,8 @@ class Written(NamedTuple):
 
     Attributes:
         reopen: () -> plain parameters of the model, read from what was written.
-        tools: what opens it, and how.
-        says: what the person should know of the file.
+        tools: programs that open it, and how.
+        says: further remarks on the file.
     """
 
     path: Path
@@ -112,7 +112,7 @@ def to_kohya(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Writt
 
 
 def about_adapter(pipeline: Pipeline, config: ConfigDict, title: str) -> lora_kohya.About:
-    """What a kohya file says of the run that trained it."""
+    """Metadata of a kohya file about its run."""
     layout = single_file.layout_of(pipeline.shapes, pipeline.models.configs)
     return lora_kohya.About(
         layout,

@@ -50,16 +50,16 @@ from dreambooth_jax.runs.job import (
 
 
 class Run(NamedTuple):
-    """A training run after set-up: what is fixed while the state changes.
+    """A training run after set-up, apart from its state.
 
     Attributes:
         paint: the base's painter.
-        examples: of the subject, by shape: of squares alone, or with `buckets` of every shape that some photo has.
-        held_out: photos that are kept out of training, or None.
-        digest: of the base's weights.
-        to_paint: number of class images that are missing.
-        given: the config as JSON values, before what it leaves open is taken from the base.
-        notes: lines for the plan: what was found in the workdir.
+        examples: the subject's examples by shape: one square, or with `buckets` the shapes of all photos.
+        held_out: photos held out of training, or None.
+        digest: digest of the base's weights.
+        to_paint: number of missing class images.
+        given: the config as JSON values, before the base's values fill its open fields.
+        notes: lines for the plan about the workdir.
     """
 
     job: Job
@@ -86,14 +86,14 @@ class Run(NamedTuple):
 
 
 def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, before: Sequence[ConfigDict] = ()) -> Run:
-    """Makes everything cheap, and every check, before weights are read or anything is compiled.
+    """Does all checks and all cheap work, before weights are read and programs compiled.
 
     Args:
-        devices: of the mesh; default: all.
+        devices: devices of the mesh; default: all.
         before: configs of the stages before this one, in a cascade.
 
     Raises:
-        ValueError, OSError: something that the config names cannot be used; says what, and the remedy.
+        ValueError, OSError: a part of the config cannot be used; names it and the remedy.
     """
     check_config(config)
     config = absolute_paths(config)
@@ -124,7 +124,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
 
 
 def read_subject(job: Job) -> tuple[tuple[Examples, ...], Examples | None]:
-    """(the examples of the subject as they train, by shape; held-out photos or None).
+    """(the subject's training examples by shape; held-out photos or None).
 
     Raises:
         ValueError, OSError: see `possible_sizes`, `read_buckets` and `divide`.
@@ -149,7 +149,7 @@ def read_subject(job: Job) -> tuple[tuple[Examples, ...], Examples | None]:
 
 
 def _prompts(config: ConfigDict) -> list[str]:
-    """The texts that a run surely reads."""
+    """Texts that every run of this config encodes."""
     templates = (config.instance_prompt, config.class_prompt, config.negative_prompt, "", *config.sample_prompts)
     return [fill(template, config) for template in templates]
 
@@ -176,7 +176,7 @@ def with_templates(examples: Examples, config: ConfigDict) -> Examples:
 
 
 def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
-    """Makes the workdir, clears it of what a killed run left, sets damaged checkpoints aside and writes the config.
+    """Makes the workdir, removes half-written files of a killed run, sets damaged checkpoints aside, writes the config.
 
     Returns:
         Lines for the person: damaged checkpoints, half-written files, settings that older versions did not have.
@@ -234,8 +234,8 @@ def earlier_config(workdir: epath.Path, step: int) -> dict[str, Any]:
 def prepare_data(
     run: Run, params: Params, inspect: Callable[[Sequence[Examples]], None] = lambda class_images: None
 ) -> tuple[TrainingData, ...]:
-    """Paints what class images are missing, then encodes all examples: those of every shape of `run.examples`, each
-    with the class images cropped to it.
+    """Paints missing class images, then encodes all examples: per shape of `run.examples`, with the class images
+    cropped to that shape.
 
     Args:
         inspect: called with the class images, by shape, before anything is encoded.
@@ -275,10 +275,10 @@ def sizes_of(run: Run) -> list[Size]:
 
 
 def _class_images_before(run: Run) -> Callable[[int], np.ndarray | None]:
-    """Number of a class image -> that of the stage before, from which a super-resolution stage makes it larger.
+    """Builds number -> class image of the stage before, which a super-resolution stage enlarges.
 
     Raises:
-        ConfigError: when called, the stage before has no such class image.
+        ConfigError: in the call, if the stage before has no such class image.
     """
     if run.pipeline.low_resolution is None:
         return lambda number: None

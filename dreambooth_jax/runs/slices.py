@@ -1,4 +1,4 @@
-"""What a training run costs on a slice of TPUs, from shapes alone: the compiler's own memory, an estimate of the time.
+"""The cost of a training run on a TPU slice, from shapes alone: memory by the compiler, and an estimate of the time.
 
 The command is `dreambooth_jax.plan`.
 """
@@ -60,15 +60,15 @@ SWEEP_TOPOLOGIES = ("v5e:1x1", "v5e:2x4", "v5e:16x16", "v6e:1x1", "v6e:2x4", "v5
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one configuration costs on one slice. Bytes and seconds are per device and per step.
+    """The cost of one configuration on one slice. Bytes and seconds are per device and per step.
 
     Attributes:
-        parameters, optimizer_state, data: bytes of the arguments, by what they are.
-        cost: the compiler's answer for the training steps; None if they do not fit, then `missing` says by how much.
-        class_images: the compiler's answer for painting one batch of class images; None without prior preservation.
-        class_image_seconds: for one batch.
+        parameters, optimizer_state, data: bytes of the arguments, by kind.
+        cost: analysis of the training steps; None if they do not fit, by `missing` bytes.
+        class_images: analysis of painting one batch of class images; None without prior preservation.
+        class_image_seconds: seconds of painting one batch.
         painting_missing: bytes by which painting does not fit.
-        photos: what there is to train on, in words.
+        photos: the training photos, in words.
     """
 
     topology: str
@@ -104,7 +104,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     """Compiles the run for a slice.
 
     Args:
-        class_images: also compile the program that paints them.
+        class_images: whether to compile the painting of class images too.
         quick: with the compiler's least effort, see `compile_for`.
 
     Raises:
@@ -170,7 +170,7 @@ def count_examples(job: Job) -> tuple[dict[Size, int], str]:
 
 
 def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, float]:
-    """The compiler's answer for one batch of class images, and its seconds.
+    """The compiler's analysis of painting one batch of class images, and its seconds.
 
     The compiler counts a loop's body once: seconds are scaled by the FLOPs of all sampling steps over those counted.
     """
@@ -210,7 +210,7 @@ def advise(config: ConfigDict, topology: str) -> Iterator[tuple[str, Plan]]:
 
 
 def describe(plan: Plan, config: ConfigDict) -> str:
-    """For a person."""
+    """The plan as text."""
     chip, cost = plan.chip, plan.cost
     images = config.batch_size * (1 + config.prior_preservation)
     lines = [
@@ -267,7 +267,7 @@ def _lines(lines: Sequence[tuple[str, str]]) -> str:
 
 
 def as_json(plan: Plan, config: ConfigDict) -> dict[str, Any]:
-    """Everything that `describe` shows, in bytes and seconds."""
+    """The figures of `describe`, in bytes and seconds."""
     values = dataclasses.asdict(plan) | {"fits": plan.fits}
     for name in ("cost", "class_images"):
         if values[name]:
@@ -304,7 +304,7 @@ def print_plan(config: ConfigDict, options: argparse.Namespace) -> None:
 
 
 def plan_protocol(config: ConfigDict, options: argparse.Namespace) -> str:
-    """What the protocol costs on a slice, for a person.
+    """The cost of the protocol on a slice, as text.
 
     Raises:
         ConfigError: see `check_protocol`.

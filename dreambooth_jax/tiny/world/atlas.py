@@ -40,7 +40,7 @@ class Phrases(NamedTuple):
 
 
 class Atlas(NamedTuple):
-    """All that pictures and captions are made of.
+    """The material of pictures and captions.
 
     Attributes:
         sprites: premultiplied RGBA, each centred in a square, one array per level of detail [s, side + 2, side + 2, 4].
@@ -68,7 +68,7 @@ class Atlas(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What is drawn of each picture: numbers of its sprite, its background and, for a gradient, its two colours."""
+    """Draws of each picture: numbers of its sprite, its background and, for a gradient, its two colours."""
 
     sprite: Int[Array, "b"]
     background: Int[Array, "b"]
@@ -81,7 +81,7 @@ def make_atlas(
     """The atlas of pictures of `size` pixels a side.
 
     Args:
-        sprites: what may be shown.
+        sprites: sprites to show.
         tokenizer: turns phrases into ids; tokens of a caption are those of its words.
         size: side of the pictures in pixels.
         subject_share: share of the draws that show SUBJECT_NOUNS.
