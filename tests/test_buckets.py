@@ -159,6 +159,7 @@ def test_the_bucket_is_a_function_of_seed_and_step():
 FIELDS = {"buckets": True, "steps": 12, "save_every": 4, "sample_every": 12, "class_batch_size": 4}
 
 
+@pytest.mark.slow
 def test_two_shapes_train_and_go_on_after_a_kill(micro, photos, tmp_path):
     """Killed and resumed, with other steps per call: the same states, pictures and metrics to the last bit."""
     fields = FIELDS | {"base": micro, "instance_images": str(photos), "accumulate": 2, "batch_size": 2}

@@ -68,6 +68,7 @@ def test_only_the_new_rows_move(inverted, micro):
     assert sizes and set(sizes) == {2 * base[TABLE].shape[1]}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_new_token_is_scored(inverted, capsys):
     evaluate.main(["--workdir", str(inverted), "--judge", "embedded", "--count", "2", "--class_count", "2"])
     assert "| step 20 |" in capsys.readouterr().out
@@ -136,7 +137,7 @@ def test_diffusers_paints_with_the_embedding_what_we_paint(inverted, micro, tmp_
     assert np.abs(painted_by_sample(tmp_path / "base", "--base", micro, prompt=prompt) - ours).max() > 0.02
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_new_word_that_starts_as_dog_is_read_as_dog(kind, micro, tmp_path):
     """In SDXL's pooled embedding too, at the first end token; transformers would pool at the new word."""
     if kind == "sdxl":

@@ -65,6 +65,7 @@ def test_the_step_is_the_same(remat):
         np.testing.assert_allclose(value, once.trainable[name], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_on_a_tpu_wide_gradients_are_not_kept(monkeypatch):
     """Without the barrier they are kept: the compiler merges both computations."""
     width, layers = 2048, 8

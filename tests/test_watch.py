@@ -85,6 +85,7 @@ def watched(micro, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_beside_its_base(watched):
     rows = table(watched)
     assert list(rows) == [0, 2, 4, 6, 8]
@@ -97,7 +98,7 @@ def test_a_run_is_scored_beside_its_base(watched):
     assert folder_of(watched, "best") == (watched / "best", kept)
 
 
-def test_held_out_photos_do_not_train(micro, watched, tmp_path, capsys):
+def test_held_out_photos_do_not_train(micro, tmp_path):
     config = config_of(tmp_path / "run", base=micro, **FIELDS)
     run, whole = set_up(config), set_up(config_of(tmp_path / "whole", base=micro))
     photos = sorted(set(whole.examples[0].names))
@@ -110,6 +111,7 @@ def test_held_out_photos_do_not_train(micro, watched, tmp_path, capsys):
         set_up(config_of(tmp_path / "none", base=micro, **FIELDS | {"held_out_images": "99"}))
 
 
+@pytest.mark.slow
 def test_the_best_outlives_a_kill_and_a_restart(micro, watched, tmp_path, monkeypatch):
     """Killed after the weights were kept, before anything says so, the run goes on to the same end."""
     workdir = tmp_path / "run"
@@ -132,6 +134,7 @@ def test_the_best_outlives_a_kill_and_a_restart(micro, watched, tmp_path, monkey
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_keep_last_leaves_the_best(watched, tmp_path):
     """The best is opened by name, and by its number when no newer checkpoint has that."""
     kept = folder_of(watched, "best")[1]
@@ -143,6 +146,7 @@ def test_keep_last_leaves_the_best(watched, tmp_path):
         folder_of(tmp_path, "best")
 
 
+@pytest.mark.slow
 def test_a_run_without_a_better_score_ends_and_stays_ended(micro, tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
     go(workdir, micro, patience=2, best_max_copy=0.001, held_out_images="")  # nothing is good enough
@@ -154,6 +158,7 @@ def test_a_run_without_a_better_score_ends_and_stays_ended(micro, tmp_path, caps
     assert list(table(workdir)) == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_losses_need_no_judge(micro, tmp_path, capsys):
     """With held-out photos alone no picture is scored, for a token method too."""
     more = {"keep_best": False, "sample_prompts": (), "steps": 4, "best_max_copy": 0.0, "method": "pivotal"}
