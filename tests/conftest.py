@@ -11,13 +11,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 import jaxtyping
 import support.typecheck  # noqa: F401  named in the hook
 
-# Annotations are checked at every call, in every module of the package: none is imported before. A false one is an
-# error in these packages and a warning in the others.
-TYPECHECKED = tuple(
-    f"dreambooth_jax.{name}" for name in ("data", "devices", "evaluation", "families", "files", "painting", "tiny")
-)
-jaxtyping.install_import_hook(["dreambooth_jax"], "support.typecheck.warned")
-jaxtyping.install_import_hook(list(TYPECHECKED), "support.typecheck.checked")  # the later hook comes first
+# Annotations are checked at every call, in every module of the package: none is imported before.
+jaxtyping.install_import_hook(["dreambooth_jax"], "support.typecheck.checked")
 
 from dreambooth_jax.devices import workarounds  # noqa: E402
 

@@ -98,6 +98,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(data)
 
 
+@pytest.mark.slow
 @FAST
 @given(files=folders, captions=st.sampled_from(["auto", "template"]))
 def test_any_folder_is_read_or_refused_by_name(tmp_path_factory, files, captions):
@@ -221,7 +222,7 @@ def test_any_value_in_a_models_config_is_taken_or_refused_by_name(spec, data, va
 
 @pytest.mark.parametrize("value", ["16", ["16"], {}])
 def test_widths_that_are_text_are_refused(value):
-    with pytest.raises(UnsupportedConfig, match=r"cross_attention_dim = .* \(expected numbers\)"):
+    with pytest.raises(UnsupportedConfig, match=r"cross_attention_dim = .* \(expected whole numbers"):
         UNetSpec.from_config({"cross_attention_dim": value})
-    with pytest.raises(UnsupportedConfig, match=r"block_out_channels = .* \(expected a list of numbers\)"):
+    with pytest.raises(UnsupportedConfig, match=r"block_out_channels = .* \(expected a list of whole numbers\)"):
         UNetSpec.from_config({"block_out_channels": value})

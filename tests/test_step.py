@@ -344,7 +344,7 @@ def test_draws_do_not_depend_on_devices(data):
 
 def test_flat_data_are_the_same_examples():
     ids = np.zeros((1, 4), np.int32)
-    data = TrainingData(resident(4, ids, 0, (8, 8, 4)), resident(6, ids, 1, (8, 8, 4)))
+    data = jax.device_put(TrainingData(resident(4, ids, 0, (8, 8, 4)), resident(6, ids, 1, (8, 8, 4))))
     flat = jax.tree.map(lambda x: x.reshape(len(x), -1) if x.ndim == 4 else x, data)
     for step in (0, 3):
         assert_same(draw(data, PROCESS, 2, KEY, step), draw(flat, PROCESS, 2, KEY, step, (8, 8, 4)))

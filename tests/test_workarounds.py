@@ -12,12 +12,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 from support.tiny_unet import UNET, normal
 
 from dreambooth_jax.devices import workarounds
 from dreambooth_jax.devices.workarounds import WORKAROUNDS, Workaround, applies, version_of, with_cpu_flags
+from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.diffusion.step import make_step
 from dreambooth_jax.models.layers import Linear
 from dreambooth_jax.models.params import _OneKey, functional
@@ -58,7 +60,8 @@ def test_flags_are_given_to_releases_that_know_them(monkeypatch):
 
 
 def test_a_step_warns_where_the_flags_are_absent(monkeypatch, caplog):
-    build = lambda: make_step(None, None, None, batch_size=1)  # noqa: E731
+    process = process_from_scheduler({"beta_schedule": "linear"})
+    build = lambda: make_step(lambda params, x, t, cond: x, optax.sgd(1.0), process, batch_size=1)  # noqa: E731
     build()
     assert not caplog.records
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")

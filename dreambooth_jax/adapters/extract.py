@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dreambooth_jax.models.params import Params
+from dreambooth_jax.models.params import Tensors
 
 _OVERSAMPLING, _ITERATIONS = 8, 3
 
 
-def differences(base: Params, tuned: Params) -> dict[str, np.ndarray]:
+def differences(base: Tensors, tuned: Tensors) -> dict[str, np.ndarray]:
     """`MODULE.diff.LEAF` -> difference, of every parameter that has changed."""
     found = {}
     for name, value in tuned.items():

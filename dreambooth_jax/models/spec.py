@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ def read_spec(
     values, problems = {}, []
     for name, value in config.items():
         if name in defaults and (value is not None or not defaults[name]):
-            values[name] = _frozen(value)
+            values[name] = defaults[name] if value is None else _frozen(value)
         elif name in defaults:
             problems.append(f"{name} = None (it needs a value)")
         elif name.startswith("_") or name in ignored:
@@ -50,7 +51,7 @@ def read_spec(
     wrong = [
         f"{name} = {value!r} (expected {_expected(kinds[name])})"
         for name, value in values.items()
-        if not _is_of_kind(value, kinds[name]) or (_is_list(kinds[name]) and not isinstance(value, tuple))
+        if not _is_of_kind(value, kinds[name])
     ]
     if not wrong:
         spec = cls(**values)
@@ -64,27 +65,33 @@ def read_spec(
     return spec
 
 
-def _kinds_in(kind: Any) -> set[Any]:
-    """The types of single values in an annotation."""
-    inner = [inner for inner in typing.get_args(kind) if inner not in (..., type(None))]
-    return set().union(*map(_kinds_in, inner)) if inner else {kind}
-
-
 def _is_list(kind: Any) -> bool:
     return typing.get_origin(kind) is tuple
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:
-    """Whether text stands where text is expected, and numbers where numbers are."""
-    if isinstance(value, tuple):
-        return all(_is_of_kind(entry, kind) for entry in value)
-    kinds = _kinds_in(kind)
-    return value is None or (str in kinds if isinstance(value, str) else kinds != {str} and not isinstance(value, dict))
+    """Whether the value is of the annotated type; an integer is a float too, true and false are no numbers."""
+    if alternatives := _alternatives(kind):
+        return any(_is_of_kind(value, one) for one in alternatives)
+    if _is_list(kind):
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is ... else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is_of_kind, value, kinds))
+    accepted = (int, float) if kind is float else kind
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """The types of a union; () if the annotation is none."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else ()
 
 
 def _expected(kind: Any) -> str:
-    what = "text" if str in _kinds_in(kind) else "numbers"
-    return f"a list of {what}" if _is_list(kind) else what
+    if alternatives := _alternatives(kind):
+        return " or ".join(_expected(one) for one in alternatives if one is not types.NoneType)
+    if _is_list(kind):
+        return f"a list of {_expected(typing.get_args(kind)[0])}"
+    return {str: "text", bool: "true or false", int: "whole numbers", float: "numbers"}[kind]
 
 
 def _frozen(value: Any) -> Any:

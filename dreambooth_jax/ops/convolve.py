@@ -5,24 +5,26 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-# Height, width and channels may differ between argument and result.
-Image = Float[Array, "b _h _w _c"]
+# Height, width and channels may differ between argument and result. Constants of a program are numpy arrays.
+Image = Float[Array | np.ndarray, "b _h _w _c"]
+Kernel = Float[Array | np.ndarray, "_h _w _c _d"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(x: Image, kernel: Float[Array, "k k c d"], stride: int, padding: int) -> Image:
+def convolve(x: Image, kernel: Float[Array | np.ndarray, "k k c d"], stride: int, padding: int) -> Image:
     """A convolution padded by `padding` on every side, as PyTorch does."""
     return _convolve(x, kernel, stride, padding)
 
 
-def _convolve(x: Image, kernel: Array, stride: int, padding: int) -> Image:
+def _convolve(x: Image, kernel: Kernel, stride: int, padding: int) -> Image:
     dims = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=dims)
 
 
-def _input_gradient(kernel: Array, out: Image, stride: int, padding: int, shape: tuple[int, ...]) -> Image:
+def _input_gradient(kernel: Kernel, out: Image, stride: int, padding: int, shape: tuple[int, ...]) -> Image:
     x = jax.ShapeDtypeStruct(shape, out.dtype)
     return jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)(out)[0]
 
@@ -36,7 +38,7 @@ def _kernel_gradient(x: Image, out: Image, stride: int, padding: int, shape: tup
 # strides.
 
 
-def _input_gradient_on_cpu(kernel: Array, out: Image, stride: int, padding: int, shape: tuple[int, ...]) -> Image:
+def _input_gradient_on_cpu(kernel: Kernel, out: Image, stride: int, padding: int, shape: tuple[int, ...]) -> Image:
     size = kernel.shape[0]
     return _convolve(
         _dilate(out, stride, padding, size, shape), kernel[::-1, ::-1].swapaxes(2, 3), 1, size - 1 - padding
@@ -55,11 +57,11 @@ def _dilate(out: Image, stride: int, padding: int, size: int, shape: tuple[int, 
     return jax.lax.pad(out, jnp.zeros((), out.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
 
 
-def _convolve_backward(stride: int, padding: int, saved: tuple[Image, Array], out: Image) -> tuple[Image, Array]:
+def _convolve_backward(stride: int, padding: int, saved: tuple[Image, Kernel], out: Image) -> tuple[Image, Array]:
     x, kernel = saved
 
     def by_platform(
-        cpu: Callable[..., Array], default: Callable[..., Array], factor: Array, shape: tuple[int, ...]
+        cpu: Callable[..., Array], default: Callable[..., Array], factor: Image | Kernel, shape: tuple[int, ...]
     ) -> Array:
         settings = {"stride": stride, "padding": padding, "shape": shape}
         cpu, default = (functools.partial(way, **settings) for way in (cpu, default))

@@ -67,7 +67,7 @@ def recompute_gradients(function: Callable[..., PyTree]) -> Callable[..., tuple[
 
 def _evaluate(
     jaxpr: Jaxpr, consts: Sequence[ArrayLike], args: Sequence[ArrayLike], origins: dict[int, _Origin]
-) -> list[Array]:
+) -> list[ArrayLike]:
     """The results of `jaxpr`. The origins of these and of all intermediate values are written to `origins`."""
     values = dict(zip(jaxpr.constvars + jaxpr.invars, [*consts, *args], strict=True))
 
@@ -82,7 +82,7 @@ def _evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _carry_out(equation: JaxprEqn, inputs: list[ArrayLike], origins: dict[int, _Origin]) -> list[Array]:
+def _carry_out(equation: JaxprEqn, inputs: list[ArrayLike], origins: dict[int, _Origin]) -> list[ArrayLike]:
     if equation.primitive is primitives.remat_p:  # jax.checkpoint, which holds products of the backward pass
         if equation.params["differentiated"] and equation.params["prevent_cse"]:
             held = after(inputs)

@@ -1,5 +1,5 @@
-"""The compiled programs of a training run, from shapes alone: `train` runs them, `plan` compiles them for a machine
-that is not there."""
+"""The compiled programs of a training run, from shapes alone: `train` runs them, `plan` compiles them for a slice
+without its hardware."""
 
 import functools
 import math
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.factors import FORMS
@@ -33,7 +32,7 @@ from dreambooth_jax.runs.config import WITH_TOKEN, ConfigError
 
 
 class Job(NamedTuple):
-    """What determines the programs. `config.resolution` is in pixels here, no longer 0."""
+    """Everything that the programs depend on. `config.resolution` is in pixels, never 0."""
 
     config: ConfigDict
     pipeline: Pipeline
@@ -43,7 +42,7 @@ class Job(NamedTuple):
 
 
 def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
-    """Resolves what a config leaves to the base, and the optimizer.
+    """Resolves resolution, method and optimizer of a config.
 
     Raises:
         ValueError: the optimizer or its schedule is not implemented.
@@ -68,7 +67,7 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
 
 
 def tokens_held_from(config: ConfigDict) -> int:
-    """The step from which vectors of new tokens stay as they are."""
+    """The first step at which the vectors of new tokens are frozen."""
     return round(config.pivotal_fraction * config.steps) if config.method == "pivotal" else config.steps
 
 
@@ -83,7 +82,8 @@ def open_base(config: ConfigDict, **settings: Any) -> Pipeline:
 
 
 def reads_tokens(config: ConfigDict) -> bool:
-    """Whether the training data hold tokens, so that the text encoders are differentiated: else their states."""
+    """Whether the training data hold tokens, and the text encoders are differentiated; else the data hold text
+    states."""
     return config.train_text_encoder or config.method in WITH_TOKEN
 
 
@@ -91,7 +91,7 @@ def make_method(config: ConfigDict, pipeline: Pipeline) -> Method:
     """The method that the config names, on the denoiser and, if it says so, the text encoders.
 
     Raises:
-        ValueError: the text encoder is one that is never trained.
+        ValueError: the config trains a text encoder of a family that never trains it.
     """
     if reads_tokens(config) and not pipeline.family.trains_text:
         raise ValueError(
@@ -131,7 +131,8 @@ def _method_on_weights(kind: str, config: ConfigDict, pipeline: Pipeline) -> Met
 
 
 def pairs_prior(config: ConfigDict) -> bool:
-    """Whether the prior half is the noised photos again, with the class prompt, the base's predictions as targets."""
+    """Whether the prior half repeats the noised photos with the class prompt, and the base's predictions are its
+    targets."""
     return config.prior_preservation and config.prior_target == "base" and not config.class_images
 
 
@@ -170,7 +171,7 @@ def fresh_state(job: Job, trainable: Params) -> TrainState:
 def argument_shapes(
     job: Job, num_instance: int, size: Size | None = None
 ) -> tuple[TrainState, Shapes, TrainingData, jax.ShapeDtypeStruct]:
-    """(state, frozen, data, key): what `lower_steps` takes, for a subject of `num_instance` images."""
+    """The arguments of `lower_steps` as shapes, (state, frozen, data, key), for a subject of `num_instance` images."""
     trainable, frozen = split_shapes(job)
     data = data_shapes(job, num_instance, job.config.num_class_images, size)
     return state_shapes(job, trainable), frozen, data, key_shape(job)
@@ -186,24 +187,23 @@ def data_shapes(job: Job, num_instance: int, num_class: int, size: Size | None =
     size = size or training_size(config)
     tokens = pipeline.family.token_shapes(pipeline.models, 1)
     cond = tokens if reads_tokens(config) else jax.eval_shape(pipeline.encode_text, pipeline.shapes, tokens)
-    cond = jax.tree.map(lambda x: _replicated_shape(job, x.shape, x.dtype), cond)
 
     def resident(count: int) -> EncodedExamples:
-        latents = _replicated_shape(job, (count, math.prod(pipeline.example_shape(*size))), jnp.float32)
-        own = jax.eval_shape(pipeline.of_example, picture_shapes(pipeline, count, size[0]))
-        own = jax.tree.map(lambda x: _replicated_shape(job, x.shape, x.dtype), own) or None
-        index = _replicated_shape(job, (count, config.shuffle_tags) if config.shuffle_tags else (count,), jnp.int32)
+        shape = jax.ShapeDtypeStruct
+        latents = shape((count, math.prod(pipeline.example_shape(*size))), jnp.float32)
+        own = jax.eval_shape(pipeline.of_example, picture_shapes(pipeline, count, size[0])) or None
+        index = shape((count, config.shuffle_tags) if config.shuffle_tags else (count,), jnp.int32)
         pixels = math.prod(pipeline.example_shape(*size)[:-1])
-        weight = _replicated_shape(job, (count, pixels), jnp.float32) if config.masked_loss else None
+        weight = shape((count, pixels), jnp.float32) if config.masked_loss else None
         return EncodedExamples(latents, latents, cond, index, own, weight)
 
     count = num_instance if pairs_prior(config) else num_class
-    return TrainingData(resident(num_instance), resident(count) if config.prior_preservation else None)
+    data = TrainingData(resident(num_instance), resident(count) if config.prior_preservation else None)
+    return jax.tree.map(functools.partial(_replicated_shape, job), data)
 
 
 def training_size(config: ConfigDict) -> Size:
-    """Height and width in pixels of square training examples: of crops, where a super-resolution stage trains on
-    those."""
+    """Height and width in pixels of square training examples: a super-resolution stage's crops, or whole pictures."""
     return (config.sr_crop or config.resolution,) * 2
 
 
@@ -225,13 +225,12 @@ def possible_sizes(job: Job) -> tuple[Size, ...]:
 
 
 def key_shape(job: Job) -> jax.ShapeDtypeStruct:
-    """Of the run's key."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return _replicated_shape(job, key.shape, key.dtype)
+    """Shape of the run's key."""
+    return _replicated_shape(job, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def _replicated_shape(job: Job, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(job.mesh))
+def _replicated_shape(job: Job, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(job.mesh))
 
 
 def lower_steps(
@@ -259,8 +258,8 @@ def training_step(
 
     Args:
         size: see `lower_steps`.
-        mapped: whether it is for `adapters.many.over_subjects`: it takes (frozen, scale), and the subjects are divided
-            over the mesh in place of the batch.
+        mapped: whether the step is for `adapters.many.over_subjects`: it takes (frozen, scale), and the subjects are
+            divided over the mesh in place of the batch.
     """
     config, pipeline, mesh, dtype = job.config, job.pipeline, job.mesh, jnp.dtype(job.config.dtype)
     batch = (1 + config.prior_preservation) * config.batch_size // config.accumulate
@@ -312,7 +311,7 @@ def lower_calls(
         run_steps(step, config.steps_per_call),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
-        keep_unused=True,  # what is frozen stays on the devices, to paint samples: its memory counts
+        keep_unused=True,  # frozen parameters stay on the devices, to paint samples: their memory counts
         compiler_options=compiler_options.TRAINING if on_tpu else None,
     )
     with jax.set_mesh(mesh):  # kernels split their batch over it
@@ -342,7 +341,7 @@ def lower_painting(job: Job) -> jax.stages.Lowered:
     config, pipeline = job.config, job.pipeline
     paint = make_paint_batch(pipeline, job.mesh, **painting_settings(config, pipeline))
     shapes = input_shapes(pipeline, config.class_batch_size, config.resolution)
-    inputs = jax.tree.map(lambda x: _replicated_shape(job, x.shape, x.dtype), shapes)
+    inputs = jax.tree.map(functools.partial(_replicated_shape, job), shapes)
     trainable, frozen = split_shapes(job)
     with jax.set_mesh(job.mesh):
         return paint.lower(trainable | frozen, inputs)

@@ -1,6 +1,5 @@
-"""The type checkers of the tests, in which an int is a float, as PEP 484 has it: one raises, one warns."""
+"""The type checker of the tests, in which an int is a float, as PEP 484 has it."""
 
 from beartype import BeartypeConf, beartype
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-warned = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=UserWarning))
