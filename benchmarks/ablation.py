@@ -33,6 +33,7 @@ from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
+from dreambooth_jax.ops.pixels import from_bytes
 from dreambooth_jax.painting.painter import Request
 from dreambooth_jax.painting.sheets import contact_sheet, save_png
 from dreambooth_jax.runs.job import fresh_state, lower_steps
@@ -104,18 +105,14 @@ class Eye:
         spec = ViTSpec.from_config(json.loads((folder / "config.json").read_text()))
         vit = functional(lambda rngs: ViTModel(spec, rngs=rngs))
         params = read_model(folder, vit.shapes)
-        self._features = jax.jit(lambda x: vit.apply(params, _normalised(x), method="features"))
-        self._states = jax.jit(lambda x: vit.apply(params, _normalised(x), method="hidden_states"))
+        self._features = jax.jit(lambda x: vit.apply(params, from_bytes(x), method="features"))
+        self._states = jax.jit(lambda x: vit.apply(params, from_bytes(x), method="hidden_states"))
 
     def features(self, images: np.ndarray) -> jax.Array:
         return self._features(images)
 
     def states(self, images: np.ndarray) -> list[jax.Array]:
         return [state[:, 1:] for state in self._states(images)]
-
-
-def _normalised(images):
-    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def run_one(subject: str, arm: str, seed: int, steps: int, output: Path, eye: Eye, ruler: Ruler) -> dict:

@@ -143,22 +143,23 @@ def measure(tree: Path, fields: dict, steps: int, *, cold: bool) -> dict[str, fl
         jax.block_until_ready(state)
         bare = time.perf_counter() - started
 
-        latest, last = [state], int(state.step) + steps
+        latest, last, between = [state], int(state.step) + steps, [time.perf_counter()]
 
         def advance(state, count):
+            between.append(time.perf_counter() - between.pop())
             if int(state.step) >= last:
                 raise Enough
-            latest[0], metrics = compiled(state, *ready.arguments, count)
+            latest[0], metrics = jax.block_until_ready(compiled(state, *ready.arguments, count))
+            between.append(time.perf_counter())
             return latest[0], metrics
 
         started = time.perf_counter()
         with contextlib.suppress(Enough):
             ready.loop(state, advance)
         looped = time.perf_counter() - started
-        calls = steps / config.steps_per_call
         found = {
             "step, ms": 1e3 * bare / steps,
-            "loop beside the steps, ms a call": 1e3 * (looped - bare) / calls,
+            "loop between two calls, ms": 1e3 * statistics.median(between[1:]),
             "step in the loop, ms": 1e3 * looped / steps,
             "trace and compile, warm, s": warm,
             "peak memory (RSS), MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -197,10 +198,8 @@ def one_round(tree: Path, fields: dict, steps: int, *, commands: tuple[str, ...]
 def line(name: str, pairs: list[tuple[float, float]]) -> str:
     """A row of the table."""
     before, after = (f"{statistics.median(values):.4g}" for values in zip(*pairs, strict=True))
-    # The loop's own time can be below the noise of the steps: no ratio of it.
-    ratios = sorted(b / a for a, b in pairs if a > 0 and b > 0)
-    has_ratio = len(ratios) == len(pairs)
-    text = f"{statistics.median(ratios):.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f}" if has_ratio else "|"
+    ratios = sorted(b / a for a, b in pairs)
+    text = f"{statistics.median(ratios):.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f}"
     return f"| {name} | {before} | {after} | {text} | {len(pairs)} |"
 
 

@@ -26,6 +26,7 @@ from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.files.tokenizer import load_tokenizer
 from dreambooth_jax.models.layers import Conv, Downsample2D, ResnetBlock2D
 from dreambooth_jax.models.params import functional
+from dreambooth_jax.ops.pixels import from_bytes
 from dreambooth_jax.tiny import world
 from dreambooth_jax.tiny.muon import make_muon
 from dreambooth_jax.tiny.world.atlas import Atlas, Labels, compose, draw_labels, make_atlas
@@ -80,7 +81,7 @@ class Judge:
         nouns = [*(sprite.noun for sprite in sprites), DEFORMED]
         self.member = np.array([[noun == name for name in self.nouns] for noun in nouns], np.float32)
         self.net = functional(lambda rngs: Net(len(sprites), len(world.BACKGROUNDS), rngs=rngs))
-        self._apply = jax.jit(lambda params, images: self.net.apply(params, images.astype(jnp.float32) / 127.5 - 1))
+        self._apply = jax.jit(lambda params, images: self.net.apply(params, from_bytes(images)))
         path = CACHE / f"{len(sprites)}_{DEFORMED}.npz"
         if not path.exists():
             params = train(self.net, sprites)
@@ -185,7 +186,7 @@ def train(net, sprites: list[world.Sprite]) -> dict[str, Array]:
         change = lambda layers, key: jnp.where(deformed[:, None, None, None], deform(layers, key), layers)  # noqa: E731
         images, labels = drawn(atlas, picture_key, BATCH, change)
         noise = 0.03 * jax.random.normal(noise_key, images.shape)
-        return images / 127.5 - 1 + noise, jnp.where(deformed, len(sprites), labels.sprite), labels.background
+        return from_bytes(images) + noise, jnp.where(deformed, len(sprites), labels.sprite), labels.background
 
     def loss(params, images, labels, backgrounds):
         by_sprite, by_background = net.apply(params, images)

@@ -1,5 +1,7 @@
 """The evaluate command on a finished run: a table, JSON, pictures, and a page that needs no network."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -20,9 +22,11 @@ from dreambooth_jax.runs.training import train
 @pytest.fixture(scope="module")
 def scored(finished, tmp_path_factory):
     """A copy of the finished run after `evaluate`, and what was printed."""
-    workdir = tmp_path_factory.mktemp("scored") / "run"
+    workdir, printed = tmp_path_factory.mktemp("scored") / "run", io.StringIO()
     shutil.copytree(finished, workdir)
-    return workdir, arguments(workdir)
+    with contextlib.redirect_stdout(printed):
+        evaluate.main(arguments(workdir))
+    return workdir, printed.getvalue()
 
 
 def arguments(workdir, *more):
@@ -30,10 +34,8 @@ def arguments(workdir, *more):
 
 
 @pytest.mark.slow
-def test_it_scores_every_kept_checkpoint(scored, capsys):
-    workdir, command = scored
-    evaluate.main(command)
-    printed = capsys.readouterr().out
+def test_it_scores_every_kept_checkpoint(scored):
+    workdir, printed = scored
     assert "| step 60 |" in printed and "beside the embedded base" in printed
     folder = workdir / "evaluation"
     assert {path.name for path in folder.iterdir()} == {
@@ -54,20 +56,19 @@ def test_it_scores_every_kept_checkpoint(scored, capsys):
     assert "num_class_images" in page and "dreambooth_jax.evaluate" in page
 
 
-@pytest.mark.slow  # follows the test before, which is slow
+@pytest.mark.slow
 def test_what_is_scored_is_not_painted_again(scored, capsys, monkeypatch):
-    _, command = scored
+    workdir, _ = scored
     monkeypatch.setattr(scoring, "open_run", lambda *_: pytest.fail("painted again"))
-    evaluate.main(command)
+    evaluate.main(arguments(workdir))
     assert "| step 60 |" in capsys.readouterr().out
 
 
-def test_what_cannot_be_scored_says_why(tmp_path, scored):
-    workdir, _ = scored
+def test_what_cannot_be_scored_says_why(tmp_path, finished):
     with pytest.raises(SystemExit, match="Give the --workdir of a run"):
         evaluate.main(arguments(tmp_path))
     with pytest.raises(SystemExit, match="no such folder"):
-        evaluate.main(["--workdir", str(workdir), "--judge", "published", "--dino", str(tmp_path / "none")])
+        evaluate.main(["--workdir", str(finished), "--judge", "published", "--dino", str(tmp_path / "none")])
 
 
 @pytest.mark.slow

@@ -65,12 +65,12 @@ def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
     prior = examples(4, 9, "a dog", pipeline)
     keys = [jax.random.key(k) for k in range(len(COUNTS))]
 
-    rates = [rate / RATES[0] for rate in RATES]
-    data = stacked_data(instances, [prior] * 2, keys, batch_size=2, steps=max(STOPS), rates=rates)
+    rates = jnp.asarray([rate / RATES[0] for rate in RATES])
+    data = stacked_data(instances, [prior] * 2, keys, batch_size=2, steps=max(STOPS))
     assert data.prior is prior
     states = stack([fresh_state(job, padded_to(shapes, start)) for start in starts])
     scales = jnp.asarray([RANKS[0] / rank for rank in RANKS])
-    lanes, stacked_keys = Lanes(data, jnp.asarray(STOPS), scales), jnp.stack(keys)
+    lanes, stacked_keys = Lanes(data, jnp.asarray(STOPS), rates, scales), jnp.stack(keys)
     step = over_subjects(training_step(job, mapped=True), shared_prior=True)
     run = lower_calls(job, step, states, frozen, lanes, stacked_keys).compile()
     losses = []
@@ -101,19 +101,19 @@ def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
 def test_every_lane_reads_its_own_data_and_stops_by_itself(shared):
     """A step that adds up what it is given; class images of one noun, or of two."""
     numbers = [EncodedExamples(*(jnp.full((4, 2), 10.0**k),) * 2, None, jnp.zeros(4, jnp.int32)) for k in range(3)]
-    data = TrainingData(stack(numbers[:2]), numbers[2] if shared else stack(numbers[1:]), None, jnp.array([0.1, 0.2]))
+    data = TrainingData(stack(numbers[:2]), numbers[2] if shared else stack(numbers[1:]))
 
-    def step(state, frozen, data, key):
+    def step(state, frozen, data, key, rate):
         base, scale = frozen
         after = {
             "photos": data.instance.mean.sum() * scale,
             "class": data.prior.mean.sum() * base["weight"],
             "key": key,
         }
-        return TrainState(state.step + 1, after, {}, None), Metrics(*[data.rate] * 4)
+        return TrainState(state.step + 1, after, {}, None), Metrics(*[rate] * 4)
 
     states = TrainState(jnp.array([3, 3]), dict.fromkeys(("photos", "class", "key"), jnp.zeros(2)), {}, None)
-    lanes = Lanes(data, jnp.array([3, 4]), jnp.array([1.0, 2.0]))
+    lanes = Lanes(data, jnp.array([3, 4]), jnp.array([0.1, 0.2]), jnp.array([1.0, 2.0]))
     run = over_subjects(step, shared_prior=shared)
     states, metrics = run(states, {"weight": jnp.array(0.5)}, lanes, jnp.array([7.0, 8.0]))
     np.testing.assert_array_equal(states.step, [3, 4])  # the first lane has stopped, and changes no more
@@ -130,7 +130,7 @@ def test_shorter_lanes_are_filled_with_rows_that_no_order_names():
         return EncodedExamples(rows, rows, jnp.ones((captions, 3)), jnp.zeros(count, jnp.int32), own)
 
     given, keys = [some(5, 1), some(3, 2)], [jax.random.key(k) for k in range(2)]
-    data = stacked_data(given, [None, None], keys, batch_size=2, steps=7, rates=(1.0, 1.0))
+    data = stacked_data(given, [None, None], keys, batch_size=2, steps=7)
     assert data.instance.mean.shape == (2, 5, 1) and data.instance.cond.shape == (2, 2, 3)
     for number, own in enumerate(given):
         stacked = lane(data.instance, number)

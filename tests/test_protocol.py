@@ -21,7 +21,7 @@ def overrides(workdir, dataset, base, **fields):
 
 @pytest.fixture(scope="module")
 def command(micro, tmp_path_factory):
-    """The arguments of a protocol of two subjects of one class."""
+    """The workdir and the arguments of a protocol of two subjects of one class."""
     folder = tmp_path_factory.mktemp("protocol")
     for name in ("dog", "cat"):
         shutil.copytree(f"examples/subjects/{name}", folder / "photos" / name)
@@ -29,10 +29,16 @@ def command(micro, tmp_path_factory):
     return folder / "run", ["--config", "configs/protocol.py", *overrides(folder / "run", folder / "photos", micro)]
 
 
+@pytest.fixture(scope="module")
+def scored(command):
+    """`command` after it has trained and scored both subjects."""
+    evaluate.main(command[1])
+    return command
+
+
 @pytest.mark.slow
-def test_every_subject_is_trained_and_scored(command, capsys):
-    workdir, arguments = command
-    evaluate.main(arguments)
+def test_every_subject_is_trained_and_scored(scored):
+    workdir, _ = scored
     table = json.loads((workdir / "table.json").read_text())
     labels = [row["label"] for row in table["rows"]]
     assert labels[0] == "Real images (2 subjects)" and labels[1].endswith("ours (2 subjects)")
@@ -44,9 +50,9 @@ def test_every_subject_is_trained_and_scored(command, capsys):
     assert (workdir / "index.html").read_text().count("<h2>") == 4  # two subjects, config, command
 
 
-@pytest.mark.slow  # follows the test before, which is slow
-def test_scored_subjects_are_neither_trained_nor_painted_again(command, capsys, monkeypatch):
-    workdir, arguments = command
+@pytest.mark.slow
+def test_scored_subjects_are_neither_trained_nor_painted_again(scored, monkeypatch):
+    workdir, arguments = scored
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(scoring, "open_run", lambda *_: pytest.fail("painted again"))
     before = (workdir / "table.md").read_text()

@@ -28,13 +28,15 @@ class Lanes(NamedTuple):
     """The subjects' data.
 
     Attributes:
-        data: instance examples, order and rates with a leading axis of subjects; prior examples too, if they differ.
+        data: instance examples and order with a leading axis of subjects; prior examples too, if they differ.
         stops: number of steps of every subject.
+        rates: factor on the learning rate of every subject.
         scales: factor on the low-rank differences of every subject, see `rescaled`.
     """
 
     data: TrainingData
     stops: Int[Array, "n"]
+    rates: Float[Array, "n"]
     scales: Float[Array, "n"]
 
 
@@ -44,14 +46,14 @@ def over_subjects(
     """`step` over all subjects: (states, frozen, Lanes, keys) -> (states, metrics [n]); a subject stops at its step.
 
     Args:
-        step: (state, (frozen, scale), data, key) -> (state, metrics), with one of `Lanes.scales`.
+        step: (state, (frozen, scale), data, key, rate) -> (state, metrics), with one of `Lanes.scales`.
         shared_prior: whether all subjects have the same prior examples, without a leading axis.
     """
-    axes = TrainingData(0, None if shared_prior else 0, 0, 0)
-    mapped = jax.vmap(step, in_axes=(0, (None, 0), axes, 0))
+    axes = TrainingData(0, None if shared_prior else 0, 0)
+    mapped = jax.vmap(step, in_axes=(0, (None, 0), axes, 0, 0))
 
     def lanes_step(states: TrainState, frozen: Params, lanes: Lanes, keys: Array) -> tuple[TrainState, Metrics]:
-        after, metrics = mapped(states, (frozen, lanes.scales), lanes.data, keys)
+        after, metrics = mapped(states, (frozen, lanes.scales), lanes.data, keys, lanes.rates)
         trains = states.step < lanes.stops
         keep = lambda new, old: jnp.where(trains.reshape(-1, *(1,) * (new.ndim - 1)), new, old)  # noqa: E731
         return jax.tree.map(keep, after, states), metrics
@@ -76,7 +78,6 @@ def stacked_data(
     *,
     batch_size: int,
     steps: int,
-    rates: Sequence[float],
 ) -> TrainingData:
     """The subjects' examples in arrays of one size: rows that no order names fill up the shorter ones.
 
@@ -84,7 +85,6 @@ def stacked_data(
         priors: per subject; the very same object for all is stored once.
         keys: the subjects' keys, of which the order of their examples comes.
         steps: number of steps for which the order is made.
-        rates: the subjects' factors on the learning rate.
     """
     most = [max(len(x.mean) for x in instances), max(len(jax.tree.leaves(x.cond)[0]) for x in instances)]
     padded = [
@@ -100,7 +100,7 @@ def stacked_data(
     order = [picks(len(x.mean), batch_size, key, steps) for x, key in zip(instances, keys, strict=True)]
     shared = all(prior is priors[0] for prior in priors)
     prior = priors[0] if shared else stack(priors)
-    return TrainingData(stack(padded), prior, jnp.stack(order), jnp.asarray(rates, jnp.float32))
+    return TrainingData(stack(padded), prior, jnp.stack(order))
 
 
 def _filled(x: Array | np.ndarray, count: int) -> Array:

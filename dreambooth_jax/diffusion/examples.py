@@ -47,13 +47,11 @@ class TrainingData(NamedTuple):
 
     Attributes:
         order: rows of `instance` for every step, from `picks`; None: they are picked in the step.
-        rate: factor on the learning rate of these examples' run; None: 1.
     """
 
     instance: EncodedExamples
     prior: EncodedExamples | None
     order: Int[Array, "steps b"] | None = None
-    rate: Float[Array, ""] | None = None
 
 
 def draw(
@@ -61,7 +59,7 @@ def draw(
     process: Process,
     batch_size: int,
     key: Key[Array, ""],
-    step: Int[Array, ""],
+    step: Int[Array, ""] | int,
     shape: tuple[int, ...] | None = None,
     augment: Augment | None = None,
     paired: bool = False,
@@ -126,7 +124,7 @@ def picks(n: int, count: int, key: Key[Array, ""], steps: int) -> Int[Array, "st
     return jax.jit(lambda: jax.lax.map(lambda step: pick(n, count, instance_key, step), jnp.arange(steps)))()
 
 
-def pick(n: int, count: int, key: Key[Array, ""], step: Int[Array, ""]) -> Int[Array, "count"]:
+def pick(n: int, count: int, key: Key[Array, ""], step: Int[Array, ""] | int) -> Int[Array, "count"]:
     """Which of `n` examples step `step` uses: every example once per epoch, each epoch in an order of its own."""
     number = step * count + jnp.arange(count)
     if n > PERMUTED:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from dreambooth_jax.ops.pixels import from_bytes
+
 UNIFORM = "uniform"
 Cond = dict[str, Array | np.ndarray]
 
@@ -85,7 +87,7 @@ def make_augment(
         else:
             number = jax.random.randint(level_key, (), 0, len(low.sigma)) if level is None else jnp.int32(level)
             variance = variances[number]
-        clean = cond["low"].reshape(small, small, 3).astype(jnp.float32) / 127.5 - 1.0
+        clean = from_bytes(cond["low"].reshape(small, small, 3))
         enlarged = jnp.einsum("Hh,Ww,hwc->HWc", weights, weights, clean, precision="highest")
         z = jax.random.normal(noise_key, enlarged.shape)
         return cond | {"low": jnp.sqrt(1 - variance) * enlarged + jnp.sqrt(variance) * z, "level": number}

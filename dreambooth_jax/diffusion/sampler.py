@@ -187,6 +187,11 @@ def _deviation(row: Table, f: Array | None) -> Array | np.ndarray:
     return jnp.where(row.d > 0, jnp.maximum(row.d, 1e-10) ** (1 - f) * row.e**f, 0.0)
 
 
+def noise_for_keys(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Standard normal noise [b, *shape], image i from `keys[i]` alone: the same in any batch, on any device."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
 def noise_for_seeds(seeds: Sequence[int] | Array | np.ndarray, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise [b, *shape], image i from `seeds[i]` alone: the same in any batch, on any device."""
-    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(jnp.asarray(seeds, jnp.uint32))
+    """The noise of the keys `jax.random.key(seed)`."""
+    return noise_for_keys(jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)), shape)

@@ -92,8 +92,8 @@ def make_step(
     base: Callable[[Params], Params] | None = None,
     paired: bool = False,
     dropout: float = 0.0,
-) -> Callable[[TrainState, Params, TrainingData, Key[Array, ""]], tuple[TrainState, Metrics]]:
-    """Builds `step(state, frozen, data, key) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds `step(state, frozen, data, key, rate=None) -> (state, metrics)`; `rate` is a factor on the learning rate.
 
     Args:
         predict: (params, x_t, t, cond) -> prediction like x_t.
@@ -135,11 +135,13 @@ def make_step(
 
     gradient = hold(mean_gradient(loss_of_part, accumulate, batch_size))
 
-    def step(state: TrainState, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, frozen: Params, data: TrainingData, key: Key[Array, ""], rate: Scalar | None = None
+    ) -> tuple[TrainState, Metrics]:
         batch = draw(data, process, batch_size, key, state.step, example_shape, augment, paired, dropout)
         grads, losses, for_optimizer = gradient(state.trainable, frozen, batch)
         norm = _global_norm(grads)
-        after = apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay, data.rate)
+        after = apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay, rate)
         return after, Metrics(*losses, norm)
 
     return step

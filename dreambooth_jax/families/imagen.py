@@ -22,6 +22,7 @@ from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.models.pixel_unet import PixelUNet, PixelUNetSpec
 from dreambooth_jax.models.t5 import T5EncoderModel, T5Spec
+from dreambooth_jax.ops.pixels import from_bytes, to_unit
 
 UNET = Part(PixelUNetSpec.from_config, PixelUNet, "diffusion_pytorch_model.safetensors", DENOISER)
 TEXT_ENCODER = Part(T5Spec.from_config, T5EncoderModel, "model.safetensors", TEXT)
@@ -73,13 +74,13 @@ def tokenize(tokenizers: Mapping[str, Tokenizer], texts: Sequence[str]) -> dict[
 
 def encode_images(models: Models, params: Params, images: Images) -> tuple[Array, Array]:
     """The pixels in [-1, 1], exactly."""
-    pixels = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+    pixels = from_bytes(images)
     return pixels, jnp.zeros_like(pixels)
 
 
 def decode(models: Models, params: Params, pixels: Array) -> Float[Array, "b h w 3"]:
     """Pixels from [-1, 1] to [0, 1]."""
-    return jnp.clip(pixels / 2 + 0.5, 0.0, 1.0)
+    return to_unit(pixels)
 
 
 def predict_larger(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> Array:

@@ -16,6 +16,7 @@ from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
+from dreambooth_jax.ops.pixels import from_bytes, to_unit
 
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 UNET = Part(UNetSpec.from_config, UNet2DConditionModel, DIFFUSERS_FILE, DENOISER)
@@ -74,7 +75,7 @@ def encode_text(models: Models, params: Params, tokens: Cond) -> Cond:
 
 def encode_images(models: Models, params: Params, images: Images) -> tuple[Array, Array]:
     """Mean and standard deviation of the posterior of the scaled latents, [b, h/f, w/f, c] each."""
-    pixels = jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+    pixels = from_bytes(images)
     mean, logvar = _by_picture(lambda x: models.apply("vae", params, x, method="encode"), pixels, pixels.shape[1:3])
     scale = models.specs["vae"].scaling_factor
     return mean * scale, jnp.exp(0.5 * logvar) * scale
@@ -86,7 +87,7 @@ def decode(models: Models, params: Params, latents: Array) -> Float[Array, "b h 
     z = latents / spec.scaling_factor
     size = [spec.downscale * side for side in z.shape[1:3]]
     pixels = _by_picture(lambda z: models.apply("vae", params, z, method="decode"), z, size)
-    return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+    return to_unit(pixels.astype(jnp.float32))
 
 
 Encoded = TypeVar("Encoded")  # arrays with leading axis b

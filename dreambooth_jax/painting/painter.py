@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, PyTree, UInt32
 
 from dreambooth_jax.devices.sharding import batch_sharding, replicated, unshard
 from dreambooth_jax.diffusion.low_resolution import UNIFORM, make_augment
-from dreambooth_jax.diffusion.sampler import make_sampler
+from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_keys
 from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Pictures
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
@@ -90,7 +90,7 @@ def make_paint_batch(
         inputs = jax.lax.with_sharding_constraint(inputs, placement)
         params = unshard(mesh, params, dtypes)
         own = jax.random.wrap_key_data(inputs.keys)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(own)
+        noise = noise_for_keys(own, shape)
         tokens = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs.negative, inputs.tokens)
         both = pipeline.encode_text(params, tokens)
         uncond, cond = (jax.tree.map(lambda x: jnp.split(x, 2)[half], both) for half in (0, 1))  # noqa: B023

@@ -67,8 +67,8 @@ from dreambooth_jax.runs.setup import begin, claim, read_subject, weights_of
 
 
 class Subject(NamedTuple):
-    """A row of the table of subjects: the config's fields that are its own. Several rows may have the same photos: a
-    sweep of the learning rate and the rank."""
+    """A row of the table of subjects: its own values of config fields. Several rows may have the same photos: a sweep
+    of the learning rate and the rank."""
 
     name: str
     photos: str
@@ -84,7 +84,7 @@ class Subject(NamedTuple):
         return ConfigDict(dict(config) | own | {"instance_images": self.photos})
 
 
-# Fields of the config that a row may give, and how its text is read.
+# Config fields that a row may give -> reader of their text.
 _OWN = {"identifier": str, "class_noun": str, "steps": int, "learning_rate": float, "lora_rank": int}
 
 
@@ -153,10 +153,10 @@ class _Lanes(NamedTuple):
     """All subjects, ready to train.
 
     Attributes:
-        jobs: rank -> job of a run of that rank; the largest rank's job is that of the one program.
-        examples: of each subject.
-        digest: of the base's weights.
-        states: with a leading axis of subjects, before the first step.
+        jobs: rank -> job of a run of that rank; the one program is the largest rank's.
+        examples: training examples of each subject.
+        digest: digest of the base's weights.
+        states: train states before the first step, with a leading axis of subjects.
     """
 
     subjects: list[Subject]
@@ -237,8 +237,9 @@ def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
     starts = [padded_to(shapes, own[subject.lora_rank][0]) for subject in subjects]
     states = jax.jit(lambda starts: stack([initial(job)(t) for t in starts]), out_shardings=place)(starts)
     stops = jnp.asarray([subject.steps for subject in subjects])
+    rates = jnp.asarray([subject.learning_rate / config.learning_rate for subject in subjects], jnp.float32)
     scales = jnp.asarray([(ranks[-1] / subject.lora_rank) ** power for subject in subjects], jnp.float32)
-    lanes = Lanes(data, *(jax.device_put(x, place) for x in (stops, scales)))
+    lanes = Lanes(data, *(jax.device_put(x, place) for x in (stops, rates, scales)))
     return _Lanes(
         subjects, jobs, examples, digest, states, frozen, lanes, jax.device_put(jnp.stack([key] * len(subjects)), place)
     )
@@ -340,7 +341,7 @@ def adapter_path(config: ConfigDict, subject: Subject) -> epath.Path:
 
 
 def _paint_sheets(many: _Lanes, states: TrainState) -> None:
-    """Paints the config's sample prompts for every subject, its photos above them; sheets that are there stay."""
+    """Paints the config's sample prompts for every subject, its photos above them; existing sheets are kept."""
     config = many.job.config
     paint = painter_of(config, many.job.pipeline, many.job.mesh) if config.sample_prompts else None
     for number, subject in enumerate(many.subjects):
@@ -385,12 +386,11 @@ def _data(
         [key] * len(subjects),
         batch_size=config.batch_size,
         steps=max(subject.steps for subject in subjects),
-        rates=[subject.learning_rate / config.learning_rate for subject in subjects],
     )
     place = subject_sharding(job, len(subjects))
     shared = len(priors) == 1
     return data._replace(
-        **{name: jax.device_put(getattr(data, name), place) for name in ("instance", "order", "rate")},
+        **{name: jax.device_put(getattr(data, name), place) for name in ("instance", "order")},
         prior=jax.device_put(data.prior, replicated(mesh) if shared else place),
     )
 

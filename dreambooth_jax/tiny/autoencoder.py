@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.params import Functional, Params, under_prefix
-from dreambooth_jax.tiny.contrastive import Loss, Pictures, normalise
+from dreambooth_jax.ops.pixels import from_bytes
+from dreambooth_jax.tiny.contrastive import Loss, Pictures
 
 
 def vae_loss(vae: Functional, lpips: Functional | None, *, kl_weight: float, lpips_weight: float) -> Loss:
@@ -20,7 +21,7 @@ def vae_loss(vae: Functional, lpips: Functional | None, *, kl_weight: float, lpi
     """
 
     def loss(params: Params, batch: Pictures, key: Array) -> Float[Array, ""]:
-        x, own = normalise(batch.images), under_prefix("vae.", params)
+        x, own = from_bytes(batch.images), under_prefix("vae.", params)
         mean, logvar = vae.apply(own, x, method="encode")
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         again = vae.apply(own, z, method="decode")

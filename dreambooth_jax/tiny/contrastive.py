@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from dreambooth_jax.models.params import Functional, Params
+from dreambooth_jax.ops.pixels import from_bytes
 from dreambooth_jax.tiny.world.atlas import Atlas, Labels, caption_ids, compose, draw_labels
 
 
@@ -38,11 +39,6 @@ class View(NamedTuple):
 
 
 Loss = Callable[[Params, Pictures, Array], Float[Array, ""]]
-
-
-def normalise(images: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """uint8 -> [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def _pictures(atlas: Atlas, labels: Labels, key: Key[Array, ""], view: View) -> Pictures:
@@ -94,7 +90,7 @@ def clip_loss(clip: Functional, end: int) -> Loss:
     """Symmetric contrastive loss (arXiv 2103.00020, figure 3); equal captions in a batch are no negatives."""
 
     def loss(params: Params, batch: Pictures, key: Array) -> Float[Array, ""]:
-        logits = clip.apply(params, batch.ids, normalise(batch.images), end, method="logits")
+        logits = clip.apply(params, batch.ids, from_bytes(batch.images), end, method="logits")
         same = (batch.ids[:, None] == batch.ids[None]).all(-1)
         targets = same / same.sum(1, keepdims=True)
         by_image = optax.softmax_cross_entropy(logits, targets).mean()
@@ -110,7 +106,7 @@ def vit_loss(vit: Functional, temperature: float) -> Loss:
     subject."""
 
     def loss(params: Params, batch: Pictures, key: Array) -> Float[Array, ""]:
-        features = vit.apply(params, normalise(batch.images), method="features")
+        features = vit.apply(params, from_bytes(batch.images), method="features")
         number = jnp.arange(len(features))
         partner = jnp.roll(number, len(features) // 2)
         logits = features @ features.T / temperature

@@ -6,7 +6,8 @@ from jaxtyping import Array, Float
 
 from dreambooth_jax.diffusion.process import Process, corrupt, target
 from dreambooth_jax.models.params import Functional, Params, under_prefix
-from dreambooth_jax.tiny.contrastive import Loss, Pictures, normalise
+from dreambooth_jax.ops.pixels import from_bytes
+from dreambooth_jax.tiny.contrastive import Loss, Pictures
 
 
 def unet_loss(
@@ -35,7 +36,7 @@ def unet_loss(
 
     def loss(params: Params, batch: Pictures, key: Array) -> Float[Array, ""]:
         posterior_key, eps_key, t_key, drop_key = jax.random.split(key, 4)
-        mean, logvar = vae.apply(under_prefix("vae.", params), normalise(batch.images), method="encode")
+        mean, logvar = vae.apply(under_prefix("vae.", params), from_bytes(batch.images), method="encode")
         x0 = mean + jnp.exp(0.5 * logvar) * jax.random.normal(posterior_key, mean.shape)
         x0 = jax.lax.stop_gradient(x0.astype(jnp.float32)) * scale
         eps = jax.random.normal(eps_key, x0.shape)

@@ -23,6 +23,7 @@ from dreambooth_jax.models.params import Functional, Params, functional, under_p
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
+from dreambooth_jax.ops.pixels import from_bytes
 from dreambooth_jax.tiny.autoencoder import normalise_latents, vae_loss
 from dreambooth_jax.tiny.contrastive import (
     Loss,
@@ -32,7 +33,6 @@ from dreambooth_jax.tiny.contrastive import (
     draw_alike,
     draw_any,
     draw_pairs,
-    normalise,
     vit_loss,
 )
 from dreambooth_jax.tiny.denoiser import unet_loss
@@ -87,7 +87,7 @@ def latent_statistics(config: ConfigDict, vae: Functional, params: Params, atlas
 
     @jax.jit
     def encode(key: Array) -> Array:
-        return vae.apply(params, normalise(draw(atlas, key).images), method="encode")[0].astype(jnp.float32)
+        return vae.apply(params, from_bytes(draw(atlas, key).images), method="encode")[0].astype(jnp.float32)
 
     keys = jax.random.split(jax.random.key(config.seed), -(-1024 // count))
     latents = np.concatenate([np.asarray(encode(key)) for key in keys])
