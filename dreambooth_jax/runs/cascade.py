@@ -34,7 +34,7 @@ def stage_configs(config: ConfigDict) -> list[ConfigDict]:
     """The config of every stage's own run; that of `config` itself where it names no further stages.
 
     Raises:
-        ConfigError: there is no such stage, or fields for more stages than there are.
+        ConfigError: there is no such stage, fields for more stages, or fields that it sets itself.
     """
     if not config.stages:
         return [config]
@@ -46,9 +46,12 @@ def stage_configs(config: ConfigDict) -> list[ConfigDict]:
         )
     configs = [ConfigDict(dict(config) | {"stage": 1, "workdir": stage_folder(config.workdir, 1)})]
     for number, base in enumerate(config.stages, 2):
-        given = config.stage_fields[number - 2] if number - 2 < len(config.stage_fields) else ()
-        own = {"base": base, "stage": number, "workdir": stage_folder(config.workdir, number), "class_images": ""}
-        configs.append(ConfigDict(dict(config) | dict(given) | own))
+        given = dict(config.stage_fields[number - 2]) if number - 2 < len(config.stage_fields) else {}
+        own = {"base": base, "stage": number, "workdir": stage_folder(config.workdir, number)}
+        if idle := sorted(given.keys() & own.keys()):
+            raise ConfigError(f"stage_fields of stage {number}: {', '.join(idle)}: the cascade sets it; leave it out")
+        # Class images of its own size, or those that the stage before painted.
+        configs.append(ConfigDict(dict(config) | {"class_images": ""} | given | own))
     return configs
 
 
