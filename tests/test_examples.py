@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreambooth_jax.diffusion.examples import PERMUTED, EncodedExamples, TrainingData, draw, pick
+from dreambooth_jax.diffusion.examples import PERMUTED, EncodedExamples, TrainingData, _mixed, draw, pick
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 
 KEY = jax.random.key(3)
@@ -96,6 +96,24 @@ def test_augmentation_is_drawn_per_example_and_changes_no_other_draw():
     assert batch.cond["level"].shape == (6,) and len(np.unique(batch.cond["level"])) == 6
     assert len(np.unique(noise)) == noise.size
     np.testing.assert_array_equal(batch_of(data, augment=augment).cond["picture"], batch.cond["picture"])
+
+
+def test_every_release_draws_the_same():
+    """A run that a later release resumes goes on with the examples, noise and times that it would have had."""
+    data = TrainingData(examples(5, ids=np.arange(5)), examples(7, ids=np.arange(7)))
+    batch = batch_of(data, augment=lambda cond, key: cond | {"level": jax.random.uniform(key)}, dropout=0.5)
+    np.testing.assert_array_equal(batch.x0[:, 0, 0, 0], [1, 0, 3, 6, 1, 5])
+    np.testing.assert_array_equal(batch.t, [112, 352, 566, 675, 421, 959])
+    np.testing.assert_array_equal(batch.cond["text"][:, 0], [20, 10, 20, 20, 20, 20])
+    eps = [0.75886965, 0.31020254, -0.5781977, -0.24245313, 1.3820664, 1.4172481]
+    np.testing.assert_allclose(batch.eps[:, 0, 0, 0], eps, rtol=1e-5)
+    level = [0.9268526, 0.7376796, 0.19912624, 0.12187696, 0.3625846, 0.9455743]
+    np.testing.assert_allclose(batch.cond["level"], level, rtol=1e-5)
+
+
+def test_many_examples_are_ordered_by_the_published_hash():
+    """MurmurHash3's own results for an empty string and these seeds."""
+    assert [hex(_mixed(jnp.uint32(seed))) for seed in (1, 0xFFFFFFFF)] == ["0x514e28b7", "0x81f16f39"]
 
 
 def test_conditions_of_single_examples_need_names():
