@@ -81,3 +81,11 @@ def test_the_path_is_that_of_the_reference(name, tmp_path, monkeypatch):
         x = scheduler.step(output.movedim(-1, 1), t, x.movedim(-1, 1)).prev_sample.movedim(1, -1)
     assert np.linalg.norm(ours - x.numpy()) <= 2e-4 * np.linalg.norm(x)
     assert np.abs(x.numpy()).max() > 0.5
+
+
+def test_estimates_are_clipped_as_the_scheduler_says():
+    """With diffusers' defaults for what a config leaves out: clipped at 1, not thresholded."""
+    x0 = jnp.asarray([[[[-3.0, 0.5, 1.5]]]])
+    np.testing.assert_array_equal(clip_from_scheduler({})(x0), [[[[-1, 0.5, 1]]]])
+    np.testing.assert_array_equal(clip_from_scheduler({"clip_sample_range": 2.0})(x0), [[[[-2, 0.5, 1.5]]]])
+    assert clip_from_scheduler({"clip_sample": False}) is None
