@@ -52,6 +52,7 @@ setup(
         # torch is pinned: a range that admits newer builds pulls in gigabytes of CUDA packages.
         "test": [
             "pytest",
+            "filelock",
             "pytest-xdist",
             "hypothesis",
             "beartype",

@@ -24,6 +24,7 @@ _FLAGS = f"--xla_force_host_platform_device_count=8 {_COMPILE_FAST} {os.environ.
 os.environ["XLA_FLAGS"] = workarounds.with_cpu_flags(_FLAGS)  # as `runtime.start` does
 
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 
 class Base:
@@ -62,14 +63,25 @@ def sd21(tmp_path_factory):
     return Base(tmp_path_factory.mktemp("sd21"), unet=UNET_21, text=TEXT_21, scheduler=scheduler)
 
 
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    """The folder of that name: the first of pytest-xdist's workers makes it with `make(folder)`, and all use it."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    mark = folder.with_name(f"{name}.made")
+    with FileLock(f"{folder}.lock"):
+        if not mark.exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            mark.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
     """A base whose training steps take milliseconds."""
     from support.runs import write_micro
 
-    folder = tmp_path_factory.mktemp("micro")
-    write_micro(folder)
-    return str(folder)
+    return str(made_once(tmp_path_factory, "micro", write_micro))
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +89,4 @@ def finished(micro, tmp_path_factory):
     """The workdir of an uninterrupted run of `runs.SMALL`; not to be changed."""
     from support.runs import finish
 
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    finish(workdir, base=micro)
-    return workdir
+    return made_once(tmp_path_factory, "finished", lambda folder: finish(folder / "run", base=micro)) / "run"

@@ -93,7 +93,7 @@ def assert_same_picture(ours, theirs) -> None:
     assert np.abs(ours.astype(float) - theirs).max() <= 1 + 2e-3 * 255
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", ["I", pytest.param("II", marks=pytest.mark.slow), "x4"])
 def test_a_stage_paints_the_reference_s_picture(name, stages, monkeypatch):
     _, reference, pipeline, params = stages[name]
     low = None if name == "I" else photo(16)

@@ -49,7 +49,7 @@ def change(path, function) -> None:
         save_file(tensors, path)
 
 
-@pytest.mark.parametrize("shards", [None, "30KB"])
+@pytest.mark.parametrize("shards", [None, pytest.param("30KB", marks=pytest.mark.slow)])
 def test_half_precision_repositories_train_from_folder_and_hub_alike(sd15, hub, shards):
     half = StableDiffusionPipeline.from_pretrained(sd15.folder, torch_dtype=torch.float16)
     half.save_pretrained(hub / "fp16", variant="fp16", **{"max_shard_size": shards} if shards else {})

@@ -98,7 +98,7 @@ def test_pictures_are_named_told_and_different(complete):
     assert images.std() > 5
 
 
-@pytest.mark.parametrize(("devices", "batch_size"), [(8, 16), (1, 1)])
+@pytest.mark.parametrize(("devices", "batch_size"), [pytest.param(8, 16, marks=pytest.mark.slow), (1, 1)])
 def test_a_picture_is_the_same_in_any_batch_on_any_devices(micro, complete, tmp_path, devices, batch_size):
     Prior(micro, devices, batch_size).paint(tmp_path, list(range(10)))
     assert np.abs(pixels(tmp_path) - pixels(complete)).max() <= 1

@@ -69,6 +69,7 @@ def test_prompts_are_encoded_as_diffusers_does(base):
     assert relative(cond["pooled"], pooled) <= 1e-4
 
 
+@pytest.mark.slow
 def test_an_export_paints_in_diffusers_what_it_paints_here(base, tmp_path):
     """Guidance with an empty negative prompt, which is zeros, and one that is not."""
     _, pipeline, params = base

@@ -256,6 +256,7 @@ def test_a_state_goes_from_mesh_to_mesh(tmp_path):
         manager.close()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_device_starts_a_run_on_eight(micro, finished, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "run")
     fields = {"base": micro, "instance_images": "examples/subjects/dog"}
@@ -448,6 +449,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert checkpoints(run.workdir) == [3]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_command_and_saves_nothing(micro, tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -511,6 +513,7 @@ def test_variants_train_without_compiling_twice(micro, finished, tmp_path, varia
     assert all(value.dtype != jnp.bfloat16 for value in one.values())
 
 
+@pytest.mark.slow
 def test_the_text_encoder_trains_and_is_used(micro, finished):
     _, pipeline, params = open_run(finished, make_mesh())
     base = read_params(pipeline)
