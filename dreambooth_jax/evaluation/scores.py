@@ -1,4 +1,4 @@
-"""The scores of one subject's pictures: what the paper measures, drift, context leak and copies."""
+"""The scores of one subject's pictures: the paper's metrics, drift, context leak and copies."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,11 +31,11 @@ class Painted(NamedTuple):
     """A subject's pictures.
 
     Attributes:
-        photos: of the subject, as they were taken.
-        rows: pictures of each prompt; as many of each.
-        texts: of each prompt, with the class noun alone.
+        photos: photos of the subject, uncropped.
+        rows: pictures of each prompt, of equal number.
+        texts: text of each prompt, with the class noun alone.
         of_class, of_class_before: pictures of the bare class by the trained model and by its base.
-        class_text: their prompt.
+        class_text: prompt of the bare class.
     """
 
     photos: Sequence[Picture]
@@ -60,7 +60,7 @@ class Scores(NamedTuple):
     values: measure -> mean with its interval over prompts; of measures without prompts the value alone.
     per_prompt: measure -> a value per prompt.
     bound: "DINO" and "CLIP-I" of the photos among themselves, without the pairs of a photo with itself.
-    limit: similarity to a photo from which on a picture is suspected of being a copy, see `copy_limit`.
+    limit: smallest similarity to a photo of a suspected copy, see `copy_limit`.
     suspicious: share of generated pictures from `limit` on.
     copies: the closest pairs, the closest first.
     """
@@ -87,11 +87,11 @@ def read_scores(plain: dict[str, Any]) -> Scores:
 
 
 class Fidelity(NamedTuple):
-    """What the pictures of prompts say by themselves.
+    """The scores of the pictures of prompts, without pictures of the class.
 
     Attributes:
         per_prompt: measure of `PER_PROMPT` -> a value per prompt; without DIV for one picture per prompt.
-        closest: of all pictures, row by row.
+        closest: closest photo of every picture, row by row.
         bound, limit: see `Scores`.
     """
 

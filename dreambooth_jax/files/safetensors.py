@@ -25,9 +25,9 @@ from dreambooth_jax.files.atomic import replacing, write_atomic
 from dreambooth_jax.files.weight_files import WeightsError, weight_files
 from dreambooth_jax.models.params import Params, Tensors
 
-# What a file may call a tensor -> what it is called today. Autoencoders saved before diffusers 0.16 name their
-# attention differently; transformers 5 leaves out the wrapper of the text model. Applied only where today's name is
-# wanted.
+# Name of a tensor in older files -> name today. Autoencoders saved before diffusers 0.16 have other names in their
+# attention; transformers 5 leaves out the wrapper of the text model. An alias is used only if the model has a tensor of
+# that name.
 _ALIASES = (
     (r"\.query\.", ".to_q."),
     (r"\.key\.", ".to_k."),
@@ -65,18 +65,18 @@ def read_model(
 
     Args:
         folder: holds `diffusion_pytorch_model.safetensors` or `model.safetensors`, or an `.index.json` of shards.
-        shapes: our name -> shape and dtype wanted.
-        sharding_of: (our name, shape) -> where the tensor goes; default: the first device.
+        shapes: our name -> shape and dtype of the result.
+        sharding_of: (our name, shape) -> placement of the tensor; default: the first device.
 
     Raises:
-        WeightsError: no safetensors there, or tensors missing, unexpected or mis-shaped; all of them are named.
+        WeightsError: no safetensors, or tensors missing, unexpected or mis-shaped; all of them are named.
     """
     by_file_name = {file_name(name): (name, shape) for name, shape in shapes.items()}
     stored = _without_spare(folder, by_file_name.keys(), _stored_tensors(Path(folder), by_file_name.keys()))
     _check(folder, by_file_name, stored)
     sharding_of = sharding_of or (lambda name, shape: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     placed = {}
-    for key, where in stored.items():  # in the order of the file: disks read on
+    for key, where in stored.items():  # in file order: sequential reads are faster
         name, wanted = by_file_name[key]
         placed[name] = _place(name, wanted, *where[:3], sharding_of(name, wanted.shape))
     return {name: placed[name] for name in shapes}

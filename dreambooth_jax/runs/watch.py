@@ -36,14 +36,14 @@ _CLASS = "a {class_noun}"
 
 
 class Watch(NamedTuple):
-    """What a run is scored with.
+    """The scoring of a run.
 
     Attributes:
-        config, workdir: of the run.
+        config, workdir: config and workdir of the run.
         rows: step -> measure -> value, filled in as the run goes on; step 0 is the base.
-        judge: of the sample pictures; None where no sample prompt has the identifier.
-        photos: of the subject, all of them.
-        limit: cosine in DINO of a picture and a photo from which on it counts as a copy.
+        judge: judge of the sample pictures; None where no sample prompt has the identifier.
+        photos: all photos of the subject.
+        limit: smallest cosine in DINO of a copy and a photo.
         losses: trained parameters -> losses of held-out photos and class images; None without held-out photos.
         best: checkpoints that `keep_best` fills; None without it.
     """
@@ -59,7 +59,7 @@ class Watch(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What a sheet says of a step: beside the training images, and beside each sample prompt; "" for nothing."""
+    """Texts on a step's sheet: beside the training images, and beside each sample prompt; "" for none."""
 
     images: str
     prompts: list[str]
@@ -69,7 +69,7 @@ def make_watch(config: ConfigDict, mesh: Mesh, workdir: epath.Path, rows: dict[i
     """The watch of a run with `evaluate_every`, or None; `rows` are those of the steps before.
 
     Raises:
-        FileNotFoundError: a model of the judge is not there.
+        FileNotFoundError: a model of the judge is absent.
         ValueError: a single photo: DINO's bound needs two.
     """
     if not config.evaluate_every:
@@ -95,7 +95,7 @@ def is_scored(step: int, config: ConfigDict) -> bool:
 
 
 def is_due(config: ConfigDict, rows: Rows, step: int) -> bool:
-    """Whether a step is scored and its scores are not there."""
+    """Whether a step is scored and its scores are absent."""
     return is_scored(step, config) and step not in rows
 
 
@@ -126,7 +126,7 @@ def look_at_base(
     """Scores the base as step 0: its pictures of the sample prompts with the class noun alone.
 
     Args:
-        base: its parameters, as `paint` takes them.
+        base: parameters of the base, as `paint` takes them.
         trainable: trainable parameters before the first step.
         paint: (params, prompts) -> pictures of each.
     """
@@ -152,7 +152,7 @@ def subject_gap(watch: Watch, of_class: Sequence[Picture]) -> float:
 
 
 def scored_texts(config: ConfigDict) -> list[str]:
-    """The scored prompts with the class noun alone: what CLIP knows of them."""
+    """The scored prompts with the class noun alone, without the identifier that CLIP does not know."""
     return [class_only(config.sample_prompts[number], config.class_noun) for number in scored_prompts(config)]
 
 
@@ -180,7 +180,7 @@ def score_losses(watch: Watch, trained: Params) -> dict[str, float]:
 
 
 def says_best(config: ConfigDict, rows: Rows) -> str:
-    """A line for a person: the best of the scored steps, or that there is none."""
+    """The line on the best of the scored steps, or on its absence."""
     best = int(rows[max(rows)].get("best", 0)) if rows else 0
     if not best:
         limit = f"{config.best_max_copy:g}" if config.best_max_copy else "the copy detector's limit"
