@@ -18,6 +18,7 @@ def exported(finished, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_diffusers_paints_what_sample_paints(exported, finished, micro, tmp_path):
     ours = painted_by_sample(tmp_path / "run", "--workdir", str(finished))
     assert np.abs(painted_by_diffusers(exported) - ours).max() <= 2e-3 + 0.5 / 255  # half a grey level of the PNG

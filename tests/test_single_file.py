@@ -137,6 +137,7 @@ def test_bad_files(sd15, sd21, tmp_path, monkeypatch):
         load_pipeline(str(path))
 
 
+@pytest.mark.slow
 def test_a_run_as_one_file_paints_alike(finished, micro, tmp_path, capsys):
     path = tmp_path / "dog.safetensors"
     export.main(["--workdir", str(finished), "--output", str(path)])
