@@ -64,7 +64,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.class_images = ""  # folder of class images; "" is workdir/class_images, also for what the folder lacks
     config.create_class_images = False  # paint a new class_images folder, to share between runs
     config.num_class_images = 100  # the frozen base paints what is missing
-    config.class_batch_size = 20  # pictures painted at once, over all devices
+    config.class_batch_size = 20  # most pictures painted at once, over all devices
 
     # Training
     config.method = "full"  # fine-tuning of all weights; low-rank differences: "lora", "dora", "loha", "lokr"; a new

@@ -163,7 +163,7 @@ def paint(options: argparse.Namespace) -> "epath.Path":
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.files.embeddings import read_embeddings
     from dreambooth_jax.files.lora_read import with_adapters
-    from dreambooth_jax.painting.painter import make_painter
+    from dreambooth_jax.painting.painter import batch_for, make_painter
     from dreambooth_jax.painting.sheets import file_names, paint_rows, save_png, save_sheet
 
     mesh = make_mesh()
@@ -183,7 +183,7 @@ def paint(options: argparse.Namespace) -> "epath.Path":
         pipeline,
         mesh,
         resolution=options.resolution or resolution,
-        batch_size=min(options.batch_size, len(prompts) * len(seeds)),
+        batch_size=batch_for([len(prompts) * len(seeds)], options.batch_size, mesh.size),
         sampler=options.sampler,
         steps=options.steps,
         guidance=guidance,

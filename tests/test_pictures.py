@@ -4,9 +4,12 @@ import unicodedata
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dreambooth_jax.data.sources import list_images
+from dreambooth_jax.painting.painter import batch_for
 from dreambooth_jax.painting.sheets import contact_sheet, file_names, save_png
 
 
@@ -109,3 +112,18 @@ def test_prompts_that_differ_give_names_that_differ():
     prompts = ["a dog", "a dog!", "A dog?", "a dog_1", "a dog 2", "caf\u00e9", "cafe\u0301", "a" * 300, "a" * 301]
     names = [unicodedata.normalize("NFC", name).casefold() for name in file_names(prompts).values()]
     assert len(set(names)) == len(prompts)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=3), st.integers(1, 32), st.sampled_from([1, 2, 4, 8]))
+def test_no_request_is_filled_up_by_more_than_a_quarter(counts, most, devices):
+    batch = batch_for(counts, most, devices)
+    assert 1 <= batch <= most
+    share = min(most, devices)  # pictures of one round of all devices
+    for count in counts:
+        assert -(-count // batch) * batch <= 1.25 * (-(-count // share) * share)
+
+
+def test_pictures_at_once_of_the_configs():
+    """Class images, sheets and the base's pictures of the embedded job and of Stable Diffusion's."""
+    assert batch_for((100, 36, 6), 20) == 6 and batch_for((200, 12, 2), 8) == 2
+    assert batch_for((200, 12, 2), 8, devices=8) == 8

@@ -178,6 +178,31 @@ def to_paint(pipeline: Pipeline, resolution: int, requests: Sequence[Request]) -
     return Pictures(images, side, np.zeros_like(side), side)
 
 
+def batch_for(counts: Sequence[int], most: int, devices: int = 1) -> int:
+    """The number of pictures to paint at once, for requests of `counts` pictures: requests are filled up to whole
+    batches with pictures that nobody sees, none by more than a quarter. Of the sizes left, the one of least work; a
+    call counts as a quarter of a picture, for reading the weights. Where there are more devices than pictures, the
+    devices without one stay idle in any case.
+
+    Args:
+        counts: numbers above 0.
+        most: largest batch, all devices together.
+        devices: number of devices; the batch is a multiple of it where `most` is no smaller.
+    """
+    together = min(most, devices)
+    needed = [-(-count // together) for count in counts]
+
+    def filled(size: int) -> list[int]:
+        return [-(-count // size) * size for count in needed]
+
+    def work(size: int) -> float:
+        return sum(rows + rows / size / 4 for rows in filled(size))
+
+    sizes = range(max(1, most // together), 0, -1)
+    fitting = [size for size in sizes if all(4 * r <= 5 * n for r, n in zip(filled(size), needed, strict=True))]
+    return together * min(fitting, key=work)
+
+
 def make_painter(pipeline: Pipeline, mesh: Mesh, *, resolution: int, batch_size: int, **kw: Any) -> Painter:
     """Builds `paint(params, requests, all_processes=True)`, which yields (number of the request, uint8 image [h, w, 3])
     as they are done.

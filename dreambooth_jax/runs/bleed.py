@@ -17,6 +17,7 @@ from dreambooth_jax.evaluation.transforms import Picture
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.lora_read import with_adapters
+from dreambooth_jax.painting.painter import batch_for
 from dreambooth_jax.painting.sheets import paint_rows, save_sheet
 from dreambooth_jax.runs.job import painter_of
 from dreambooth_jax.runs.many import adapter_path, read_subjects
@@ -55,7 +56,7 @@ def measure_bleed(workdir: str, judge: Judge, mesh: Mesh, count: int) -> Bleed:
         )
     pipeline = load_pipeline(config.base)
     params = read_params(pipeline, mesh)
-    paint = painter_of(config, pipeline, mesh, batch_size=min(count, config.class_batch_size))
+    paint = painter_of(config, pipeline, mesh, batch_size=batch_for([count], config.class_batch_size, mesh.size))
     pictures = []
     for subject in subjects:
         own = with_adapters(params, pipeline.shapes, [f"{adapter_path(config, subject)}:1"])

@@ -24,7 +24,7 @@ from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
 from dreambooth_jax.runs.config import ConfigError
-from dreambooth_jax.runs.job import painter_of
+from dreambooth_jax.runs.job import painter_of, pictures_at_once
 from dreambooth_jax.runs.workdir import open_run
 
 Below = Callable[[Sequence[Request]], list[np.ndarray]]
@@ -77,7 +77,11 @@ def open_stages(configs: Sequence[ConfigDict], mesh: Mesh) -> list[Stage]:
         else:
             pipeline = with_cached_text(load_pipeline(config.base, dtype=jnp.dtype(config.dtype)), mesh)
             params = read_params(pipeline, mesh)
-        stages.append(Stage(painter_of(config, pipeline, mesh, trained=trained), params))
+        stages.append(
+            Stage(
+                painter_of(config, pipeline, mesh, batch_size=pictures_at_once(config, mesh), trained=trained), params
+            )
+        )
     return stages
 
 

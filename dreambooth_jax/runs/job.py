@@ -27,12 +27,20 @@ from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state, kept,
 from dreambooth_jax.families.family import DENOISER, TEXT
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.models.params import Params, Shapes
-from dreambooth_jax.painting.painter import Painter, input_shapes, make_paint_batch, make_painter, picture_shapes
+from dreambooth_jax.painting.painter import (
+    Painter,
+    batch_for,
+    input_shapes,
+    make_paint_batch,
+    make_painter,
+    picture_shapes,
+)
 from dreambooth_jax.runs.config import WITH_TOKEN, ConfigError
 
 
 class Job(NamedTuple):
-    """Everything that the programs depend on. `config.resolution` is in pixels, never 0."""
+    """Everything that the programs depend on. In `config`, `resolution` is in pixels, never 0, and `class_batch_size`
+    is the number of pictures painted at once, no longer the most (see `pictures_at_once`)."""
 
     config: ConfigDict
     pipeline: Pipeline
@@ -47,7 +55,11 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
     Raises:
         ValueError: the optimizer or its schedule is not implemented.
     """
-    config = ConfigDict(dict(config) | {"resolution": config.resolution or pipeline.resolution})
+    resolved = {
+        "resolution": config.resolution or pipeline.resolution,
+        "class_batch_size": pictures_at_once(config, mesh),
+    }
+    config = ConfigDict(dict(config) | resolved)
     rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
     method = make_method(config, pipeline)
     optimizer = make_optimizer(
@@ -316,6 +328,16 @@ def lower_calls(
     )
     with jax.set_mesh(mesh):  # kernels split their batch over it
         return steps.lower(state, frozen, data, key, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def pictures_at_once(config: ConfigDict, mesh: Mesh) -> int:
+    """How many pictures a run paints at once: at most `class_batch_size`, and so that its sheets and class images fill
+    whole batches (`batch_for`)."""
+    without_identifier = [prompt for prompt in config.sample_prompts if "{identifier}" not in prompt]
+    counts = [config.sample_count * len(prompts) for prompts in (config.sample_prompts, without_identifier)]
+    if config.prior_preservation and not pairs_prior(config):
+        counts.append(config.num_class_images)
+    return batch_for([count for count in counts if count], config.class_batch_size, mesh.size)
 
 
 def painting_settings(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Plan:
         parameters, optimizer_state, data: bytes of the arguments, by kind.
         cost: analysis of the training steps; None if they do not fit, by `missing` bytes.
         class_images: analysis of painting one batch of class images; None without prior preservation.
-        class_image_seconds: seconds of painting one batch.
+        class_image_seconds: seconds of painting one batch of `at_once` pictures.
         painting_missing: bytes by which painting does not fit.
         photos: the training photos, in words.
     """
@@ -81,6 +81,7 @@ class Plan:
     missing: int
     class_images: Cost | None
     class_image_seconds: float
+    at_once: int = 1
     painting_missing: int = 0
     photos: str = ""
 
@@ -96,7 +97,7 @@ class Plan:
     def run_seconds(self, config: ConfigDict) -> float:
         """The whole run: steps and class images, without start and compile times."""
         painted = config.prior_preservation and not pairs_prior(config)
-        batches = -(-config.num_class_images // config.class_batch_size) if painted else 0
+        batches = -(-config.num_class_images // self.at_once) if painted else 0
         return config.steps * self.cost.seconds + batches * self.class_image_seconds
 
 
@@ -143,6 +144,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         missing=missing,
         class_images=painting,
         class_image_seconds=seconds,
+        at_once=job.config.class_batch_size,
         painting_missing=painting_missing,
         photos=photos,
     )
@@ -247,7 +249,7 @@ def describe(plan: Plan, config: ConfigDict) -> str:
             -1,
             (
                 "class images",
-                f"{plan.class_image_seconds:.1f} s for {config.class_batch_size}, peak {painting.peak / GIB:.2f} GiB",
+                f"{plan.class_image_seconds:.1f} s for {plan.at_once}, peak {painting.peak / GIB:.2f} GiB",
             ),
         )
         fit = "fit" if plan.sheets_peak <= chip.hbm else "do NOT fit: paint fewer at once (class_batch_size)"
@@ -327,7 +329,7 @@ def plan_protocol(config: ConfigDict, options: argparse.Namespace) -> str:
         scale,
         run=steps,
         class_images=found.run_seconds(train) - steps,
-        picture=batch / train.class_batch_size,
+        picture=batch / job.config.class_batch_size,
         score=protocol_cost.scoring_seconds(config, mesh, found.chip, quick=not options.full),
         chips=found.devices // found.chip.devices,
     )
