@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(folder, d
     else:
         os.truncate(folder / "2" / "run.json", 20)
     (line,) = checkpoint.set_aside_damaged(folder)
-    assert "damaged_checkpoints/2" in line
+    assert line.endswith("damaged_checkpoints/2; the run goes on from step 1")
     assert (folder.parent / "damaged_checkpoints" / "2").is_dir() and checkpoint.steps_of(folder) == [1]
     manager = checkpoint.open_checkpoints(folder)
     found = checkpoint.restore(manager, like(state(0)))
@@ -217,7 +217,8 @@ def test_the_only_checkpoint_damaged_is_said_and_the_run_begins_anew(micro, work
     os.truncate(victim, 10)
     run = set_up(config_of(workdir, base=micro, instance_images="examples/subjects/dog"), jax.devices()[:1])
     text = plan_text(run, done=0)
-    assert "the bytes of trainable are not those that were saved" in text and "damaged_checkpoints/60" in text
+    assert "the bytes of trainable are not those that were saved" in text
+    assert "damaged_checkpoints/60; no other is left, the run begins anew" in text
     assert "going on" not in text
     assert re.search(r"warning: keep_last = 1: .* nothing is left; 2 would take [\d.e-]+ GB more", text)
 

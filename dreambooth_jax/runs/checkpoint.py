@@ -201,7 +201,12 @@ def set_aside_damaged(folder: str | os.PathLike) -> list[str]:
                 place = _free_name(Path(folder).parent / "damaged_checkpoints" / str(step))
                 place.parent.mkdir(exist_ok=True)
                 os.rename(Path(folder) / str(step), place)
-                lines.append(f"{error}. It is set aside as {place}; the run goes on from the checkpoint before it")
+                lines.append(f"{error}. It is set aside as {place}")
+        if lines:
+            left = steps_of(folder)
+            lines[-1] += (
+                f"; the run goes on from step {left[-1]}" if left else "; no other is left, the run begins anew"
+            )
     runtime.wait_for_all("checkpoints are verified")
     return lines
 
