@@ -76,6 +76,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.lora_scaling = "standard"  # or "stabilized": alpha / sqrt(rank) (arXiv 2312.03732)
     config.lora_plus_ratio = 1.0  # learning rate of the second factor over that of the first (arXiv 2402.12354)
     config.init_adapter = ""  # adapter file to go on from, of the same modules and ranks
+    config.init_embedding = ""  # embedding file that the new token starts as, with as many vectors
     config.token_vectors = 1  # vectors of the new token
     config.token_start = ""  # words whose vectors it starts as; "" for the class noun
     config.templates = ""  # or "object", "style": captions of many wordings (arXiv 2208.01618) in place of the prompt

@@ -17,9 +17,12 @@ from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.family import TEXT
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.embeddings import read_embeddings, write_embeddings
+from dreambooth_jax.files.lora_kohya import write_kohya
 from dreambooth_jax.files.weight_files import WeightsError
+from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.exports import about_adapter
 from dreambooth_jax.runs.job import make_job, open_base
-from dreambooth_jax.runs.setup import with_templates
+from dreambooth_jax.runs.setup import begin, parameters_to_continue, with_templates
 from dreambooth_jax.runs.workdir import open_run
 
 TABLE = "text_encoder.text_model.embeddings.token_embedding.embedding"
@@ -110,6 +113,28 @@ def test_pivotal_tuning_has_rows_and_factors_and_its_rows_stop(micro, tmp_path):
     assert rows[0] in file and len(file) == len(trainable)
     stopped, _ = stop_after(0, is_row).update({"a.new": jnp.ones(2), "b": jnp.ones(2)}, jnp.zeros((), jnp.int32))
     assert not stopped["a.new"].any() and stopped["b"].all()
+
+
+def test_pivotal_tuning_goes_on_from_its_two_files(micro, tmp_path):
+    job, params, fresh, _ = job_of(micro, tmp_path, method="pivotal")
+    moved = {name: np.asarray(value) + 0.125 for name, value in fresh.items()}
+    files = {"init_adapter": str(tmp_path / "dog.safetensors"), "init_embedding": str(tmp_path / "sks.safetensors")}
+    factors = {name: x for name, x in job.method.adapter(moved).items() if not is_row(name)}
+    write_kohya(files["init_adapter"], factors, about_adapter(job.pipeline, job.config, "dog"), dtype="float32")
+    write_embeddings(files["init_embedding"], list(rows_of(moved).values()))
+    for field, file in files.items():
+        job = job_of(micro, tmp_path, method="pivotal", **{field: file})[0]
+        found = begin(job, params)[0]
+        for name, value in moved.items():
+            is_stored = is_row(name) == (field == "init_embedding")
+            np.testing.assert_allclose(found[name], value if is_stored else fresh[name], rtol=1e-6, err_msg=name)
+    for fields, message in (
+        ({"method": "pivotal", "token_vectors": 1, "init_embedding": files["init_embedding"]}, "has 2 vectors"),
+        ({"method": "lora", "init_embedding": files["init_embedding"]}, "trains no token"),
+        ({"method": "inversion", "init_adapter": files["init_adapter"]}, "trains no adapter"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parameters_to_continue(job_of(micro, tmp_path, **fields)[0])
 
 
 def test_custom_diffusion_trains_the_token_and_cross_attentions_keys_and_values(micro, tmp_path):

@@ -137,6 +137,7 @@ FIELDS: dict[str, Field] = {
     "lora_scaling": _one_of("standard", "stabilized"),
     "lora_plus_ratio": Field(float, lambda v: v > 0, "above 0"),
     "init_adapter": Field(str),
+    "init_embedding": Field(str),
     "token_vectors": _positive(),
     "token_start": Field(str),
     "templates": Field(str, lambda v: v in ("", "object", "style"), "object, style, or empty"),

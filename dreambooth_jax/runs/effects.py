@@ -26,6 +26,7 @@ IDLE = (
     Idle(
         ("token_vectors", "token_start"), lambda c: c.method not in WITH_TOKEN, "with method = {method}: no new token"
     ),
+    Idle(("token_start",), lambda c: bool(c.init_embedding), "with init_embedding, which the new token starts as"),
     Idle(("pivotal_fraction",), lambda c: c.method != "pivotal", "with method = {method}"),
     Idle(("instance_prompt", "captions"), lambda c: bool(c.templates), "with templates, which give the captions"),
     Idle(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from dreambooth_jax.adapters.inversion import TEMPLATES
+from dreambooth_jax.adapters.inversion import TEMPLATES, is_row
 from dreambooth_jax.data.buckets import Size
 from dreambooth_jax.data.class_images import agreed, class_images_to_paint, paint_missing, read_class_images
 from dreambooth_jax.data.encode import make_encoder
@@ -28,8 +28,9 @@ from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.files.atomic import remove_partial, write_atomic
 from dreambooth_jax.files.digest import weights_digest
+from dreambooth_jax.files.embeddings import read_embeddings
 from dreambooth_jax.files.lora_read import read_adapter
-from dreambooth_jax.models.params import Params
+from dreambooth_jax.models.params import Params, Shapes
 from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below, stage_folder
@@ -105,8 +106,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     pipeline = with_cached_text(pipeline, mesh, _prompts(config))
     job = make_job(config, pipeline, mesh)
     config = job.config
-    if config.init_adapter:
-        adapter_to_continue(job)  # an error now, not after the weights are read
+    parameters_to_continue(job)  # an error now, not after the weights are read
     paint = painter_of(config, pipeline, mesh)
     examples, held_out = read_subject(job)
     if low := pipeline.low_resolution:
@@ -302,22 +302,41 @@ def begin(job: Job, params: Params) -> tuple[Params, Params, Key[Array, ""]]:
     seed = job.config.seed
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(job.mesh))()
     trainable, frozen = job.method.start(params, key)
-    if job.config.init_adapter:
-        trainable = continued(job, trainable)
-    return trainable, frozen, key
+    return continued(job, trainable), frozen, key
 
 
-def adapter_to_continue(job: Job) -> dict[str, np.ndarray]:
-    """The factors of the config's `init_adapter` file.
+def parameters_to_continue(job: Job) -> dict[str, np.ndarray]:
+    """The factors of the config's `init_adapter` file and the rows of its `init_embedding` file, where it names them.
 
     Raises:
-        ConfigError: the method trains no adapter, or the file has other modules or ranks.
+        ConfigError: the method trains no factors or no tokens, or a file has other modules, ranks or numbers of rows.
     """
+    wanted, _ = job.method.shapes(job.pipeline.shapes)
+    found = {}
+    if job.config.init_adapter:
+        found |= _stored_factors(job, {name: x for name, x in wanted.items() if not is_row(name)})
+    if job.config.init_embedding:
+        found |= _stored_rows(job, {name: x for name, x in wanted.items() if is_row(name)})
+    return found
+
+
+def _stored_rows(job: Job, wanted: Shapes) -> dict[str, np.ndarray]:
+    file = job.config.init_embedding
+    if not wanted:
+        raise ConfigError(f"init_embedding = {file!r}: method = {job.config.method!r} trains no token")
+    rows = dict(zip(wanted, read_embeddings(file, [x.shape[1] for x in wanted.values()]), strict=True))
+    if wrong := {len(x) for x in rows.values()} - {job.config.token_vectors}:
+        raise ConfigError(
+            f"init_embedding = {file!r} has {wrong.pop()} vectors; give --config.token_vectors that number"
+        )
+    return rows
+
+
+def _stored_factors(job: Job, wanted: Shapes) -> dict[str, np.ndarray]:
     file = job.config.init_adapter
-    if job.method.adapter is None:
+    if job.method.adapter is None or not wanted:
         raise ConfigError(f"init_adapter = {file!r}: method = {job.config.method!r} trains no adapter")
     stored, _ = read_adapter(file, job.pipeline.shapes)
-    wanted, _ = job.method.shapes(job.pipeline.shapes)
     sizes = {n: (stored[n].shape, wanted[n].shape) for n in sorted(wanted.keys() & stored.keys())}
     wrong = sorted(wanted.keys() ^ stored.keys())
     wrong += [f"{n} {found}, here {own}" for n, (found, own) in sizes.items() if found != own]
@@ -330,10 +349,13 @@ def adapter_to_continue(job: Job) -> dict[str, np.ndarray]:
 
 
 def continued(job: Job, trainable: Params) -> Params:
-    """`trainable` with the values of the config's `init_adapter` file; errors are `adapter_to_continue`'s."""
-    stored = adapter_to_continue(job)
-    scales = job.method.adapter(jax.tree.map(jnp.ones_like, trainable))
-    return {n: jax.device_put(stored[n] / scales[n], x.sharding) for n, x in trainable.items()}
+    """`trainable` with the values of the files that the config goes on from; errors are `parameters_to_continue`'s."""
+    stored = parameters_to_continue(job)
+    if not stored:
+        return trainable
+    ones = jax.tree.map(jnp.ones_like, trainable)
+    scales = ones if job.method.adapter is None else job.method.adapter(ones)
+    return trainable | {n: jax.device_put(x / scales[n], trainable[n].sharding) for n, x in stored.items()}
 
 
 def start_state(job: Job, trainable: Params, manager: ocp.CheckpointManager) -> TrainState:
