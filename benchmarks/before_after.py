@@ -84,14 +84,14 @@ def prepared_after(config, folder: Path) -> Training:
     """By the modules of this tree."""
     from dreambooth_jax.families.pipeline import read_params
     from dreambooth_jax.runs.checkpoint import open_checkpoints
-    from dreambooth_jax.runs.job import held_shapes, lower_steps
+    from dreambooth_jax.runs.job import lower_steps, read_shapes
     from dreambooth_jax.runs.loop import Progress, Sheets, Store, loop
     from dreambooth_jax.runs.preemption import Preemption
     from dreambooth_jax.runs.report import Reporter
     from dreambooth_jax.runs.setup import begin, prepare_data, set_up, start_state
 
     run = set_up(config)
-    params = read_params(run.pipeline, run.mesh, held_shapes(run.job))
+    params = read_params(run.pipeline, run.mesh, read_shapes(run.job))
     trainable, frozen, key = begin(run.job, params)
     del params
     (data,) = prepare_data(run, run.job.method.combine(frozen, trainable))

@@ -98,6 +98,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
 
     # Hardware
     config.dtype = "float32"  # of the computation; "bfloat16" on TPUs. Trained weights are always float32
+    config.frozen_dtype = ""  # "int8": frozen kernels in eight bits, half of bfloat16's memory; "": in `dtype`
     config.remat = "nothing"  # or "elementwise", "layers": recomputed in the backward pass; less memory, more time
     config.mesh_data = -1  # devices along each mesh axis; -1 takes what the other leaves
     config.mesh_fsdp = 1  # parameters and optimizer state are split over this axis

@@ -2,8 +2,8 @@
 (adapters.factors).
 
 LoRA's and DoRA's factors stay factors: beside `MODULE.kernel` the layer finds `MODULE.lora_A.kernel` and
-`MODULE.lora_B.kernel` and computes x W + (x A) B (models.layers.adapt). LoHa and LoKr have no such form: `combine` adds
-their differences to the kernels.
+`MODULE.lora_B.kernel` and computes x W + (x A) B (models.layers.adapted). LoHa and LoKr have no such form: `combine`
+adds their differences to the kernels.
 """
 
 import re
@@ -18,6 +18,7 @@ from jaxtyping import Array, Key
 
 from dreambooth_jax.adapters.factors import FORMS, LORA_B, MAGNITUDE, by_module, merge, parse, shapes
 from dreambooth_jax.adapters.method import Method, Value
+from dreambooth_jax.adapters.quantised import whole
 from dreambooth_jax.models.layers import column_norms
 from dreambooth_jax.models.params import Params, Shapes, Tensors
 
@@ -78,9 +79,11 @@ def lora(
 
     def start(params: Params, key: Key[Array, ""]) -> tuple[Params, Params]:
         wanted = shapes_of({name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()})[0]
-        kernels = {f"{module}.kernel": params[f"{module}.kernel"] for module in by_module(wanted)}
+        modules = by_module(wanted)
+        kernels = {name: x for name, x in params.items() if name.startswith(tuple(f"{m}." for m in modules))}
 
         def first(key: Key[Array, ""], kernels: Params) -> Params:
+            kernels = whole(kernels, modules)
             magnitudes = {n: parse(n)[0] for n in wanted if parse(n)[1] == MAGNITUDE}
             return {n: _first(form, n, x.shape, key) for n, x in wanted.items() if n not in magnitudes} | {
                 n: _norms(kernels[f"{module}.kernel"]) for n, module in magnitudes.items()
@@ -96,7 +99,7 @@ def lora(
 
     def combine(frozen: Params, trainable: Params) -> Params:
         joined = frozen | cast(Params, scaled(trainable))
-        return joined if form in ("lora", "dora") else cast(Params, merge(joined))
+        return joined if form in ("lora", "dora") else cast(Params, merge(whole(joined, by_module(trainable))))
 
     return Method(
         shapes_of,

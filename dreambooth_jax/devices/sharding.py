@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -103,13 +104,14 @@ def unshard(
 
     Args:
         dtype: dtype of the computation, or name -> dtype. Sharded parameters are cast before the all-gather, which
-            halves its traffic. Replicated ones are not: the cast copy would be kept for the backward pass.
+            halves its traffic; not so whole numbers, which are smaller. Replicated ones are not: the cast copy would be
+            kept for the backward pass.
     """
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(params, dtype)
     homes = {name: param_sharding(mesh, name, x.shape) for name, x in params.items()}
 
     def whole(name: str, x: jax.Array) -> jax.Array:
-        rounded = x.astype(dtypes.get(name) or x.dtype)
+        rounded = x.astype(dtypes.get(name) or x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
         rounded = jax.lax.with_sharding_constraint(rounded, homes[name])  # the cast comes before the all-gather
         return _gathered(rounded, homes[name])
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dreambooth_jax.ops.convolve import Image, convolve
+from dreambooth_jax.ops.quantise import dequantise, product
 
 
 class Setting(TypedDict):
@@ -21,7 +22,7 @@ class Setting(TypedDict):
 
 
 class Linear(nnx.Module):
-    """x W + b over the last axis, or with low-rank factors x W + (x A) B + b: see `adapt`."""
+    """x W + b over the last axis, or with low-rank factors x W + (x A) B + b: see `adapted`."""
 
     def __init__(self, cin: int, cout: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
@@ -30,14 +31,13 @@ class Linear(nnx.Module):
         self.factors: nnx.Dict | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*b cin"]) -> Float[Array, "*b cout"]:
-        x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
-        y = adapt(self, x @ kernel, lambda a: x @ a)
+        y = adapted(self, jnp.matmul, x.astype(self.dtype))
         return y if self.bias is None else y + self.bias.astype(self.dtype)
 
 
 class Conv(nnx.Module):
-    """A square convolution, with low-rank factors if given (`adapt`); `padding` defaults to the one that keeps the size
-    at stride 1."""
+    """A square convolution, with low-rank factors if given (`adapted`); `padding` defaults to the one that keeps the
+    size at stride 1."""
 
     def __init__(
         self,
@@ -57,33 +57,37 @@ class Conv(nnx.Module):
         self.factors: nnx.Dict | None = nnx.data(None)
 
     def __call__(self, x: Image) -> Image:
-        def product(kernel: Float[Array, "k k cin d"]) -> Image:
+        def times(x: Image, kernel: Float[Array, "k k cin d"]) -> Image:
             if kernel.shape[0] == 1:
                 return x @ kernel[0, 0]
             return convolve(x, kernel, self.stride, self.padding)
 
-        return adapt(self, product(self.kernel.astype(self.dtype)), product) + self.bias.astype(self.dtype)
+        return adapted(self, times, x) + self.bias.astype(self.dtype)
 
 
-def adapt(
-    layer: Linear | Conv, y: Float[Array, "*b cout"], product: Callable[[Array], Array]
+def adapted(
+    layer: Linear | Conv, times: Callable[[Array, Array], Array], x: Float[Array, "*b cin"]
 ) -> Float[Array, "*b cout"]:
-    """y = x W with the layer's low-rank difference: y + (x A) B (arXiv 2106.09685, equation 3), never forming A B.
+    """x W with the layer's low-rank difference: x W + (x A) B (arXiv 2106.09685, equation 3), never forming A B.
 
     With a magnitude m (DoRA, arXiv 2402.09353, equation 5) that is scaled per output channel by m / |W + A B|.
 
     Args:
-        layer: its `factors` are None or {"lora_A": A [..., cin, r], "lora_B": B [r, cout]}, scale folded into B, and
-            optionally "lora_magnitude_vector": m [cout].
-        product: kernel -> x times it, matrix product or convolution.
+        layer: its `factors` are None or a selection of {"lora_A": A [..., cin, r], "lora_B": B [r, cout]}, scale folded
+            into B, "lora_magnitude_vector": m [cout], and "int8": the steps of a kernel in eight bits (ops.quantise).
+        times: (x, kernel) -> their product, matrix product or convolution.
+        x: of the layer's dtype.
     """
-    if layer.factors is None:
+    factors = {name: variable.get_value() for name, variable in (layer.factors or {}).items()}
+    kernel, step = layer.kernel.get_value(), factors.get("int8")
+    y = times(x, kernel.astype(layer.dtype)) if step is None else product(times, x, kernel, step)
+    if "lora_A" not in factors:
         return y
-    factors = {name: variable.get_value() for name, variable in layer.factors.items()}
     a, b = factors["lora_A"], factors["lora_B"]
-    y = y + product(a.astype(layer.dtype)) @ b.astype(layer.dtype)
+    y = y + times(x, a.astype(layer.dtype)) @ b.astype(layer.dtype)
     if "lora_magnitude_vector" in factors:
-        norm = jax.lax.stop_gradient(column_norms(layer.kernel.get_value(), a, b))
+        whole = kernel if step is None else dequantise(kernel, step)
+        norm = jax.lax.stop_gradient(column_norms(whole, a, b))
         y = y * (factors["lora_magnitude_vector"] / norm).astype(layer.dtype)
     return y
 

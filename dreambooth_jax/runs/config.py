@@ -154,6 +154,7 @@ FIELDS: dict[str, Field] = {
     "snr_gamma": _not_negative(float),
     "ema_decay": _SHARE,
     "dtype": _one_of("float32", "bfloat16"),
+    "frozen_dtype": Field(str, lambda v: v in ("", "int8"), "int8, or empty"),
     "remat": _one_of("nothing", "elementwise", "layers", identity=False),
     "mesh_data": _SIZE,
     "mesh_fsdp": _SIZE,
@@ -249,6 +250,8 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append("masked_loss: not implemented for the crops of a super-resolution stage, sr_crop")
     if config.prior_target == "base" and config.method in ("full", "custom"):
         problems.append(f'prior_target = "base" needs the frozen base, which method = {config.method!r} does not keep')
+    if config.frozen_dtype and config.method == "full":
+        problems.append(f"frozen_dtype = {config.frozen_dtype!r}: method = 'full' trains what it would round")
     if config.evaluate_every % config.sample_every:
         problems.append(
             f"evaluate_every = {config.evaluate_every} is no multiple of sample_every = {config.sample_every}: sample "
@@ -291,7 +294,7 @@ def absolute_paths(config: ConfigDict) -> ConfigDict:
 def _absolute(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Field -> absolute path; names of hubs and data sets, and buckets, stay as they are."""
     paths: dict[str, Any] = {}
-    for name in ("workdir", "instance_images", "held_out_images", "class_images", "subjects", "init_adapter"):
+    for name in ("workdir", "instance_images", "held_out_images", "class_images", "subjects", "init_adapter", "init_embedding"):
         text = config.get(name, "")  # older versions had fewer
         if not text or re.match(r"[a-z]+:", text) or (name == "held_out_images" and text.isdecimal()):  # a number
             continue

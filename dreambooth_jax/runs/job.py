@@ -17,6 +17,7 @@ from dreambooth_jax.adapters.inversion import CUSTOM, both, inversion, is_row, s
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.many import Lanes, rescaled
 from dreambooth_jax.adapters.method import Method, full
+from dreambooth_jax.adapters.quantised import quantised, quantised_shapes
 from dreambooth_jax.data.buckets import Size, bucket_sizes
 from dreambooth_jax.devices import compiler_options
 from dreambooth_jax.devices.sharding import batch_sharding, placed_shapes, replicated, state_shardings, unshard
@@ -153,17 +154,33 @@ def initial(job: Job) -> Callable[[Params], TrainState]:
     return functools.partial(init_state, optimizer=job.optimizer, ema=job.config.ema_decay > 0)
 
 
-def held_shapes(job: Job) -> Shapes:
-    """Shapes and dtypes in which the base's parameters are held: trained ones in float32, frozen ones as
+def read_shapes(job: Job) -> Shapes:
+    """Shapes and dtypes in which the base's parameters are read: trained ones in float32, frozen ones as
     `Pipeline.frozen_shapes`."""
     _, frozen = job.method.shapes(job.pipeline.shapes)
     kept = job.pipeline.frozen_shapes
     return {name: kept[name] if name in frozen else shape for name, shape in job.pipeline.shapes.items()}
 
 
+def held(job: Job, params: Params) -> Params:
+    """The base's parameters as a run holds them, from those of `read_shapes`, which are given up."""
+    return quantised(params, _in_eight_bits(job), job.mesh)
+
+
+def _in_eight_bits(job: Job) -> list[str]:
+    """The modules whose kernels are held in eight bits: with `frozen_dtype` all frozen ones of denoiser and text
+    encoders."""
+    if not job.config.frozen_dtype:
+        return []
+    _, frozen = job.method.shapes(job.pipeline.shapes)
+    family = job.pipeline.family
+    kernels = [name for name, x in frozen.items() if name.endswith(".kernel") and len(x.shape) > 1]
+    return [name.removesuffix(".kernel") for name in kernels if family.role_of(name) in (DENOISER, TEXT)]
+
+
 def split_shapes(job: Job) -> tuple[Shapes, Shapes]:
     """(trainable, frozen) shapes, as the mesh holds them."""
-    trainable, frozen = job.method.shapes(held_shapes(job))
+    trainable, frozen = job.method.shapes(quantised_shapes(read_shapes(job), _in_eight_bits(job)))
     return placed_shapes(job.mesh, trainable), placed_shapes(job.mesh, frozen)
 
 

@@ -51,12 +51,13 @@ from dreambooth_jax.runs.exports import about_adapter
 from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_pixels
 from dreambooth_jax.runs.job import (
     Job,
-    held_shapes,
+    held,
     initial,
     lower_calls,
     make_job,
     open_base,
     painter_of,
+    read_shapes,
     reads_tokens,
     split_shapes,
     training_step,
@@ -226,7 +227,7 @@ def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
     jobs = {rank: make_job(ConfigDict(dict(config) | {"lora_rank": rank}), pipeline, mesh) for rank in ranks}
     job, power = jobs[ranks[-1]], 0.5 if config.lora_scaling == "stabilized" else 1.0
     examples = [examples_of(job, subject) for subject in subjects]
-    params = read_params(pipeline, mesh, held_shapes(job))
+    params = held(job, read_params(pipeline, mesh, read_shapes(job)))
     # Every subject begins as its own run would: from the config's seed.
     own = {rank: begin(jobs[rank], params) for rank in ranks}
     shapes, (_, frozen, key) = split_shapes(job)[0], own[ranks[-1]]

@@ -24,7 +24,7 @@ from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.best import is_over, open_best
 from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_masks, of_pixels
 from dreambooth_jax.runs.held_out import held_out_data, make_loss
-from dreambooth_jax.runs.job import held_shapes, lower_steps, tokens_held_from, training_size
+from dreambooth_jax.runs.job import held, lower_steps, read_shapes, tokens_held_from, training_size
 from dreambooth_jax.runs.loop import Progress, Store, loop
 from dreambooth_jax.runs.moved import NEW_TOKENS, check_moved, checksums
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
@@ -87,7 +87,7 @@ def train(
             check_space(run, stored=len(manager.all_steps()))
             with ThreadPoolExecutor(1) as beside:  # the files are read once, and digested meanwhile
                 digests = beside.submit(parts_digests, *weights_of(run.pipeline))
-                params = read(run.pipeline, run.mesh, held_shapes(run.job))
+                params = held(run.job, read(run.pipeline, run.mesh, read_shapes(run.job)))
                 record["fingerprints"]["weights"] = digests.result()
             check_same(config.workdir, earlier, record["fingerprints"])
             trainable, frozen, key = begin(run.job, params)
