@@ -106,7 +106,7 @@ def test_gradients_of_factors_are_near_those_over_the_float_base(start):
 
 @pytest.mark.slow
 def test_a_run_goes_on_and_exports_from_the_base_itself(micro, tmp_path):
-    fields = EIGHT_BITS | {"base": micro, "method": "lora", "save_every": 2, "sample_prompts": ()}
+    fields = EIGHT_BITS | {"base": micro, "method": "lora", "save_every": 2}
     finish(tmp_path / "run", **fields, steps=2)
     finish(tmp_path / "run", **fields, steps=4)
     export.main(["--workdir", str(tmp_path / "run"), "--output", str(tmp_path / "model"), "--format", "folder"])
