@@ -62,7 +62,7 @@ class Conv(nnx.Module):
                 return x @ kernel[0, 0]
             return convolve(x, kernel, self.stride, self.padding)
 
-        return adapted(self, times, x) + self.bias.astype(self.dtype)
+        return adapted(self, times, jnp.asarray(x)) + self.bias.astype(self.dtype)
 
 
 def adapted(
