@@ -12,6 +12,7 @@ from support.runs import assert_same_state, checkpoints, config_of, read_state
 from support.sdxl_folders import write_sdxl
 
 from dreambooth_jax import export
+from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.method import full
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.images import read_examples
@@ -24,8 +25,12 @@ from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
 from dreambooth_jax.families.family import DENOISER, TEXT, Pictures
 from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
 from dreambooth_jax.families.sd import _by_picture
+from dreambooth_jax.files.lora_kohya import write_kohya
+from dreambooth_jax.files.lora_peft import write_peft
 from dreambooth_jax.files.safetensors import file_name
+from dreambooth_jax.files.single_file import XL, write_single_file
 from dreambooth_jax.painting.sheets import save_png
+from dreambooth_jax.runs.exports import about_adapter
 from dreambooth_jax.runs.preemption import Preemption
 from dreambooth_jax.runs.report import Reporter
 from dreambooth_jax.runs.setup import set_up
@@ -69,41 +74,89 @@ def test_prompts_are_encoded_as_diffusers_does(base):
     assert relative(cond["pooled"], pooled) <= 1e-4
 
 
-@pytest.mark.slow
-def test_an_export_paints_in_diffusers_what_it_paints_here(base, tmp_path):
-    """Guidance with an empty negative prompt, which is zeros, and one that is not."""
-    _, pipeline, params = base
-    params = {n: np.float32(1.1) * np.asarray(v) if "attn" in n else v for n, v in params.items()}
-    save_pipeline(pipeline, params, tmp_path)
-    theirs = StableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)
-    theirs.set_progress_bar_config(disable=True)
-    noise = noise_for_seeds(np.arange(2), pipeline.example_shape(32))
+@pytest.fixture(scope="module")
+def paint(base):
+    """(params, negative prompt or None) -> two pictures."""
+    pipeline = base[1]
     sample = make_sampler(pipeline.denoise, pipeline.process, sampler="euler", steps=5)
 
     @jax.jit
-    def paint(params, noise, tokens, negative, empty):
+    def painted(params, noise, tokens, negative, empty):
         sizes = pipeline.of_example(Pictures(None, *(np.full((2, 2), side, np.int32) for side in (32, 0, 32))))
         cond, uncond = (pipeline.encode_text(params, t) for t in (tokens, negative))
         return pipeline.decode(
             params, sample(params, noise, cond | sizes, pipeline.negative(uncond, empty) | sizes, 5.0)
         )
 
+    def paint(params, negative=None):
+        empty, tokens = np.array([negative is None] * 2), pipeline.tokenize(PROMPTS[:2])
+        return np.asarray(painted(params, noise_of(pipeline), tokens, pipeline.tokenize([negative or ""] * 2), empty))
+
+    return paint
+
+
+def noise_of(pipeline):
+    return noise_for_seeds(np.arange(2), pipeline.example_shape(32))
+
+
+def painted_by(theirs, pipeline, negative=None) -> np.ndarray:
+    """The same pictures by diffusers."""
+    theirs.set_progress_bar_config(disable=True)
+    found = theirs(
+        PROMPTS[:2],
+        negative_prompt=negative and [negative] * 2,
+        latents=nchw(noise_of(pipeline)),
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        height=32,
+        width=32,
+        output_type="np",
+    ).images
+    assert found.std() > 0.02
+    return found
+
+
+@pytest.mark.slow
+def test_an_export_paints_in_diffusers_what_it_paints_here(base, paint, tmp_path):
+    """Guidance with an empty negative prompt, which is zeros, and one that is not."""
+    _, pipeline, params = base
+    params = {n: np.float32(1.1) * np.asarray(v) if "attn" in n else v for n, v in params.items()}
+    save_pipeline(pipeline, params, tmp_path)
+    theirs = StableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)
     for negative in (None, "a cat"):
-        texts = [negative or ""] * 2
-        empty = np.array([negative is None] * 2)
-        ours = paint(params, noise, pipeline.tokenize(PROMPTS[:2]), pipeline.tokenize(texts), empty)
-        expected = theirs(
-            PROMPTS[:2],
-            negative_prompt=negative and texts,
-            latents=nchw(noise),
-            num_inference_steps=5,
-            guidance_scale=5.0,
-            height=32,
-            width=32,
-            output_type="np",
-        ).images
-        assert expected.std() > 0.02
-        assert np.abs(np.asarray(ours) - expected).max() <= 2e-3
+        assert np.abs(paint(params, negative) - painted_by(theirs, pipeline, negative)).max() <= 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+def test_an_adapter_paints_in_diffusers_what_it_paints_here(base, paint, form, tmp_path):
+    """Random factors of every layer of UNet and both towers."""
+    _, pipeline, params = base
+    method = lora(pipeline.trainable(DENOISER, TEXT), "transformer", 2, 4.0)
+    trainable, frozen = method.start(params, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    trainable = {n: np.float32(0.1) * rng.standard_normal(x.shape, np.float32) for n, x in trainable.items()}
+    path, factors = tmp_path / "sks.safetensors", method.adapter(trainable)
+    if form == "kohya":
+        write_kohya(path, factors, about_adapter(pipeline, config_of(tmp_path), "sks"), dtype="float32")
+    else:
+        write_peft(path, factors, dtype="float32")
+    theirs = StableDiffusionXLPipeline.from_pretrained(pipeline.folder, add_watermarker=False)
+    theirs.load_lora_weights(path)
+    ours = paint(method.combine(frozen, trainable))
+    assert np.abs(ours - painted_by(theirs, pipeline)).max() <= 2e-3
+    assert np.abs(ours - paint(params)).max() > 0.02
+
+
+@pytest.mark.slow
+def test_a_single_file_paints_in_diffusers_what_it_paints_here(base, paint, tmp_path):
+    _, pipeline, params = base
+    path = tmp_path / "model.safetensors"
+    write_single_file(path, params, XL, dtype="float32", metadata={"format": "pt"})
+    theirs = StableDiffusionXLPipeline.from_single_file(
+        str(path), config=str(pipeline.folder), local_files_only=True, add_watermarker=False
+    )
+    assert np.abs(paint(params) - painted_by(theirs, pipeline)).max() <= 2e-3
 
 
 def test_large_pictures_pass_the_autoencoder_one_at_a_time(base):
