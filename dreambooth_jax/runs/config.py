@@ -294,7 +294,15 @@ def absolute_paths(config: ConfigDict) -> ConfigDict:
 def _absolute(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Field -> absolute path; names of hubs and data sets, and buckets, stay as they are."""
     paths: dict[str, Any] = {}
-    for name in ("workdir", "instance_images", "held_out_images", "class_images", "subjects", "init_adapter", "init_embedding"):
+    for name in (
+        "workdir",
+        "instance_images",
+        "held_out_images",
+        "class_images",
+        "subjects",
+        "init_adapter",
+        "init_embedding",
+    ):
         text = config.get(name, "")  # older versions had fewer
         if not text or re.match(r"[a-z]+:", text) or (name == "held_out_images" and text.isdecimal()):  # a number
             continue
