@@ -66,8 +66,8 @@ class Conv(nnx.Module):
 
 
 def adapted(
-    layer: Linear | Conv, times: Callable[[Array, Array], Array], x: Float[Array, "*b cin"]
-) -> Float[Array, "*b cout"]:
+    layer: Linear | Conv, times: Callable[[Array, Array], Array], x: Float[Array, "... cin"]
+) -> Float[Array, "... cout"]:
     """x W with the layer's low-rank difference: x W + (x A) B (arXiv 2106.09685, equation 3), never forming A B.
 
     With a magnitude m (DoRA, arXiv 2402.09353, equation 5) that is scaled per output channel by m / |W + A B|.
