@@ -14,7 +14,8 @@ from dreambooth_jax.data.buckets import bucket_sizes, nearest
 from dreambooth_jax.data.encode import pictures
 from dreambooth_jax.data.images import read_buckets, read_examples
 from dreambooth_jax.diffusion.buckets import alike, in_turns
-from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData, draw
+from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.families.pipeline import load_pipeline
 from dreambooth_jax.runs.config import ConfigError, check_config
 from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, split_shapes, state_shapes
@@ -142,6 +143,16 @@ def test_every_photo_is_drawn_equally_often():
             assert sorted(rows[begin : begin + count]) == list(range(count))
 
 
+def test_one_shape_is_drawn_as_without_buckets():
+    (half,) = data(3)
+    given, process = half._replace(prior=half.instance), process_from_scheduler({"beta_schedule": "scaled_linear"})
+    (ordered,), bucket = in_turns([given], 2, jax.random.key(0), 60)
+    assert not bucket.any()
+    for step in (0, 7, 59):
+        batches = [draw(part, process, 2, jax.random.key(0), jnp.int32(step)) for part in (given, ordered)]
+        jax.tree.map(np.testing.assert_array_equal, *batches)
+
+
 def test_the_bucket_is_a_function_of_seed_and_step():
     longer, first = in_turns(data(2, 3), 4, jax.random.key(0), 60), in_turns(data(2, 3), 4, jax.random.key(0), 33)
     np.testing.assert_array_equal(longer[1][:33], first[1])
@@ -187,8 +198,6 @@ def test_squares_train_as_without_buckets(micro, tmp_path):
     trainable, frozen = split_shapes(on.job)
     arguments = state_shapes(on.job, trainable), frozen, data_shapes(on.job, 3, 10), key_shape(on.job)
     assert lower_steps(on.job, *arguments, *sizes_of(on)).as_text() == lower_steps(off.job, *arguments).as_text()
-    given = data(3)
-    assert in_turns(given, 1, jax.random.key(0), 60)[0] == tuple(given)
 
 
 def test_a_photo_knows_its_sizes(micro, photos):

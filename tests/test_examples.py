@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dreambooth_jax.diffusion.examples import PERMUTED, EncodedExamples, TrainingData, _mixed, draw, pick
+from dreambooth_jax.diffusion.examples import (
+    PERMUTED,
+    EncodedExamples,
+    TrainingData,
+    _mixed,
+    draw,
+    ordered,
+    pick,
+    room,
+    with_room,
+)
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 
 KEY = jax.random.key(3)
@@ -114,6 +124,25 @@ def test_every_release_draws_the_same():
 def test_many_examples_are_ordered_by_the_published_hash():
     """MurmurHash3's own results for an empty string and these seeds."""
     assert [hex(_mixed(jnp.uint32(seed))) for seed in (1, 0xFFFFFFFF)] == ["0x514e28b7", "0x81f16f39"]
+
+
+def test_room_for_more_examples_changes_no_draw():
+    """Copies of the last row are never drawn, and the last condition stays the empty caption's."""
+    halves = [examples(5, ids=100 + np.arange(5)), examples(7, ids=200 + np.arange(7))]
+    order = ordered(TrainingData(*halves), 3, KEY, 9)
+    plain = batch_of(TrainingData(*halves), dropout=0.3)
+    for number, half in enumerate(halves):  # rows that are added are recognised by their condition
+        halves[number] = with_room(half, 16, 4)
+        halves[number].of_example["ids"] = halves[number].of_example["ids"].at[len(half.mean) :].set(-1)
+    data = TrainingData(*halves, order)
+    jax.tree.map(np.testing.assert_array_equal, batch_of(data, dropout=0.3), plain)
+
+
+@given(st.integers(1, 10**6))
+def test_room_is_of_few_sizes(count):
+    rows = room(count)
+    assert count <= rows and room(rows) == rows
+    assert rows in (16, 64, 256, 1024) if count <= 1024 else rows <= 1.125 * count
 
 
 def test_conditions_of_single_examples_need_names():

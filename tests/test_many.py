@@ -21,13 +21,13 @@ from dreambooth_jax.adapters.many import (
     stacked_data,
 )
 from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
+from dreambooth_jax.diffusion.examples import EncodedExamples, Numbers, TrainingData
 from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.runs.config import ConfigError, check_config
-from dreambooth_jax.runs.job import fresh_state, lower_calls, lower_steps, make_job, training_step
-from dreambooth_jax.runs.many import examples_of, plan_text, read_subjects
+from dreambooth_jax.runs.job import fresh_state, lower_calls, lower_steps, make_job, numbers_of, training_step
+from dreambooth_jax.runs.many import examples_of, read_subjects
 from dreambooth_jax.runs.setup import begin
 
 FIELDS = {
@@ -65,12 +65,12 @@ def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
     prior = examples(4, 9, "a dog", pipeline)
     keys = [jax.random.key(k) for k in range(len(COUNTS))]
 
-    rates = jnp.asarray([rate / RATES[0] for rate in RATES])
-    data = stacked_data(instances, [prior] * 2, keys, batch_size=2, steps=max(STOPS))
-    assert data.prior is prior
+    numbers = [numbers_of(one.config) for one in solo]
+    data = stacked_data(instances, [prior] * 2, keys, batch_size=2, steps=max(STOPS), numbers=numbers)
+    assert data.prior.mean.ndim == 2  # stored once
     states = stack([fresh_state(job, padded_to(shapes, start)) for start in starts])
     scales = jnp.asarray([RANKS[0] / rank for rank in RANKS])
-    lanes, stacked_keys = Lanes(data, jnp.asarray(STOPS), rates, scales), jnp.stack(keys)
+    lanes, stacked_keys = Lanes(data, jnp.asarray(STOPS), scales), jnp.stack(keys)
     step = over_subjects(training_step(job, mapped=True), shared_prior=True)
     run = lower_calls(job, step, states, frozen, lanes, stacked_keys).compile()
     losses = []
@@ -101,19 +101,20 @@ def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
 def test_every_lane_reads_its_own_data_and_stops_by_itself(shared):
     """A step that adds up what it is given; class images of one noun, or of two."""
     numbers = [EncodedExamples(*(jnp.full((4, 2), 10.0**k),) * 2, None, jnp.zeros(4, jnp.int32)) for k in range(3)]
-    data = TrainingData(stack(numbers[:2]), numbers[2] if shared else stack(numbers[1:]))
+    rates = Numbers(*jnp.array([[0.1, 0.2]] * len(Numbers._fields)))
+    data = TrainingData(stack(numbers[:2]), numbers[2] if shared else stack(numbers[1:]), None, rates)
 
-    def step(state, frozen, data, key, rate):
+    def step(state, frozen, data, key):
         base, scale = frozen
         after = {
             "photos": data.instance.mean.sum() * scale,
             "class": data.prior.mean.sum() * base["weight"],
             "key": key,
         }
-        return TrainState(state.step + 1, after, {}, None), Metrics(*[rate] * 4)
+        return TrainState(state.step + 1, after, {}, None), Metrics(*[data.numbers.learning_rate] * 4)
 
     states = TrainState(jnp.array([3, 3]), dict.fromkeys(("photos", "class", "key"), jnp.zeros(2)), {}, None)
-    lanes = Lanes(data, jnp.array([3, 4]), jnp.array([0.1, 0.2]), jnp.array([1.0, 2.0]))
+    lanes = Lanes(data, jnp.array([3, 4]), jnp.array([1.0, 2.0]))
     run = over_subjects(step, shared_prior=shared)
     states, metrics = run(states, {"weight": jnp.array(0.5)}, lanes, jnp.array([7.0, 8.0]))
     np.testing.assert_array_equal(states.step, [3, 4])  # the first lane has stopped, and changes no more
@@ -130,8 +131,10 @@ def test_shorter_lanes_are_filled_with_rows_that_no_order_names():
         return EncodedExamples(rows, rows, jnp.ones((captions, 3)), jnp.zeros(count, jnp.int32), own)
 
     given, keys = [some(5, 1), some(3, 2)], [jax.random.key(k) for k in range(2)]
-    data = stacked_data(given, [None, None], keys, batch_size=2, steps=7)
-    assert data.instance.mean.shape == (2, 5, 1) and data.instance.cond.shape == (2, 2, 3)
+    numbers = [Numbers(*[rate] * len(Numbers._fields)) for rate in (0.1, 0.2)]
+    data = stacked_data(given, [None, None], keys, batch_size=2, steps=7, numbers=numbers)
+    assert data.instance.mean.shape == (2, 16, 1) and data.instance.cond.shape == (2, 16, 3)
+    np.testing.assert_allclose(data.numbers.learning_rate, [0.1, 0.2])
     for number, own in enumerate(given):
         stacked = lane(data.instance, number)
         np.testing.assert_array_equal(stacked.mean[: len(own.mean)], own.mean)

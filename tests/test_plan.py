@@ -152,11 +152,42 @@ def test_text_and_json_say_the_same(planned, config):
     text, values = plan.describe(planned, config), plan.as_json(planned, config)
     assert f"{planned.cost.peak / 2**30:.2f} GiB of 15.75: fits" in text
     assert f"sheets: peak {planned.sheets_peak / 2**30:.2f} GiB beside the optimizer: fit" in text
-    assert planned.sheets_peak == planned.class_images.peak + planned.optimizer_state + planned.data
+    assert planned.sheets_peak == planned.painting.peak + planned.optimizer_state + planned.data
     assert json.loads(json.dumps(values))["cost"]["peak"] == planned.cost.peak
     assert values["fits"] is True and values["run_seconds"] == planned.run_seconds(config)
-    without = dataclasses.replace(planned, class_images=None, painting_missing=3 * 2**29)
-    assert "class images: do NOT fit: 1.50 GiB too much" in plan.describe(without, config)
+    without = dataclasses.replace(planned, painting=None, painting_missing=3 * 2**29)
+    assert "painting: does NOT fit: 1.50 GiB too much" in plan.describe(without, config) and not without.fits
+
+
+def test_a_run_fits_only_if_its_sheets_do(planned, config):
+    tight = dataclasses.replace(planned, optimizer_state=planned.chip.hbm)
+    assert not tight.fits and tight.excess == tight.painting.peak + tight.data
+    assert "beside the optimizer: do NOT fit" in plan.describe(tight, config)
+    assert dataclasses.replace(tight, sheet_batches=0).fits
+
+
+def test_a_run_takes_the_time_of_all_its_pictures(planned, config):
+    """Class images, three sheets of four pictures, and the base's two; two at once on eight chips are one batch."""
+    job = make_job(config, describe_base(config.base), make_mesh(1, 1, jax.devices()[:1]))
+    assert job.config.class_batch_size == 2 and plan.painted_batches(job) == (5, 1 + 3 * 2)
+    painted = planned.class_batches + planned.sheet_batches
+    steps = config.steps * planned.cost.seconds
+    assert painted > 1 and planned.run_seconds(config) == pytest.approx(steps + painted * planned.painting_seconds)
+
+
+@pytest.mark.parametrize(("decoding_of_two", "decoded"), [(0.6, 0.6), (0.3, 0.6)])
+def test_painting_takes_the_sum_of_its_parts(config, monkeypatch, decoding_of_two, decoded):
+    """Of two pictures on one chip, whether the decoder takes both at once or (counted once) one after the other."""
+    job = make_job(config, describe_base(config.base), make_mesh(1, 1, jax.devices()[:1]))
+    seconds = {"whole": decoding_of_two + 0.1, 2: decoding_of_two, 1: 0.3}
+    costs = {name: dataclasses.replace(EMPTY, roofline_seconds=value) for name, value in seconds.items()}
+    monkeypatch.setattr(plan, "lower_painting", lambda job: "whole")
+    monkeypatch.setattr(plan, "lower_ends", lambda job, batch_size: batch_size)
+    monkeypatch.setattr(plan, "compile_for", lambda chip, lowered, quick: costs[lowered])
+    assert plan.painting_cost(job, tpu.CHIPS["v5e"])[1] == pytest.approx(decoded + config.sampling_steps * 0.1)
+
+
+EMPTY = tpu.Cost(0, 0, 0, 0.0, 0.0, {}, 0.0, 0.0, 0.0, 0.0, None, 0.0, 0.0, "")
 
 
 @pytest.mark.parametrize("topology", plan.SWEEP_TOPOLOGIES)

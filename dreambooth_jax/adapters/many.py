@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dreambooth_jax.adapters.factors import LORA_B, parse
-from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData, picks
+from dreambooth_jax.diffusion.examples import EncodedExamples, Numbers, TrainingData, ordered, room, with_room
 from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.models.params import Params, Shapes
 
@@ -28,15 +28,13 @@ class Lanes(NamedTuple):
     """The subjects' data.
 
     Attributes:
-        data: instance examples and order with a leading axis of subjects; prior examples too, if they differ.
+        data: instance examples, order and numbers with a leading axis of subjects; prior examples too, if they differ.
         stops: number of steps of every subject.
-        rates: factor on the learning rate of every subject.
         scales: factor on the low-rank differences of every subject, see `rescaled`.
     """
 
     data: TrainingData
     stops: Int[Array, "n"]
-    rates: Float[Array, "n"]
     scales: Float[Array, "n"]
 
 
@@ -46,14 +44,14 @@ def over_subjects(
     """`step` over all subjects: (states, frozen, Lanes, keys) -> (states, metrics [n]); a subject stops at its step.
 
     Args:
-        step: (state, (frozen, scale), data, key, rate) -> (state, metrics), with one of `Lanes.scales`.
+        step: (state, (frozen, scale), data, key) -> (state, metrics), with one of `Lanes.scales`.
         shared_prior: whether all subjects have the same prior examples, without a leading axis.
     """
-    axes = TrainingData(0, None if shared_prior else 0, 0)
-    mapped = jax.vmap(step, in_axes=(0, (None, 0), axes, 0, 0))
+    axes = TrainingData(0, None if shared_prior else 0, 0, 0)
+    mapped = jax.vmap(step, in_axes=(0, (None, 0), axes, 0))
 
     def lanes_step(states: TrainState, frozen: Params, lanes: Lanes, keys: Array) -> tuple[TrainState, Metrics]:
-        after, metrics = mapped(states, (frozen, lanes.scales), lanes.data, keys, lanes.rates)
+        after, metrics = mapped(states, (frozen, lanes.scales), lanes.data, keys)
         trains = states.step < lanes.stops
         keep = lambda new, old: jnp.where(trains.reshape(-1, *(1,) * (new.ndim - 1)), new, old)  # noqa: E731
         return jax.tree.map(keep, after, states), metrics
@@ -78,6 +76,7 @@ def stacked_data(
     *,
     batch_size: int,
     steps: int,
+    numbers: Sequence[Numbers],
 ) -> TrainingData:
     """The subjects' examples in arrays of one size: rows that no order names fill up the shorter ones.
 
@@ -85,26 +84,26 @@ def stacked_data(
         priors: per subject; the very same object for all is stored once.
         keys: the subjects' keys, of which the order of their examples comes.
         steps: number of steps for which the order is made.
+        numbers: of the subjects' runs.
     """
-    most = [max(len(x.mean) for x in instances), max(len(jax.tree.leaves(x.cond)[0]) for x in instances)]
-    padded = [
-        x._replace(
-            mean=_filled(x.mean, most[0]),
-            std=_filled(x.std, most[0]),
-            cond_index=_filled(x.cond_index, most[0]),
-            cond=jax.tree.map(lambda c: _filled(c, most[1]), x.cond),
-            of_example=jax.tree.map(lambda c: _filled(c, most[0]), x.of_example),
-        )
-        for x in instances
-    ]
-    order = [picks(len(x.mean), batch_size, key, steps) for x, key in zip(instances, keys, strict=True)]
+    own = [TrainingData(*halves) for halves in zip(instances, priors, strict=True)]
+    order = [ordered(data, batch_size, key, room(steps)) for data, key in zip(own, keys, strict=True)]
     shared = all(prior is priors[0] for prior in priors)
-    prior = priors[0] if shared else stack(priors)
-    return TrainingData(stack(padded), prior, jnp.stack(order))
+    prior = with_most_room(priors[:1] if shared else priors)
+    return TrainingData(
+        stack(with_most_room(instances)),
+        (prior[0] if shared else stack(prior)) if prior else None,
+        jnp.stack(order),
+        jax.tree.map(lambda *column: jnp.asarray(column, jnp.float32), *numbers),
+    )
 
 
-def _filled(x: Array | np.ndarray, count: int) -> Array:
-    return jnp.concatenate([x, jnp.repeat(x[:1], count - len(x), axis=0)]) if len(x) < count else jnp.asarray(x)
+def with_most_room(all_: Sequence[EncodedExamples | None]) -> list[EncodedExamples]:
+    """The examples of several subjects, each in arrays of the room that the largest needs; [] of None."""
+    found = [x for x in all_ if x is not None]
+    rows = max((room(len(x.mean)) for x in found), default=0)
+    conditions = max((room(len(jax.tree.leaves(x.cond)[0])) for x in found), default=0)
+    return [with_room(x, rows, conditions) for x in found]
 
 
 def rescaled(trainable: Params, scale: Array) -> Params:

@@ -5,18 +5,19 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, PyTree, UInt8
+from jaxtyping import Float, Int, PyTree, UInt8
 
 from dreambooth_jax.data.captions import shuffled_tags
 from dreambooth_jax.data.images import Examples
+from dreambooth_jax.data.latents import Latents, Moments
 from dreambooth_jax.data.low_resolution import shrink
 from dreambooth_jax.devices.sharding import replicated
 from dreambooth_jax.diffusion.examples import EncodedExamples
-from dreambooth_jax.families.family import Pictures
+from dreambooth_jax.families.family import Images, Pictures
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.models.params import Params
 
-Encoder = Callable[[Params, Examples], EncodedExamples]
+Encoder = Callable[..., EncodedExamples]
 
 
 def make_encoder(
@@ -29,7 +30,8 @@ def make_encoder(
     with_empty: bool = False,
     seed: int = 0,
 ) -> Encoder:
-    """Builds `encode(params, examples) -> EncodedExamples`, flat examples on every device of the mesh.
+    """Builds `encode(params, examples, latents=None) -> EncodedExamples`, flat examples on every device of the mesh.
+    With `Latents`, pictures that are kept there are not encoded, and the others are kept.
 
     Args:
         text_states: cache the conditions of frozen text encoders; otherwise the data hold tokens, to train these.
@@ -42,22 +44,33 @@ def make_encoder(
     of_pictures = jax.jit(pipeline.of_example, out_shardings=replicated(mesh))
     encode_text = jax.jit(pipeline.encode_text, out_shardings=replicated(mesh))
 
-    def encode(params: Params, examples: Examples) -> EncodedExamples:
-        mean, std = in_batches(lambda part: encode_images(params, part), examples.images, batch_size)
-        texts: Sequence[str] | list[list[str]] = examples.captions
-        if orders:
-            texts = [shuffled_tags(text, orders, seed) for text in examples.captions]
-        captions, caption = np.unique(texts, return_inverse=True)
-        cond = pipeline.tokenize(captions.tolist() + [""] * with_empty)
+    def encode(params: Params, examples: Examples, latents: Latents | None = None) -> EncodedExamples:
+        def moments(images: Images) -> Moments:
+            return in_batches(lambda part: encode_images(params, part), images, batch_size)
+
+        mean, std = moments(examples.images) if latents is None else latents.of(examples.images, moments)
+        captions, caption = distinct_captions(examples, orders, seed)
+        cond = pipeline.tokenize(captions + [""] * with_empty)
         if text_states:
             cond = in_batches(lambda part: encode_text(params, part), cond, batch_size)
         weight = None if examples.masks is None else latent_weights(examples.masks, mean.shape[1:-1])
         mean, std = (x.reshape(len(x), -1) for x in (mean, std))
         of_example = in_batches(of_pictures, pictures(pipeline, examples), batch_size) or None
-        encoded = EncodedExamples(mean, std, cond, caption.astype(np.int32), of_example, weight)
+        encoded = EncodedExamples(mean, std, cond, caption, of_example, weight)
         return jax.device_put(encoded, replicated(mesh))
 
     return encode
+
+
+def distinct_captions(
+    examples: Examples, orders: int, seed: int
+) -> tuple[list[str], Int[np.ndarray, "n"] | Int[np.ndarray, "n k"]]:
+    """(all different captions, number of each example's); with `orders` of tags, those of each; see `make_encoder`."""
+    texts: Sequence[str] | list[list[str]] = examples.captions
+    if orders:
+        texts = [shuffled_tags(text, orders, seed) for text in examples.captions]
+    captions, caption = np.unique(texts, return_inverse=True)
+    return captions.tolist(), caption.astype(np.int32)
 
 
 def latent_weights(masks: UInt8[np.ndarray, "n h w"], grid: tuple[int, int]) -> Float[np.ndarray, "n p"]:

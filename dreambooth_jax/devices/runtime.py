@@ -83,6 +83,11 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def all_have(flags: np.ndarray) -> np.ndarray:
+    """Where `flags` are true in every process; all shapes must be equal."""
+    return flags if is_alone() else np.asarray(multihost_utils.process_allgather(flags)).all(0)
+
+
 def as_first_process_has_it(value: np.ndarray) -> np.ndarray:
     """Process 0's `value`, in every process; all shapes must be equal."""
     return value if is_alone() else np.asarray(multihost_utils.broadcast_one_to_all(value))

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt
 
 from dreambooth_jax.diffusion.loss import Batch
 from dreambooth_jax.diffusion.process import Process
 
 Augment = Callable[[PyTree, Key[Array, ""]], PyTree]
+Number = float | Float[Array, ""]
 # Up to this number of examples an epoch's order is a random permutation. Its time grows with their number: 185 ms per
 # step for 40,000 on a CPU.
 PERMUTED = 4096
@@ -42,16 +44,61 @@ class EncodedExamples(NamedTuple):
     weight: Float[Array, "n ..."] | None = None
 
 
+class Numbers(NamedTuple):
+    """A run's settings that are arguments of its program: runs that differ in them alone share one compiled program.
+
+    Attributes: named like the config's fields. What 0 turns off there (clipping, min-SNR, the average, dropout) is no
+        part of the program then, and its number is not read.
+    """
+
+    learning_rate: Number
+    text_encoder_multiplier: Number
+    weight_decay: Number
+    clip_norm: Number
+    prior_weight: Number
+    snr_gamma: Number
+    ema_decay: Number
+    caption_dropout: Number
+
+
 class TrainingData(NamedTuple):
     """The subject's examples, and the class examples or None to train without prior preservation.
 
     Attributes:
-        order: rows of `instance` for every step, from `picks`; None: they are picked in the step.
+        order: rows for every step, from `ordered`: of `instance`, then of `prior` unless its examples are paired; None:
+            they are picked in the step.
+        numbers: of the run of these examples; None: the program has those of its config as constants.
     """
 
     instance: EncodedExamples
     prior: EncodedExamples | None
-    order: Int[Array, "steps b"] | None = None
+    order: Int[Array, "steps rows"] | None = None
+    numbers: Numbers | None = None
+
+
+def room(count: int) -> int:
+    """Rows that arrays of `count` examples or steps have in a program: few different numbers, so that runs of other
+    counts share it. 16, 64, 256 or 1,024; above, at most an eighth more than `count`."""
+    if count <= 1024:
+        return next(rows for rows in (16, 64, 256, 1024) if count <= rows)
+    step = 1 << ((count - 1).bit_length() - 4)
+    return -(-count // step) * step
+
+
+def filled(x: Array | np.ndarray, rows: int) -> Array:
+    """The array with `rows` rows, the new ones copies of the last."""
+    return jnp.concatenate([x, jnp.repeat(x[-1:], rows - len(x), axis=0)]) if len(x) < rows else jnp.asarray(x)
+
+
+def with_room(examples: EncodedExamples, rows: int | None = None, conditions: int | None = None) -> EncodedExamples:
+    """The examples in arrays of `rows` examples and `conditions` conditions, by default as many as `room` gives. Added
+    rows are in no order; the last condition is the same as before."""
+    rows = rows or room(len(examples.mean))
+    conditions = conditions or room(len(jax.tree.leaves(examples.cond)[0]))
+    by_example = examples._replace(cond=None)
+    return jax.tree.map(lambda x: filled(x, rows), by_example)._replace(
+        cond=jax.tree.map(lambda x: filled(x, conditions), examples.cond)
+    )
 
 
 def draw(
@@ -63,7 +110,7 @@ def draw(
     shape: tuple[int, ...] | None = None,
     augment: Augment | None = None,
     paired: bool = False,
-    dropout: float = 0.0,
+    dropout: Number | None = None,
 ) -> Batch:
     """The noised batch of step `step`: `batch_size` instance examples, then as many prior examples if there are any.
 
@@ -76,18 +123,17 @@ def draw(
         shape: shape of one example, where the data are flat.
         augment: function (condition of one example, key) -> condition, such as noise on a low-resolution picture.
         paired: whether the prior examples are the instance examples, with the same noise and times.
-        dropout: probability with which an example has the last row of `cond`, the empty caption, as its condition.
+        dropout: probability with which an example has the last row of `cond`, the empty caption, as its condition;
+            None for none.
     """
-    order_key, noise_key = jax.random.split(key)
-    instance_key, prior_key = jax.random.split(order_key)
+    _, noise_key = jax.random.split(key)
     step_key = jax.random.fold_in(noise_key, step)
     number = jnp.arange(batch_size * (1 if data.prior is None else 2))
     example_keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(number % batch_size if paired else number)
-    index = pick(len(data.instance.mean), batch_size, instance_key, step) if data.order is None else data.order[step]
-    halves = [_take(data.instance, index, example_keys[:batch_size], dropout)]
+    rows = rows_of(data, batch_size, key, step, paired) if data.order is None else data.order[step]
+    halves = [_take(data.instance, rows[:batch_size], example_keys[:batch_size], dropout)]
     if data.prior is not None:
-        prior = index if paired else pick(len(data.prior.mean), batch_size, prior_key, step)
-        halves.append(_take(data.prior, prior, example_keys[batch_size:], dropout))
+        halves.append(_take(data.prior, rows[-batch_size:], example_keys[batch_size:], dropout))
     mean, std, cond, weight = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
     if shape is not None:
         mean, std = mean.reshape(-1, *shape), std.reshape(-1, *shape)
@@ -102,14 +148,14 @@ def draw(
 
 
 def _take(
-    examples: EncodedExamples, index: Int[Array, "b"], keys: Key[Array, "b"], dropout: float
+    examples: EncodedExamples, index: Int[Array, "b"], keys: Key[Array, "b"], dropout: Number | None
 ) -> tuple[Array, Array, PyTree, Array | None]:
     """Mean, standard deviation, condition and weight of the examples `index`; `keys` draw their conditions."""
     row = examples.cond_index[index]
     if row.ndim == 2:
         draw_column = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, 4), (1,), 0, row.shape[1]))
         row = jnp.take_along_axis(row, draw_column(keys), axis=1)[:, 0]
-    if dropout:
+    if dropout is not None:
         is_dropped = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 5), dropout))(keys)
         row = jnp.where(is_dropped, len(jax.tree.leaves(examples.cond)[0]) - 1, row)
     cond = jax.tree.map(lambda table: table[row], examples.cond)
@@ -118,8 +164,27 @@ def _take(
     return examples.mean[index], examples.std[index], cond, None if examples.weight is None else examples.weight[index]
 
 
+def rows_of(
+    data: TrainingData, batch_size: int, key: Key[Array, ""], step: Int[Array, ""] | int, paired: bool = False
+) -> Int[Array, "rows"]:
+    """The rows of a step: see `TrainingData.order`."""
+    instance_key, prior_key = jax.random.split(jax.random.split(key)[0])
+    rows = pick(len(data.instance.mean), batch_size, instance_key, step)
+    if data.prior is None or paired:
+        return rows
+    return jnp.concatenate([rows, pick(len(data.prior.mean), batch_size, prior_key, step)])
+
+
+def ordered(
+    data: TrainingData, batch_size: int, key: Key[Array, ""], steps: int, paired: bool = False
+) -> Int[Array, "steps rows"]:
+    """The rows of the first `steps` steps of a run with `key`, as `draw` picks them."""
+    rows = lambda step: rows_of(data, batch_size, key, step, paired)  # noqa: E731
+    return jax.jit(lambda: jax.lax.map(rows, jnp.arange(steps)))()
+
+
 def picks(n: int, count: int, key: Key[Array, ""], steps: int) -> Int[Array, "steps count"]:
-    """The instance examples of the first `steps` steps of a run with `key`, as `draw` picks them."""
+    """The instance rows alone of `ordered`."""
     instance_key, _ = jax.random.split(jax.random.split(key)[0])
     return jax.jit(lambda: jax.lax.map(lambda step: pick(n, count, instance_key, step), jnp.arange(steps)))()
 

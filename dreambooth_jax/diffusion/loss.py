@@ -50,8 +50,8 @@ def dreambooth_loss(
     process: Process,
     *,
     num_instance: int,
-    prior_weight: float = 1.0,
-    snr_gamma: float | None = None,
+    prior_weight: float | Float[Array, ""] = 1.0,
+    snr_gamma: float | Float[Array, ""] | None = None,
     base: PyTree = None,
 ) -> Losses:
     """The prior-preserving loss of one batch.

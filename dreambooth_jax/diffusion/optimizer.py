@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from dreambooth_jax.models.params import Params
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "adafactor")
+Number = float | Float[Array, ""]
 
 
-def learning_rate(kind: str, peak: float, *, warmup: int, steps: int) -> optax.Schedule:
+def learning_rate(kind: str, peak: Number, *, warmup: int, steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup` updates to `peak`, then constant, or linear or cosine decay to 0 at `steps`.
 
     Raises:
@@ -35,16 +36,16 @@ def learning_rate(kind: str, peak: float, *, warmup: int, steps: int) -> optax.S
     )
 
 
-def scale_by_name(factor: Callable[[str], float]) -> optax.GradientTransformation:
+def scale_by_name(factor: Callable[[str], Number]) -> optax.GradientTransformation:
     """Multiplies each named update by `factor(name)`: a per-module learning-rate multiplier."""
 
     def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
-        return {name: value * factor(name) for name, value in updates.items()}, state
+        return {name: value * jnp.asarray(factor(name), value.dtype) for name, value in updates.items()}, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+def clip_by_global_norm(limit: Number) -> optax.GradientTransformationExtraArgs:
     """Scales updates whose norm over everything exceeds `limit` down to it (arXiv 1211.5063, algorithm 1).
 
     The keyword `grad_norm` gives a norm that is already known. Fusing the norm with the backward pass is free; optax's
@@ -70,13 +71,13 @@ def make_optimizer(
     name: str,
     rate: optax.Schedule,
     *,
-    weight_decay: float = 1e-2,
+    weight_decay: Number = 1e-2,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    clip_norm: float | None = 1.0,
+    clip_norm: Number | None = 1.0,
     moment_dtype: str = "float32",
-    multiplier: Callable[[str], float] | None = None,
+    multiplier: Callable[[str], Number] | None = None,
     decays: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235) after clipping by the global norm.

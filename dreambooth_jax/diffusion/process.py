@@ -162,7 +162,7 @@ def target(process: Process, x0: Values, eps: Values, t: Times) -> Float[Array, 
     return _like(process.a(t), x0) * eps - _like(process.b(t), x0) * x0
 
 
-def snr_weight(process: Process, t: Times, gamma: float) -> Float[Array, "b"]:
+def snr_weight(process: Process, t: Times, gamma: float | Float[Array, ""]) -> Float[Array, "b"]:
     """w of equation (4): min-SNR-gamma weight of the squared error of the prediction."""
     alpha, sigma, a, b = (f(t) for f in (process.alpha, process.sigma, process.a, process.b))
     return jnp.minimum(alpha**2, gamma * sigma**2) / (a * alpha + b * sigma) ** 2

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.diffusion.examples import Augment, TrainingData, draw
+from dreambooth_jax.diffusion.examples import Augment, Number, TrainingData, draw
 from dreambooth_jax.diffusion.loss import Batch, Losses, Predict, dreambooth_loss
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.ops.recompute import recompute_gradients
@@ -81,19 +81,19 @@ def make_step(
     *,
     batch_size: int,
     combine: Callable[[Params, Params], Params] = lambda frozen, trainable: frozen | trainable,
-    prior_weight: float = 1.0,
-    snr_gamma: float | None = None,
+    prior_weight: Number = 1.0,
+    snr_gamma: Number | None = None,
     accumulate: int = 1,
     hold: Callable[[Gradient], Held] = kept,
-    ema_decay: float | None = None,
+    ema_decay: Number | None = None,
     example_shape: tuple[int, ...] | None = None,
     augment: Augment | None = None,
     constrain: Callable[[Batch], Batch] = lambda batch: batch,
     base: Callable[[Params], Params] | None = None,
     paired: bool = False,
-    dropout: float = 0.0,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Builds `step(state, frozen, data, key, rate=None) -> (state, metrics)`; `rate` is a factor on the learning rate.
+    dropout: Number | None = None,
+) -> Callable[[TrainState, Params, TrainingData, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """Builds `step(state, frozen, data, key) -> (state, metrics)`.
 
     Args:
         predict: (params, x_t, t, cond) -> prediction like x_t.
@@ -135,13 +135,11 @@ def make_step(
 
     gradient = hold(mean_gradient(loss_of_part, accumulate, batch_size))
 
-    def step(
-        state: TrainState, frozen: Params, data: TrainingData, key: Key[Array, ""], rate: Scalar | None = None
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         batch = draw(data, process, batch_size, key, state.step, example_shape, augment, paired, dropout)
         grads, losses, for_optimizer = gradient(state.trainable, frozen, batch)
         norm = _global_norm(grads)
-        after = apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay, rate)
+        after = apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay)
         return after, Metrics(*losses, norm)
 
     return step
@@ -187,21 +185,17 @@ def apply_gradients(
     state: TrainState,
     grads: Params,
     norm: Scalar,
-    ema_decay: float | None,
-    rate: Scalar | None = None,
+    ema_decay: Number | None,
 ) -> TrainState:
-    """The state after the update by `grads`, whose global norm the optimizer is given; `rate` multiplies the update,
-    which every optimizer here makes proportional to the learning rate."""
+    """The state after the update by `grads`, whose global norm the optimizer is given."""
     optimizer = optax.with_extra_args_support(optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, grad_norm=norm)
-    if rate is not None:
-        updates = jax.tree.map(lambda update: rate * update, updates)
     trainable = optax.apply_updates(state.trainable, updates)
     ema = state.ema and optax.incremental_update(trainable, state.ema, 1.0 - _decay(ema_decay, state.step))
     return TrainState(state.step + 1, trainable, opt_state, ema)
 
 
-def _decay(limit: float, step: Int[Array, ""]) -> Scalar:
+def _decay(limit: Number, step: Int[Array, ""]) -> Scalar:
     """(1 + step) / (10 + step) up to `limit`: the average forgets the initial weights from the start instead of
     carrying them for 1 / (1 - limit) steps (tf.train.ExponentialMovingAverage with num_updates)."""
     return jnp.minimum(limit, (1 + step) / (10 + step))

@@ -3,13 +3,15 @@ without its hardware."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.factors import FORMS
@@ -21,14 +23,16 @@ from dreambooth_jax.adapters.quantised import quantised, quantised_shapes
 from dreambooth_jax.data.buckets import Size, bucket_sizes
 from dreambooth_jax.devices import compiler_options
 from dreambooth_jax.devices.sharding import batch_sharding, placed_shapes, replicated, state_shardings, unshard
-from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
+from dreambooth_jax.diffusion.buckets import in_turns
+from dreambooth_jax.diffusion.examples import EncodedExamples, Numbers, TrainingData, room, with_room
 from dreambooth_jax.diffusion.low_resolution import make_augment
 from dreambooth_jax.diffusion.optimizer import learning_rate, make_optimizer
 from dreambooth_jax.diffusion.step import Metrics, TrainState, init_state, kept, make_step, recomputed, run_steps
-from dreambooth_jax.families.family import DENOISER, TEXT
+from dreambooth_jax.families.family import DENOISER, TEXT, Cond
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline
 from dreambooth_jax.models.params import Params, Shapes
 from dreambooth_jax.painting.painter import (
+    Inputs,
     Painter,
     batch_for,
     input_shapes,
@@ -61,22 +65,33 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
         "class_batch_size": pictures_at_once(config, mesh),
     }
     config = ConfigDict(dict(config) | resolved)
-    rate = learning_rate(config.lr_schedule, config.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
     method = make_method(config, pipeline)
+    return Job(config, pipeline, mesh, _optimizer(config, pipeline, method, numbers_of(config)), method)
+
+
+def numbers_of(config: ConfigDict) -> Numbers:
+    """The settings of a run that its training program takes as arguments."""
+    return Numbers(*(float(config[name]) for name in Numbers._fields))
+
+
+def _optimizer(
+    config: ConfigDict, pipeline: Pipeline, method: Method, numbers: Numbers
+) -> optax.GradientTransformationExtraArgs:
+    """The config's optimizer with these numbers, which may be arguments of a program."""
+    rate = learning_rate(config.lr_schedule, numbers.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
+    of_text = numbers.text_encoder_multiplier
     optimizer = make_optimizer(
         config.optimizer,
         rate,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm or None,
+        weight_decay=numbers.weight_decay,
+        clip_norm=numbers.clip_norm if config.clip_norm else None,
         moment_dtype=config.moment_dtype,
-        multiplier=lambda name: (
-            method.multiplier(name) * (config.text_encoder_multiplier if pipeline.family.role_of(name) == TEXT else 1.0)
-        ),
+        multiplier=lambda name: method.multiplier(name) * (of_text if pipeline.family.role_of(name) == TEXT else 1.0),
         decays=method.decays,
     )
     if config.method == "pivotal":
         optimizer = optax.chain(optimizer, stop_after(tokens_held_from(config), is_row))
-    return Job(config, pipeline, mesh, optimizer, method)
+    return optimizer
 
 
 def tokens_held_from(config: ConfigDict) -> int:
@@ -206,19 +221,33 @@ def argument_shapes(
     return state_shapes(job, trainable), frozen, data, key_shape(job)
 
 
-def data_shapes(job: Job, num_instance: int, num_class: int, size: Size | None = None) -> TrainingData:
-    """Shapes of the resident examples, each half with one caption; every device has all of them.
+def resident_data(job: Job, data: Sequence[TrainingData]) -> tuple[tuple[TrainingData, ...], Int[np.ndarray, "steps"]]:
+    """The data as arguments of the training programs, with the order of the run, its numbers and room for other counts
+    (`data_shapes`); and the bucket of every step."""
+    config, place = job.config, replicated(job.mesh)
+    key = jax.random.key(config.seed)
+    turned, bucket = in_turns(data, config.batch_size, key, room(config.steps), pairs_prior(config))
+    numbers = jax.device_put(jax.tree.map(np.float32, numbers_of(config)), place)
+    enlarge = jax.jit(lambda halves: tuple(half and with_room(half) for half in halves), out_shardings=place)
+    whole = [TrainingData(*enlarge((part.instance, part.prior)), part.order, numbers) for part in turned]
+    return tuple(whole), bucket[: config.steps]
+
+
+def data_shapes(
+    job: Job, num_instance: int, num_class: int, size: Size | None = None, captions: int = 1
+) -> TrainingData:
+    """Shapes of `resident_data`; every device has all of them.
 
     Args:
         size: height and width of the examples in pixels; default: `training_size`.
+        captions: number of the subject's captions, the empty one of caption dropout included. The class has one.
     """
     config, pipeline = job.config, job.pipeline
-    size = size or training_size(config)
-    tokens = pipeline.family.token_shapes(pipeline.models, 1)
-    cond = tokens if reads_tokens(config) else jax.eval_shape(pipeline.encode_text, pipeline.shapes, tokens)
+    size, shape = size or training_size(config), jax.ShapeDtypeStruct
 
-    def resident(count: int) -> EncodedExamples:
-        shape = jax.ShapeDtypeStruct
+    def resident(count: int, captions: int) -> EncodedExamples:
+        tokens = pipeline.family.token_shapes(pipeline.models, room(captions))
+        cond = tokens if reads_tokens(config) else jax.eval_shape(pipeline.encode_text, pipeline.shapes, tokens)
         latents = shape((count, math.prod(pipeline.example_shape(*size))), jnp.float32)
         own = jax.eval_shape(pipeline.of_example, picture_shapes(pipeline, count, size[0])) or None
         index = shape((count, config.shuffle_tags) if config.shuffle_tags else (count,), jnp.int32)
@@ -227,7 +256,14 @@ def data_shapes(job: Job, num_instance: int, num_class: int, size: Size | None =
         return EncodedExamples(latents, latents, cond, index, own, weight)
 
     count = num_instance if pairs_prior(config) else num_class
-    data = TrainingData(resident(num_instance), resident(count) if config.prior_preservation else None)
+    prior = resident(room(count), 1) if config.prior_preservation else None
+    columns = config.batch_size * (1 if prior is None or pairs_prior(config) else 2)
+    data = TrainingData(
+        resident(room(num_instance), captions),
+        prior,
+        shape((room(config.steps), columns), jnp.int32),
+        jax.tree.map(lambda _: shape((), jnp.float32), numbers_of(config)),
+    )
     return jax.tree.map(functools.partial(_replicated_shape, job), data)
 
 
@@ -304,24 +340,29 @@ def training_step(
             frozen, trainable = frozen[0], rescaled(trainable, frozen[1])
         return unshard(mesh, job.method.combine(frozen, trainable), dtype)
 
-    return make_step(
-        pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
-        job.optimizer,
-        pipeline.process,
-        batch_size=config.batch_size,
-        combine=combine,
-        prior_weight=config.prior_weight,
-        snr_gamma=config.snr_gamma or None,
-        accumulate=config.accumulate,
-        hold=recomputed if recomputes else kept,
-        ema_decay=config.ema_decay or None,
-        example_shape=pipeline.example_shape(*size),
-        base=(lambda frozen: unshard(mesh, frozen[0] if mapped else frozen, dtype)) if of_base else None,
-        paired=pairs_prior(config),
-        dropout=config.caption_dropout,
-        augment=make_augment(low, size[0], config.sr_noise) if low else None,
-        constrain=lambda batch: batch if mapped else jax.lax.with_sharding_constraint(batch, placement),
-    )
+    def step(state: TrainState, frozen: Any, data: TrainingData, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        numbers = data.numbers or numbers_of(config)
+        advance = make_step(
+            pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
+            _optimizer(config, pipeline, job.method, numbers),
+            pipeline.process,
+            batch_size=config.batch_size,
+            combine=combine,
+            prior_weight=numbers.prior_weight,
+            snr_gamma=numbers.snr_gamma if config.snr_gamma else None,
+            accumulate=config.accumulate,
+            hold=recomputed if recomputes else kept,
+            ema_decay=numbers.ema_decay if config.ema_decay else None,
+            example_shape=pipeline.example_shape(*size),
+            base=(lambda frozen: unshard(mesh, frozen[0] if mapped else frozen, dtype)) if of_base else None,
+            paired=pairs_prior(config),
+            dropout=numbers.caption_dropout if config.caption_dropout else None,
+            augment=make_augment(low, size[0], config.sr_noise) if low else None,
+            constrain=lambda batch: batch if mapped else jax.lax.with_sharding_constraint(batch, placement),
+        )
+        return advance(state, frozen, data, key)
+
+    return step
 
 
 def lower_calls(
@@ -379,8 +420,27 @@ def lower_painting(job: Job) -> jax.stages.Lowered:
     """Painting one batch of class images: (params, inputs) -> images."""
     config, pipeline = job.config, job.pipeline
     paint = make_paint_batch(pipeline, job.mesh, **painting_settings(config, pipeline))
-    shapes = input_shapes(pipeline, config.class_batch_size, config.resolution)
-    inputs = jax.tree.map(functools.partial(_replicated_shape, job), shapes)
+    return _lower_on_mesh(job, paint, input_shapes(pipeline, config.class_batch_size, config.resolution))
+
+
+def lower_ends(job: Job, batch_size: int) -> jax.stages.Lowered:
+    """What painting does besides sampling: encode the prompts of a batch, and decode its pictures."""
+    pipeline, resolution = job.pipeline, job.config.resolution
+    encoded = jax.ShapeDtypeStruct((batch_size, *pipeline.example_shape(resolution)), jnp.float32)
+    dtypes = {name: x.dtype for name, x in pipeline.frozen_shapes.items()}
+
+    def ends(params: Params, arguments: tuple[Inputs, Array]) -> tuple[list[Cond], Array]:
+        inputs, encoded = jax.lax.with_sharding_constraint(arguments, batch_sharding(job.mesh, batch_size))
+        params = unshard(job.mesh, params, dtypes)
+        texts = [pipeline.encode_text(params, tokens) for tokens in (inputs.negative, inputs.tokens)]
+        return texts, pipeline.decode(params, encoded)
+
+    return _lower_on_mesh(job, jax.jit(ends), (input_shapes(pipeline, batch_size, resolution), encoded))
+
+
+def _lower_on_mesh(job: Job, function: jax.stages.Wrapped, arguments: Any) -> jax.stages.Lowered:
+    """Lowers (params, arguments) -> results, for parameters as the run holds them and replicated arguments."""
+    placed = jax.tree.map(functools.partial(_replicated_shape, job), arguments)
     trainable, frozen = split_shapes(job)
     with jax.set_mesh(job.mesh):
-        return paint.lower(trainable | frozen, inputs)
+        return function.lower(trainable | frozen, placed)

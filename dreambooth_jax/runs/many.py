@@ -55,6 +55,7 @@ from dreambooth_jax.runs.job import (
     initial,
     lower_calls,
     make_job,
+    numbers_of,
     open_base,
     painter_of,
     read_shapes,
@@ -238,9 +239,8 @@ def _prepare(config: ConfigDict, subjects: list[Subject]) -> _Lanes:
     starts = [padded_to(shapes, own[subject.lora_rank][0]) for subject in subjects]
     states = jax.jit(lambda starts: stack([initial(job)(t) for t in starts]), out_shardings=place)(starts)
     stops = jnp.asarray([subject.steps for subject in subjects])
-    rates = jnp.asarray([subject.learning_rate / config.learning_rate for subject in subjects], jnp.float32)
     scales = jnp.asarray([(ranks[-1] / subject.lora_rank) ** power for subject in subjects], jnp.float32)
-    lanes = Lanes(data, *(jax.device_put(x, place) for x in (stops, rates, scales)))
+    lanes = Lanes(data, *(jax.device_put(x, place) for x in (stops, scales)))
     return _Lanes(
         subjects, jobs, examples, digest, states, frozen, lanes, jax.device_put(jnp.stack([key] * len(subjects)), place)
     )
@@ -387,11 +387,12 @@ def _data(
         [key] * len(subjects),
         batch_size=config.batch_size,
         steps=max(subject.steps for subject in subjects),
+        numbers=[numbers_of(subject.config(config)) for subject in subjects],
     )
     place = subject_sharding(job, len(subjects))
     shared = len(priors) == 1
     return data._replace(
-        **{name: jax.device_put(getattr(data, name), place) for name in ("instance", "order")},
+        **{name: jax.device_put(getattr(data, name), place) for name in ("instance", "order", "numbers")},
         prior=jax.device_put(data.prior, replicated(mesh) if shared else place),
     )
 

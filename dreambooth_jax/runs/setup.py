@@ -16,14 +16,22 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.inversion import TEMPLATES, is_row
 from dreambooth_jax.data.buckets import Size
-from dreambooth_jax.data.class_images import agreed, class_images_to_paint, paint_missing, read_class_images
+from dreambooth_jax.data.class_images import (
+    agreed,
+    class_folders,
+    class_images_to_paint,
+    paint_missing,
+    read_class_images,
+)
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.images import Examples, decode_image, read_buckets
+from dreambooth_jax.data.latents import Latents
 from dreambooth_jax.data.low_resolution import cut
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.step import TrainState
+from dreambooth_jax.families.family import CODEC
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import Pipeline
 from dreambooth_jax.files.atomic import remove_partial, write_atomic
@@ -47,6 +55,7 @@ from dreambooth_jax.runs.job import (
     possible_sizes,
     reads_tokens,
     state_shapes,
+    training_size,
 )
 
 
@@ -260,8 +269,20 @@ def prepare_data(
             paint_missing(config, numbers, run.paint, params, run.digest, _class_images_before(run))
         of_class = [read_class_images(config, size) for size in sizes_of(run)]
         inspect(of_class)
-    prior = [encode(params, _cut(examples, config)) for examples in of_class]
+    kept = None if pairs_prior(config) else class_latents(run)
+    prior = [encode(params, _cut(examples, config), kept) for examples in of_class]
     return tuple(TrainingData(*halves) for halves in zip(instance, prior, strict=True))
+
+
+def class_latents(run: Run) -> Latents | None:
+    """Where a run keeps its encoded class images: beside the pictures, or in the workdir where that folder is not its
+    to write. None for a base that paints pixels, which has nothing to encode."""
+    codec = run.pipeline.family.names(CODEC)
+    if not codec:
+        return None
+    dtypes = ", ".join(str(jnp.dtype(run.pipeline.dtypes[name])) for name in codec)
+    folders = (class_folders(run.config)[-1], run.workdir / "latents")
+    return Latents(folders, {"base": run.digest, "dtype": dtypes})
 
 
 def weights_of(pipeline: Pipeline) -> tuple[Path, list[str]]:
@@ -272,6 +293,11 @@ def weights_of(pipeline: Pipeline) -> tuple[Path, list[str]]:
 def sizes_of(run: Run) -> list[Size]:
     """Height and width in pixels of every shape of the run's examples."""
     return [examples.images.shape[1:3] for examples in run.examples]
+
+
+def training_sizes(run: Run) -> list[Size]:
+    """Height and width in pixels of what the program of every shape trains on: see `training_size`."""
+    return sizes_of(run) if run.config.buckets else [training_size(run.config)]
 
 
 def _class_images_before(run: Run) -> Callable[[int], np.ndarray | None]:

@@ -12,7 +12,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -30,19 +29,20 @@ from dreambooth_jax.devices.tpu import (
 )
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.painting.painter import input_shapes, picture_conditions
 from dreambooth_jax.runs import protocol_cost
 from dreambooth_jax.runs.config import absolute_paths, check_config
 from dreambooth_jax.runs.job import (
     Job,
     argument_shapes,
     data_shapes,
+    lower_ends,
     lower_painting,
     lower_steps,
     make_job,
     pairs_prior,
     training_size,
 )
+from dreambooth_jax.runs.loop import is_painted
 from dreambooth_jax.runs.setup import read_subject
 
 GIB = 2**30
@@ -63,10 +63,11 @@ class Plan:
     """The cost of one configuration on one slice. Bytes and seconds are per device and per step.
 
     Attributes:
-        parameters, optimizer_state, data: bytes of the arguments, by kind.
-        cost: analysis of the training steps; None if they do not fit, by `missing` bytes.
-        class_images: analysis of painting one batch of class images; None without prior preservation.
-        class_image_seconds: seconds of painting one batch of `at_once` pictures.
+        parameters, optimizer_state, data: bytes of the arguments, by what they are.
+        cost: the compiler's answer for the training steps; None if they do not fit, then `missing` says by how much.
+        painting: the compiler's answer for painting one batch of pictures; None if the run paints none.
+        painting_seconds: for one batch of `at_once` pictures.
+        class_batches, sheet_batches: numbers of batches that the run paints.
         painting_missing: bytes by which painting does not fit.
         photos: the training photos, in words.
     """
@@ -79,33 +80,44 @@ class Plan:
     data: int
     cost: Cost | None
     missing: int
-    class_images: Cost | None
-    class_image_seconds: float
-    at_once: int = 1
+    painting: Cost | None
+    painting_seconds: float
+    at_once: int = 0
+    class_batches: int = 0
+    sheet_batches: int = 0
     painting_missing: int = 0
     photos: str = ""
 
     @property
     def fits(self) -> bool:
-        return self.cost is not None
+        """Whether every program of the run does."""
+        return self.cost is not None and not self.painting_missing and self.sheets_fit
 
     @property
     def sheets_peak(self) -> int:
         """Bytes while sheets are painted: by the program of the class images, beside optimizer state and data."""
-        return self.class_images.peak + self.optimizer_state + self.data
+        return self.painting.peak + self.optimizer_state + self.data
+
+    @property
+    def sheets_fit(self) -> bool:
+        return self.painting is None or not self.sheet_batches or self.sheets_peak <= self.chip.hbm
+
+    @property
+    def excess(self) -> int:
+        """Bytes by which the program that needs most does not fit."""
+        sheets = 0 if self.sheets_fit else self.sheets_peak - self.chip.hbm
+        return max(self.missing, self.painting_missing, sheets)
 
     def run_seconds(self, config: ConfigDict) -> float:
-        """The whole run: steps and class images, without start and compile times."""
-        painted = config.prior_preservation and not pairs_prior(config)
-        batches = -(-config.num_class_images // self.at_once) if painted else 0
-        return config.steps * self.cost.seconds + batches * self.class_image_seconds
+        """The whole run: steps, class images and sheets, without start and compile times."""
+        return config.steps * self.cost.seconds + (self.class_batches + self.sheet_batches) * self.painting_seconds
 
 
 def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick: bool = True) -> Plan:
     """Compiles the run for a slice.
 
     Args:
-        class_images: whether to compile the painting of class images too.
+        class_images: also compile the program that paints them, and the sheets.
         quick: with the compiler's least effort, see `compile_for`.
 
     Raises:
@@ -120,7 +132,8 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     size = max(counts, key=math.prod)
     state, frozen, data, key = argument_shapes(job, counts[size], size)
     others = [data_shapes(job, n, config.num_class_images, other) for other, n in counts.items() if other != size]
-    paints = class_images and config.prior_preservation and not pairs_prior(config)
+    batches = painted_batches(job)
+    paints = class_images and sum(batches) > 0
     cost, missing, painting, seconds, painting_missing = None, 0, None, 0.0, 0
     lowered = lower_steps(job, state, frozen, data, key, size)
     with for_absent_devices(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
@@ -142,9 +155,11 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         data=shard_bytes([data, *others]),
         cost=cost,
         missing=missing,
-        class_images=painting,
-        class_image_seconds=seconds,
+        painting=painting,
+        painting_seconds=seconds,
         at_once=job.config.class_batch_size,
+        class_batches=batches[0],
+        sheet_batches=batches[1],
         painting_missing=painting_missing,
         photos=photos,
     )
@@ -171,28 +186,30 @@ def count_examples(job: Job) -> tuple[dict[Size, int], str]:
     return counts, f"{', '.join(shapes)}: {len(counts)} programs, of which that of {largest} is compiled here"
 
 
-def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, float]:
-    """The compiler's analysis of painting one batch of class images, and its seconds.
+def painted_batches(job: Job) -> tuple[int, int]:
+    """Batches of pictures of a whole run: (class images, sheets and what the base makes of their prompts)."""
+    config = job.config
+    every = [prompt for prompt in config.sample_prompts if "{identifier}" not in prompt]
+    sheets = sum(is_painted(step, config) for step in range(1, config.steps + 1))
+    counts = [config.sample_count * len(every)] + [config.sample_count * len(config.sample_prompts)] * sheets
+    class_images = config.num_class_images if config.prior_preservation and not pairs_prior(config) else 0
+    in_batches = [-(-count // config.class_batch_size) for count in (class_images, *counts)]
+    return in_batches[0], sum(in_batches[1:])
 
-    The compiler counts a loop's body once: seconds are scaled by the FLOPs of all sampling steps over those counted.
+
+def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, float]:
+    """The compiler's answer for one batch of pictures, and its seconds: the sum of its parts.
+
+    The compiler counts a loop's body once. A sampling step is what the whole program has beyond text encoder and
+    decoder, which are compiled alone; a decoder that takes one picture after the other is counted for each.
     """
-    config, pipeline, both = job.config, job.pipeline, 2 * job.config.class_batch_size
+    config, each = job.config, -(-job.config.class_batch_size // job.mesh.size)
     cost = compile_for(chip, lower_painting(job), quick=quick)
-    inputs = input_shapes(pipeline, both, config.resolution)
-    condition = picture_conditions(pipeline, config.resolution)
-    cond = jax.eval_shape(
-        lambda params, inputs: (
-            pipeline.encode_text(params, inputs.tokens)
-            | condition(inputs.pictures, jax.random.wrap_key_data(inputs.keys))
-        ),
-        pipeline.shapes,
-        inputs,
-    )
-    x = jax.ShapeDtypeStruct((both, *pipeline.example_shape(config.resolution)), jnp.float32)
-    t = jax.ShapeDtypeStruct((both,), jnp.float32)
-    one_step = jax.jit(pipeline.denoise).lower(pipeline.shapes, x, t, cond)
-    per_device = one_step.cost_analysis()["flops"] / job.mesh.size
-    return cost, cost.seconds * (cost.flops + (config.sampling_steps - 1) * per_device) / cost.flops
+    ends = compile_for(chip, lower_ends(job, config.class_batch_size), quick=quick).seconds
+    one = ends if each == 1 else compile_for(chip, lower_ends(job, job.mesh.size), quick=quick).seconds
+    in_turn = ends < 1.5 * one  # counted for one picture, whatever the batch
+    step = cost.seconds - ends
+    return cost, (each * one if in_turn else ends) + config.sampling_steps * step
 
 
 def advise(config: ConfigDict, topology: str) -> Iterator[tuple[str, Plan]]:
@@ -240,28 +257,35 @@ def describe(plan: Plan, config: ConfigDict) -> str:
     cycles = "" if cost.cycle_seconds is None else f"; by cycles {cost.cycle_seconds * 1e3:.0f} ms"
     lines += [
         ("step", f"{cost.seconds * 1e3:.0f} ms at least, bound by {cost.bound}{cycles}"),
-        ("run", f"{plan.run_seconds(config) / 60:.1f} minutes for {config.steps} steps and the class images"),
+        ("run", f"{plan.run_seconds(config) / 60:.1f} minutes for {config.steps} steps and {_painted(plan)}"),
         ("compiled in", f"{cost.compile_seconds:.0f} s"),
     ]
-    if plan.class_images is not None:
-        painting = plan.class_images
+    if plan.painting is not None:
+        painting = plan.painting
         lines.insert(
             -1,
             (
-                "class images",
-                f"{plan.class_image_seconds:.1f} s for {plan.at_once}, peak {painting.peak / GIB:.2f} GiB",
+                "painting",
+                f"{plan.painting_seconds:.1f} s for {plan.at_once} pictures, peak {painting.peak / GIB:.2f} GiB",
             ),
         )
-        fit = "fit" if plan.sheets_peak <= chip.hbm else "do NOT fit: paint fewer at once (class_batch_size)"
+        fit = "fit" if plan.sheets_fit else "do NOT fit: paint fewer at once (class_batch_size)"
         lines.insert(-1, ("sheets", f"peak {plan.sheets_peak / GIB:.2f} GiB beside the optimizer: {fit}"))
     if plan.painting_missing:
         lines.append(
             (
-                "class images",
-                (f"do NOT fit: {plan.painting_missing / GIB:.2f} GiB too much; paint fewer at once (class_batch_size)"),
+                "painting",
+                f"does NOT fit: {plan.painting_missing / GIB:.2f} GiB too much: paint fewer at once (class_batch_size)",
             )
         )
     return _lines(lines)
+
+
+def _painted(plan: Plan) -> str:
+    if plan.painting is None:
+        return "no pictures"
+    painted, sheets = plan.class_batches * plan.at_once, plan.sheet_batches * plan.at_once
+    return f"{painted} class images and {sheets} pictures of sheets"
 
 
 def _lines(lines: Sequence[tuple[str, str]]) -> str:
@@ -271,10 +295,10 @@ def _lines(lines: Sequence[tuple[str, str]]) -> str:
 def as_json(plan: Plan, config: ConfigDict) -> dict[str, Any]:
     """The figures of `describe`, in bytes and seconds."""
     values = dataclasses.asdict(plan) | {"fits": plan.fits}
-    for name in ("cost", "class_images"):
+    for name in ("cost", "painting"):
         if values[name]:
             del values[name]["hlo"]
-    if plan.fits:
+    if plan.cost is not None:
         values["run_seconds"] = plan.run_seconds(config)
     return values
 
@@ -296,7 +320,7 @@ def sweep(config: ConfigDict) -> Iterator[tuple[str, Plan]]:
 def print_plan(config: ConfigDict, options: argparse.Namespace) -> None:
     found = plan(config, options.topology, quick=not options.full)
     print(json.dumps(as_json(found, config), indent=2) if options.json else describe(found, config), flush=True)
-    if not found.fits and options.advise and not options.json:
+    if found.cost is None and options.advise and not options.json:
         print("what to change, each compiled:", flush=True)
         for changes, tried in advise(config, options.topology):
             answer = "still too much"
@@ -318,17 +342,16 @@ def plan_protocol(config: ConfigDict, options: argparse.Namespace) -> str:
     found = plan(train, options.topology, quick=not options.full)
     if not found.fits:
         raise ValueError(
-            f"a subject's training does not fit {options.topology}: {found.missing / GIB:.2f} GiB too much. Plan it "
+            f"a subject's training does not fit {options.topology}: {found.excess / GIB:.2f} GiB too much. Plan it "
             "alone for what to change, and give that as --config.train.FIELD=VALUE"
         )
     mesh = make_mesh(train.mesh_data, train.mesh_fsdp, devices_of(options.topology))
     job = make_job(train, with_cached_text(describe_base(train.base, dtype=jnp.dtype(train.dtype)), mesh), mesh)
-    batch = found.class_image_seconds or painting_cost(job, found.chip, quick=not options.full)[1]
-    steps = train.steps * found.cost.seconds
+    batch = found.painting_seconds or painting_cost(job, found.chip, quick=not options.full)[1]
     cost = protocol_cost.cost_of(
         scale,
-        run=steps,
-        class_images=found.run_seconds(train) - steps,
+        run=train.steps * found.cost.seconds + found.sheet_batches * found.painting_seconds,
+        class_images=found.class_batches * found.painting_seconds,
         picture=batch / job.config.class_batch_size,
         score=protocol_cost.scoring_seconds(config, mesh, found.chip, quick=not options.full),
         chips=found.devices // found.chip.devices,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.diffusion.buckets import alike, in_turns
+from dreambooth_jax.diffusion.buckets import alike
 from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate
 from dreambooth_jax.diffusion.step import Metrics, TrainState
@@ -21,17 +21,18 @@ from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.files.digest import parts_digests
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.ahead import compiling
 from dreambooth_jax.runs.best import is_over, open_best
 from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_masks, of_pixels
 from dreambooth_jax.runs.held_out import held_out_data, make_loss
-from dreambooth_jax.runs.job import held, lower_steps, read_shapes, tokens_held_from, training_size
+from dreambooth_jax.runs.job import held, read_shapes, resident_data, tokens_held_from
 from dreambooth_jax.runs.loop import Progress, Store, loop
 from dreambooth_jax.runs.moved import NEW_TOKENS, check_moved, checksums
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
 from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import Reporter
 from dreambooth_jax.runs.samples import paint_prompts, sheet_is_missing, sheets_of
-from dreambooth_jax.runs.setup import Run, begin, prepare_data, sizes_of, start_state, weights_of
+from dreambooth_jax.runs.setup import Run, begin, prepare_data, start_state, weights_of
 from dreambooth_jax.runs.watch import (
     Watch,
     is_due,
@@ -85,31 +86,28 @@ def train(
         if done < reached or missing:
             watch = make_watch(config, run.mesh, run.workdir, rows)  # before anything slow: its models may be absent
             check_space(run, stored=len(manager.all_steps()))
-            with ThreadPoolExecutor(1) as beside:  # the files are read once, and digested meanwhile
-                digests = beside.submit(parts_digests, *weights_of(run.pipeline))
-                params = held(run.job, read(run.pipeline, run.mesh, read_shapes(run.job)))
-                record["fingerprints"]["weights"] = digests.result()
-            check_same(config.workdir, earlier, record["fingerprints"])
-            trainable, frozen, key = begin(run.job, params)
-            del params
-            # The base still, in the form that the samples' painter takes: painting compiles once.
-            base = run.job.method.combine(frozen, trainable)
-            data = prepare_data(run, base, inspect)
-            if watch is not None:
-                warning = noun_warning(watch)
-                if warning and runtime.is_first_process():
-                    print(f"warning: {warning}", flush=True)
-                watch = with_losses(watch, run, base, frozen, data[0], key)
-                look_at_base(watch, base, trainable, functools.partial(paint_prompts, run))
-            del base
-            data, bucket = in_turns(data, config.batch_size, jax.random.key(config.seed), config.steps)
-            state = start_state(run.job, trainable, manager)
-            del trainable
-            sizes = sizes_of(run) if config.buckets else [training_size(config)]
-            programs = [
-                compile_steps(lower_steps(run.job, state, frozen, part, key, size))
-                for part, size in zip(data, sizes, strict=True)
-            ]
+            with compiling(run, compile_steps) as program:
+                with ThreadPoolExecutor(1) as beside:  # the files are read once, and digested meanwhile
+                    digests = beside.submit(parts_digests, *weights_of(run.pipeline))
+                    params = held(run.job, read(run.pipeline, run.mesh, read_shapes(run.job)))
+                    record["fingerprints"]["weights"] = digests.result()
+                check_same(config.workdir, earlier, record["fingerprints"])
+                trainable, frozen, key = begin(run.job, params)
+                del params
+                # The base still, in the form that the samples' painter takes: painting compiles once.
+                base = run.job.method.combine(frozen, trainable)
+                data = prepare_data(run, base, inspect)
+                if watch is not None:
+                    warning = noun_warning(watch)
+                    if warning and runtime.is_first_process():
+                        print(f"warning: {warning}", flush=True)
+                    watch = with_losses(watch, run, base, frozen, data[0], key)
+                    look_at_base(watch, base, trainable, functools.partial(paint_prompts, run))
+                del base
+                data, bucket = resident_data(run.job, data)
+                state = start_state(run.job, trainable, manager)
+                del trainable
+                programs = [program(number, state, frozen, part, key) for number, part in enumerate(data)]
             progress = Progress(int(state.step), state)
             look = moved_check(run, progress)
             del state
