@@ -85,9 +85,9 @@ class Latents(NamedTuple):
 
 def _joined(known: Bool[np.ndarray, "n"], kept: Moments | None, rows: np.ndarray, new: Moments) -> Moments:
     """Kept moments in the rows that are `known`, new ones in the others."""
-    whole = tuple(np.empty((len(known), *x.shape[1:]), x.dtype) for x in new)
-    for number, moments in enumerate(whole):
+    mean, std = (np.empty((len(known), *x.shape[1:]), x.dtype) for x in new)
+    for number, moments in enumerate((mean, std)):
         moments[~known] = new[number]
         if kept is not None:
             moments[known] = kept[number][rows[known]]
-    return whole
+    return mean, std

@@ -85,7 +85,7 @@ def wait_for_all(what: str) -> None:
 
 def all_have(flags: np.ndarray) -> np.ndarray:
     """Where `flags` are true in every process; all shapes must be equal."""
-    return flags if is_alone() else np.asarray(multihost_utils.process_allgather(flags)).all(0)
+    return flags if is_alone() else np.all(multihost_utils.process_allgather(flags), axis=0)
 
 
 def as_first_process_has_it(value: np.ndarray) -> np.ndarray:

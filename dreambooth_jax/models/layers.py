@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dreambooth_jax.ops.convolve import Image, convolve
+from dreambooth_jax.ops.convolve import Given, Image, convolve
 from dreambooth_jax.ops.quantise import dequantise, product
 
 
@@ -56,7 +56,7 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(cout))
         self.factors: nnx.Dict | None = nnx.data(None)
 
-    def __call__(self, x: Image) -> Image:
+    def __call__(self, x: Given) -> Image:
         def times(x: Image, kernel: Float[Array, "k k cin d"]) -> Image:
             if kernel.shape[0] == 1:
                 return x @ kernel[0, 0]

@@ -95,7 +95,7 @@ def _carry_out(equation: JaxprEqn, inputs: list[ArrayLike], origins: dict[int, _
         return _evaluate(equation.params["jaxpr"], (), inputs, origins)
     outputs = _bind(equation, inputs)
     origins |= {id(value): _Origin(equation, inputs, value) for value in outputs}
-    return outputs
+    return list(outputs)
 
 
 def _bind(equation: JaxprEqn, inputs: list[ArrayLike]) -> list[Array]:

@@ -45,7 +45,7 @@ def compiling(run: Run, compile_steps: Callable[[jax.stages.Lowered], jax.stages
         expected, compiled = begun[number].result()
         if _shapes(arguments) == _shapes(expected):
             return compiled
-        return compile_steps(lower_steps(run.job, *arguments, sizes[number]))
+        return compile_steps(lower_steps(run.job, *arguments, size=sizes[number]))
 
     try:
         yield program

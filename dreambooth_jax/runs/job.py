@@ -228,8 +228,8 @@ def resident_data(job: Job, data: Sequence[TrainingData]) -> tuple[tuple[Trainin
     key = jax.random.key(config.seed)
     turned, bucket = in_turns(data, config.batch_size, key, room(config.steps), pairs_prior(config))
     numbers = jax.device_put(jax.tree.map(np.float32, numbers_of(config)), place)
-    enlarge = jax.jit(lambda halves: tuple(half and with_room(half) for half in halves), out_shardings=place)
-    whole = [TrainingData(*enlarge((part.instance, part.prior)), part.order, numbers) for part in turned]
+    enlarge = jax.jit(lambda half: half and with_room(half), out_shardings=place)
+    whole = [TrainingData(enlarge(part.instance), enlarge(part.prior), part.order, numbers) for part in turned]
     return tuple(whole), bucket[: config.steps]
 
 

@@ -338,7 +338,7 @@ def parameters_to_continue(job: Job) -> dict[str, np.ndarray]:
         ConfigError: the method trains no factors or no tokens, or a file has other modules, ranks or numbers of rows.
     """
     wanted, _ = job.method.shapes(job.pipeline.shapes)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     if job.config.init_adapter:
         found |= _stored_factors(job, {name: x for name, x in wanted.items() if not is_row(name)})
     if job.config.init_embedding:
