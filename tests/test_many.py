@@ -27,7 +27,7 @@ from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.runs.config import ConfigError, check_config
 from dreambooth_jax.runs.job import fresh_state, lower_calls, lower_steps, make_job, numbers_of, training_step
-from dreambooth_jax.runs.many import examples_of, read_subjects
+from dreambooth_jax.runs.many import examples_of, plan_text, read_subjects
 from dreambooth_jax.runs.setup import begin
 
 FIELDS = {

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, UInt8
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.files.atomic import write_atomic
 
-Moments = tuple[Float[np.ndarray, "_ h w c"], Float[np.ndarray, "_ h w c"]]
+Moments = tuple[Float[np.ndarray, "_ _ _ _"], Float[np.ndarray, "_ _ _ _"]]  # mean and std [n, h, w, c]
 
 
 class Latents(NamedTuple):

@@ -126,6 +126,7 @@ def draw(
         dropout: probability with which an example has the last row of `cond`, the empty caption, as its condition;
             None for none.
     """
+    data = jax.tree.map(jnp.asarray, data)  # examples may be arrays of the host
     _, noise_key = jax.random.split(key)
     step_key = jax.random.fold_in(noise_key, step)
     number = jnp.arange(batch_size * (1 if data.prior is None else 2))
