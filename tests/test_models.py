@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from support.torch_folders import TEXT_15, TEXT_21, UNET_15, UNET_21, VAE, randomise
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -154,7 +155,7 @@ def test_text(config, tmp_path):
     assert relative(jax.jit(split.apply)(params, ids), expected) <= 1e-4
 
 
-def torch_loss(pipe, batch: Batch, num_instance: int, prior_weight: float) -> torch.Tensor:
+def torch_loss(pipe, batch: Batch, num_instance: int, prior_weight: float, gamma=None) -> torch.Tensor:
     """The DreamBooth loss as PyTorch trainers write it, with diffusers' scheduler."""
     x0, eps = nchw(np.asarray(batch.x0)), nchw(np.asarray(batch.eps))
     t = torch.from_numpy(np.array(batch.t, np.int64))
@@ -162,6 +163,9 @@ def torch_loss(pipe, batch: Batch, num_instance: int, prior_weight: float) -> to
     prediction = pipe.unet(pipe.scheduler.add_noise(x0, eps, t), t, states).sample
     wanted = eps if pipe.scheduler.config.prediction_type == "epsilon" else pipe.scheduler.get_velocity(x0, eps, t)
     each = torch.nn.functional.mse_loss(prediction, wanted, reduction="none").mean(dim=(1, 2, 3))
+    if gamma is not None:
+        snr = compute_snr(pipe.scheduler, t)
+        each = each * snr.clamp(max=gamma) / (snr if wanted is eps else snr + 1)
     return each[:num_instance].mean() + prior_weight * each[num_instance:].mean()
 
 
