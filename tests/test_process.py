@@ -218,3 +218,9 @@ def test_what_only_samplers_read_is_ignored_with_one_line(fields, caplog):
     assert all(f"{name} = {value!r}" in caplog.text for name, value in fields.items())
     np.testing.assert_array_equal(ours.alpha(np.arange(1000)), plain.alpha(np.arange(1000)))
     np.testing.assert_array_equal(ours.nodes("euler", 10).t, plain.nodes("euler", 10).t)
+
+
+def test_every_time_of_a_table_is_drawn_equally_often():
+    process = process_from_scheduler({"num_train_timesteps": 5})
+    times = jax.vmap(process.draw_t)(jax.random.split(jax.random.key(0), 5000))
+    np.testing.assert_allclose(np.bincount(times, minlength=5) / 1000, 1, atol=0.15)
