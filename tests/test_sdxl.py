@@ -135,7 +135,7 @@ def test_an_adapter_paints_in_diffusers_what_it_paints_here(base, paint, form, t
     method = lora(pipeline.trainable(DENOISER, TEXT), "transformer", 2, 4.0)
     trainable, frozen = method.start(params, jax.random.key(0))
     rng = np.random.default_rng(0)
-    trainable = {n: np.float32(0.1) * rng.standard_normal(x.shape, np.float32) for n, x in trainable.items()}
+    trainable = {n: jnp.asarray(0.1 * rng.standard_normal(x.shape, np.float32)) for n, x in trainable.items()}
     path, factors = tmp_path / "sks.safetensors", method.adapter(trainable)
     if form == "kohya":
         write_kohya(path, factors, about_adapter(pipeline, config_of(tmp_path), "sks"), dtype="float32")
