@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import jax
@@ -136,7 +135,11 @@ def test_counting_keys_takes_time_from_tracing():
         nnx.eval_shape(lambda: Chain(300, rngs()))
         return time.perf_counter() - started
 
-    one_key = lambda: types.SimpleNamespace(params=_OneKey(0, tag="params"))  # noqa: E731
+    def one_key() -> nnx.Rngs:
+        rngs = nnx.Rngs(params=0)
+        rngs.params = _OneKey(0, tag="params")
+        return rngs
+
     seconds(one_key)
     assert seconds(lambda: nnx.Rngs(0)) > 1.5 * seconds(one_key)
 
