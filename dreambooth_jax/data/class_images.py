@@ -250,9 +250,8 @@ def paint_class_images(
         params: of the frozen base.
         prompt: "a photo of a dog"; the negative prompt is empty, so that the prior is the model's own.
         metadata: text chunks of every PNG; `model_digest` binds the picture to its base.
-        batch_size: batch size of `paint`. Each
-            number keeps its place in its batch, whatever else is missing, so that an
-            interrupted run ends with the same pictures to the last bit.
+        batch_size: batch size of `paint`. Each number keeps its place in its batch, whatever else is missing, so that
+            an interrupted run ends with the same pictures to the last bit.
         low: number -> the picture of the stage before, for a super-resolution stage.
     """
     key = jax.random.key(seed)
