@@ -42,6 +42,8 @@ def test_attention_kernels_are_counted():
       %dot.1 = bf16[2,8,1024,256]{{3,2,1,0}} dot(%q, %k)
     """
     assert hlo.attention_flops(text) == (2 + 5) * 2 * 2 * 8 * 1024 * 256 * 128
+    many = text.replace("[2,8,", "[3,2,8,")  # of three subjects
+    assert hlo.attention_flops(many) == 3 * hlo.attention_flops(text)
     assert hlo.attention_flops("%dot.1 = f32[8,8]{1,0} dot(%q, %k)") == 0
 
 

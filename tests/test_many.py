@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.runs import ROOT, config_of, finish, get_config
+from support.runs import (
+    ROOT,
+    assert_same_state,
+    checkpoints,
+    config_of,
+    finish,
+    get_config,
+    kill_when,
+    pictures,
+    read_state,
+    start,
+)
 
 from dreambooth_jax import evaluate
 from dreambooth_jax.adapters.inversion import TEMPLATES
@@ -20,15 +31,18 @@ from dreambooth_jax.adapters.many import (
     stack,
     stacked_data,
 )
+from dreambooth_jax.devices import hlo
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.diffusion.examples import EncodedExamples, Numbers, TrainingData
 from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.runs.config import ConfigError, check_config
-from dreambooth_jax.runs.job import fresh_state, lower_calls, lower_steps, make_job, numbers_of, training_step
-from dreambooth_jax.runs.many import examples_of, plan_text, read_subjects
+from dreambooth_jax.runs.job import fresh_state, initial, lower_steps, make_job, numbers_of
+from dreambooth_jax.runs.lanes import lower_many, many_shapes, subjects_a_device
+from dreambooth_jax.runs.many import examples_of, plan_text
 from dreambooth_jax.runs.setup import begin
+from dreambooth_jax.runs.subjects import read_subjects
 
 FIELDS = {
     "method": "lora",
@@ -71,8 +85,7 @@ def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
     states = stack([fresh_state(job, padded_to(shapes, start)) for start in starts])
     scales = jnp.asarray([RANKS[0] / rank for rank in RANKS])
     lanes, stacked_keys = Lanes(data, jnp.asarray(STOPS), scales), jnp.stack(keys)
-    step = over_subjects(training_step(job, mapped=True), shared_prior=True)
-    run = lower_calls(job, step, states, frozen, lanes, stacked_keys).compile()
+    run = lower_many(job, states, frozen, lanes, stacked_keys).compile()
     losses = []
     for _ in range(2):
         states, metrics = run(states, frozen, lanes, stacked_keys, jnp.asarray(2, jnp.int32))
@@ -95,6 +108,51 @@ def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
             filled = padded_to(jax.eval_shape(lambda x: x, {name: own[name]}), {name: cut[name]})[name]
             np.testing.assert_array_equal(own[name], filled, err_msg=f"{name}: what fills up the rank stays 0")
     assert not np.allclose(losses[:, 0], losses[:, 1])
+
+
+@pytest.mark.slow
+def test_devices_train_their_own_subjects_and_exchange_nothing_but_metrics(micro, tmp_path):
+    """Lanes on one device, on eight, and on four by two that share the base; `plan` knows the arguments' shapes."""
+    pipeline, count = load_pipeline(micro), 8
+    config = config_of(tmp_path, base=micro, **FIELDS)
+    prior, found = examples(4, 9, "a dog", pipeline), {}
+    instances = [examples(3, k, f"a sks{k} dog", pipeline) for k in range(count)]
+    keys = [jax.random.key(k) for k in range(count)]
+    for sizes in ((1, 1), (8, 1), (4, 2)):
+        mesh = make_mesh(*sizes, jax.devices()[: sizes[0] * sizes[1]])
+        job = make_job(config, pipeline, mesh)
+        trainable, frozen, _ = begin(job, read_params(pipeline, mesh))
+        data = stacked_data(
+            instances, [prior] * count, keys, batch_size=2, steps=4, numbers=[numbers_of(config)] * count
+        )
+        states = jax.jit(lambda x, job=job: stack([initial(job)(x)] * count))(trainable)
+        lanes = Lanes(data, jnp.asarray([2, 3] * 4, jnp.int32), jnp.ones(count))
+        shapes = many_shapes(job, count, 3)
+        given = (states, frozen, lanes, jnp.stack(keys))
+        arguments = jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), given, shapes)
+        lowered = lower_many(job, *arguments)
+        assert lower_many(job, *shapes).as_text() == lowered.as_text()
+        assert subjects_a_device(mesh, count) == count // mesh.size
+        run = lowered.compile()
+        exchanged = hlo.collectives(run.as_text())
+        states, metrics = run(*arguments, jnp.asarray(3, jnp.int32))
+        found[sizes] = (jax.device_get(states), np.asarray(metrics.loss))
+        of_metrics = sum(x.nbytes for x in metrics)
+        if sizes == (8, 1):
+            assert exchanged.keys() == {"all-gather"} and sum(size for _, size in exchanged.values()) <= of_metrics
+            assert states.trainable.keys() and all(
+                x.sharding.shard_shape(x.shape)[0] == 1 for x in jax.tree.leaves(states)
+            )
+        if sizes == (4, 2):  # each of two devices has half of the base
+            assert exchanged.keys() == {"all-gather"}
+            assert sum(size for _, size in exchanged.values()) > of_metrics
+    states, losses = found.pop((1, 1))
+    np.testing.assert_array_equal(states.step, [2, 3] * 4)
+    for other, its_losses in found.values():
+        np.testing.assert_array_equal(other.step, states.step)
+        np.testing.assert_allclose(its_losses, losses, rtol=1e-4)
+        for name, value in states.trainable.items():
+            np.testing.assert_allclose(other.trainable[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -143,49 +201,68 @@ def test_shorter_lanes_are_filled_with_rows_that_no_order_names():
 
 
 def test_finished_names_the_subjects_that_reach_their_stop():
-    assert finished(np.array([0, 2, 4]), np.array([2, 3, 4]), np.array([2, 4, 4])) == [0]
+    assert finished(2, 4, np.array([2, 3, 4, 5])) == [1, 2]
 
 
-@pytest.mark.slow
-def test_a_table_of_subjects_trains_to_one_file_each(micro, tmp_path, capsys):
+def table_of(file, cat="cat"):
+    """A table of two subjects: the first has two steps, the second so many that it can be killed before its end."""
     photos = ROOT / "examples" / "subjects"
-    if not photos.is_dir():
-        photos = ROOT / "dreambooth_jax" / "subjects"
-    table = tmp_path / "subjects.csv"
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file)
-        head = ("name", "photos", "steps", "learning_rate", "lora_rank")
-        writer.writerows([head, ("rex", photos / "dog", 2, 0.02, 1), ("tom", photos / "cat", 4, 0.01, 2)])
-    fields = FIELDS | {
-        "subjects": str(table),
+    with file.open("w", newline="") as text:
+        writer = csv.writer(text)
+        writer.writerow(("name", "photos", "steps", "learning_rate", "lora_rank"))
+        writer.writerows([("rex", photos / "dog", 2, 0.02, 1), ("tom", photos / cat, 120, 0.01, 2)])
+    return FIELDS | {
+        "subjects": str(file),
         "num_class_images": 4,
-        "save_every": 2,
+        "save_every": 20,
         "sample_every": get_config().sample_every,  # it would have no effect
         "sample_count": 2,
         "sample_prompts": ("a {identifier} {class_noun} in the snow",),
     }
-    said = finish(tmp_path / "run", base=micro, **fields)
-    assert said.index("rex: 2 steps") < said.index("tom: 4 steps")
+
+
+@pytest.fixture(scope="module")
+def trained(micro, tmp_path_factory):
+    """The workdir of an uninterrupted run of `table_of`."""
+    folder = tmp_path_factory.mktemp("many")
+    finish(folder / "run", base=micro, **table_of(folder / "subjects.csv"))
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_table_of_subjects_trains_to_one_file_each(trained, micro, capsys):
     shapes = load_pipeline(micro).shapes
-    found = {name: read_adapter(tmp_path / "run" / f"{name}.safetensors", shapes)[0] for name in ("rex", "tom")}
+    found = {name: read_adapter(trained / f"{name}.safetensors", shapes)[0] for name in ("rex", "tom")}
     assert found["rex"].keys() == found["tom"].keys()
     ranks = {name: {x.shape[0] for n, x in factors.items() if "lora_B" in n} for name, factors in found.items()}
     assert ranks == {"rex": {1}, "tom": {2}}
-    assert all((tmp_path / "run" / "samples" / f"{name}.png").is_file() for name in found)
-    # The same command goes on from the checkpoint: nothing is left to do, and the files are written again alike.
-    (tmp_path / "run" / "rex.safetensors").unlink()
-    finish(tmp_path / "run", base=micro, **fields)
-    again, _ = read_adapter(tmp_path / "run" / "rex.safetensors", shapes)
-    for name, value in found["rex"].items():
-        np.testing.assert_array_equal(again[name], value)
+    assert all((trained / "samples" / f"{name}.png").is_file() for name in found)
 
-    evaluate.main(["--workdir", str(tmp_path / "run"), "--judge", "embedded", "--count", "2"])
+    evaluate.main(["--workdir", str(trained), "--judge", "embedded", "--count", "2"])
     said = capsys.readouterr().out
     assert "| pictures of | rex | tom |" in said and "subjects resemble their own photos most" in said
-    assert (tmp_path / "run" / "evaluation" / "bleed.png").is_file()
-    # Other photos are another run.
-    table.write_text(table.read_text().replace(str(photos / "dog"), str(photos / "cat")))
-    assert "holds a run trained with other data" in finish(tmp_path / "run", 1, base=micro, **fields)
+    assert (trained / "evaluation" / "bleed.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_run_writes_the_same_files(trained, micro, tmp_path):
+    """A subject's file is there as soon as its steps are done; after SIGKILL the same command goes on to the same
+    bytes."""
+    workdir, table = tmp_path / "run", tmp_path / "subjects.csv"
+    fields = table_of(table)
+    process = start(workdir, base=micro, **fields)
+    assert kill_when(process, lambda: checkpoints(workdir))
+    first, other = workdir / "rex.safetensors", workdir / "tom.safetensors"
+    assert checkpoints(workdir)[-1] < 120 and first.is_file() and not other.exists()
+    first.unlink()
+    said = finish(workdir, base=micro, **fields)
+    assert "going on from step" in said and said.index("rex: 2 steps") < said.index("tom: 120 steps")
+    for file in (first, other):
+        assert file.read_bytes() == (trained / file.name).read_bytes()
+    assert_same_state(read_state(workdir, 120), read_state(trained, 120))
+    assert pictures(workdir / "samples") == pictures(trained / "samples")
+    table_of(table, cat="teapot")
+    assert "holds a run trained with other data" in finish(workdir, 1, base=micro, **fields)
 
 
 def test_the_plan_has_notes_of_the_workdir_and_warnings_of_every_subject(micro, tmp_path):
@@ -195,6 +272,9 @@ def test_the_plan_has_notes_of_the_workdir_and_warnings_of_every_subject(micro, 
     job, subjects = make_job(config, load_pipeline(micro), make_mesh(1, 1, jax.devices()[:1])), read_subjects(config)
     examples = [examples_of(job, subject) for subject in subjects]
     lines = plan_text(job, subjects, examples, 0, ["step 4 is damaged"]).splitlines()
+    assert "devices busy" not in "".join(lines)
+    wide = make_job(config, load_pipeline(micro), make_mesh(8, 1))
+    assert "2 subjects keep 1 of 8 devices busy" in plan_text(wide, subjects, examples, 0, [])
     begin = [number for number, line in enumerate(lines) if line.startswith(("  rex: ", "  tom: "))]
     own, other = lines[begin[0] : begin[1]], lines[begin[1] :]
     assert "  note: step 4 is damaged" in other

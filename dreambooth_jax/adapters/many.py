@@ -8,12 +8,13 @@ Ranks may differ. The factors of a lower rank are filled up with zeros, columns 
 column of A is proportional to its row of B, and the other way round, so both stay zero.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dreambooth_jax.adapters.factors import LORA_B, parse
@@ -22,6 +23,8 @@ from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.models.params import Params, Shapes
 
 Tree = TypeVar("Tree")
+# (states, frozen, Lanes, keys, number of steps) -> (states, metrics [steps, n])
+Run = Callable[..., tuple[TrainState, Metrics]]
 
 
 class Lanes(NamedTuple):
@@ -59,12 +62,33 @@ def over_subjects(
     return lanes_step
 
 
+def over_devices(
+    run: Run, mesh: Mesh, place: PartitionSpec, frozen: Mapping[str, PartitionSpec], *, shared_prior: bool
+) -> Run:
+    """`run` on the mesh, every device for its own subjects: the devices exchange nothing.
+
+    Args:
+        place: placement of the axis of subjects.
+        frozen: placement of the frozen parameters; `run` gets every device's share of them.
+        shared_prior: see `over_subjects`.
+    """
+    whole = PartitionSpec()
+    lanes = Lanes(TrainingData(place, whole if shared_prior else place, place, place), place, place)
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(place, frozen, lanes, place, whole),
+        out_specs=(place, PartitionSpec(None, *place)),
+        check_vma=False,
+    )
+
+
 def stack(trees: Sequence[Tree]) -> Tree:
     """One tree whose arrays have a leading axis of subjects."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def lane(tree: Tree, number: int) -> Tree:
+def lane(tree: Tree, number: int | Int[Array, ""]) -> Tree:
     """The part of one subject."""
     return jax.tree.map(lambda x: x[number], tree)
 
@@ -125,6 +149,6 @@ def cut_to(shapes: Shapes, trainable: Params) -> Params:
     return {name: trainable[name][tuple(slice(size) for size in x.shape)] for name, x in shapes.items()}
 
 
-def finished(steps_before: np.ndarray, steps_after: np.ndarray, stops: np.ndarray) -> list[int]:
-    """The subjects that have reached their stop between two calls."""
-    return np.flatnonzero((steps_before < stops) & (steps_after >= stops)).tolist()
+def finished(before: int, after: int, stops: Int[np.ndarray, "n"]) -> list[int]:
+    """The subjects that reach their stop between two steps of the run."""
+    return np.flatnonzero((before < stops) & (stops <= after)).tolist()

@@ -10,7 +10,8 @@ def cycles(hlo: str) -> int:
 
 
 _ATTENTION = re.compile(r"%splash_mha_(?P<pass>fwd|dkv)\S* = .*operand_layout_constraints=(?P<operands>.*)")
-_TENSOR = re.compile(r"\b(?:bf16|f32)\[(\d+),(\d+),(\d+),(\d+)\]")
+# [subjects, batch, heads, length, width]; one subject's have no axis of subjects.
+_TENSOR = re.compile(r"\b(?:bf16|f32)\[((?:\d+,){2,3})(\d+),(\d+)\]")
 # Matrix products of queries, keys and width. Forward: scores and values. Backward: scores again and four gradients.
 _PRODUCTS = {"fwd": 2, "dkv": 5}
 
@@ -19,10 +20,9 @@ def attention_flops(hlo: str) -> float:
     """FLOPs of the splash attention kernels in optimized HLO, on padded heads."""
     total = 0
     for match in _ATTENTION.finditer(hlo):
-        (batch, heads, queries, width), (_, _, keys, _) = (
-            map(int, shape) for shape in _TENSOR.findall(match["operands"])[:2]
-        )
-        total += _PRODUCTS[match["pass"]] * 2 * batch * heads * queries * keys * width
+        (leading, queries, width), (_, keys, _) = _TENSOR.findall(match["operands"])[:2]
+        heads = math.prod(int(size) for size in leading.split(",") if size)  # of all examples
+        total += _PRODUCTS[match["pass"]] * 2 * heads * int(queries) * int(keys) * int(width)
     return float(total)
 
 

@@ -102,12 +102,16 @@ def unshard(
     step. Gradients are reduced and scattered: every device gets the sum of its share alone (ZeRO, arXiv 1910.02054,
     section 5).
 
+    In a part of the mesh (`in_a_part`) they are whole already.
+
     Args:
         dtype: dtype of the computation, or name -> dtype. Sharded parameters are cast before the all-gather, which
             halves its traffic; not so whole numbers, which are smaller. Replicated ones are not: the cast copy would be
             kept for the backward pass.
     """
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(params, dtype)
+    if in_a_part():
+        return params
     homes = {name: param_sharding(mesh, name, x.shape) for name, x in params.items()}
 
     def whole(name: str, x: jax.Array) -> jax.Array:
@@ -151,11 +155,28 @@ def batch_sharding(mesh: Mesh, size: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec())
 
 
+def in_a_part() -> bool:
+    """Whether the function that is traced computes on one device's part, inside `jax.shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def gathered(params: dict[str, jax.Array], places: Mapping[str, PartitionSpec]) -> dict[str, jax.Array]:
+    """Parameters made whole in a part of the mesh (`in_a_part`), from the shares that `places` gives every device."""
+
+    def whole(x: jax.Array, place: PartitionSpec) -> jax.Array:
+        for axis, name in enumerate(place):
+            x = x if name is None else jax.lax.all_gather(x, name, axis=axis, tiled=True)
+        return x
+
+    return {name: whole(x, places[name]) for name, x in params.items()}
+
+
 def on_each_part(function: Callable[..., Tree], *batches: jax.Array) -> Tree:
     """Applies `function`, which treats batch elements independently, to arrays that share their leading axis. Under
-    `jax.set_mesh` every device computes its own part; the compiler does not divide kernels and loops by itself."""
+    `jax.set_mesh` every device computes its own part; the compiler does not divide kernels and loops by itself. In a
+    part of the mesh (`in_a_part`) the arrays are divided already."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else batch_axes(mesh.shape, len(batches[0]))
+    axes = () if mesh.empty or in_a_part() else batch_axes(mesh.shape, len(batches[0]))
     if not axes:
         return function(*batches)
     part = PartitionSpec(axes)

@@ -313,7 +313,8 @@ def lower_steps(
     Args:
         size: height and width of the examples in pixels; default: `training_size`.
     """
-    return lower_calls(job, training_step(job, size), state, frozen, data, key)
+    run = run_steps(training_step(job, size), job.config.steps_per_call)
+    return lower_calls(job, run, state, frozen, data, key)
 
 
 def training_step(
@@ -367,18 +368,18 @@ def training_step(
 
 def lower_calls(
     job: Job,
-    step: Callable[..., tuple[TrainState, Metrics]],
+    run: Callable[..., tuple[TrainState, Metrics]],
     state: TrainState,
     frozen: Params | Shapes,
     data: TrainingData | Lanes,
     key: jax.Array | jax.ShapeDtypeStruct,
 ) -> jax.stages.Lowered:
-    """The call of up to `steps_per_call` of any `step`; see `lower_steps`."""
-    config, mesh = job.config, job.mesh
+    """The call of any `run` of `run_steps`; see `lower_steps`."""
+    mesh = job.mesh
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     shardings = jax.tree.map(lambda x: x.sharding, state)
     steps = jax.jit(
-        run_steps(step, config.steps_per_call),
+        run,
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
         keep_unused=True,  # frozen parameters stay on the devices, to paint samples: their memory counts

@@ -1,0 +1,102 @@
+"""The table of the subjects of a run of many, and the subjects' files."""
+
+import csv
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dreambooth_jax.data.captions import read_text
+from dreambooth_jax.evaluation.dataset import CLASSES_FILE, read_dataset
+from dreambooth_jax.files.shipped import shipped
+from dreambooth_jax.runs.config import ConfigError
+
+
+class Subject(NamedTuple):
+    """A row of the table of subjects: its own values of config fields. Several rows may have the same photos: a sweep
+    of the learning rate and the rank."""
+
+    name: str
+    photos: str
+    identifier: str
+    class_noun: str
+    steps: int
+    learning_rate: float
+    lora_rank: int
+
+    def config(self, config: ConfigDict) -> ConfigDict:
+        """The config of a run of this subject alone."""
+        own = {name: getattr(self, name) for name in _OWN}
+        return ConfigDict(dict(config) | own | {"instance_images": self.photos})
+
+
+# Config fields that a row may give -> reader of their text.
+_OWN = {"identifier": str, "class_noun": str, "steps": int, "learning_rate": float, "lora_rank": int}
+
+
+def read_subjects(config: ConfigDict) -> list[Subject]:
+    """The subjects that `config.subjects` names: folders of images in a folder, with the nouns of google/dreambooth's
+    classes file if it is there, or the rows of a .csv table.
+
+    Raises:
+        ConfigError: no such folder or table, no subjects in it, an unknown column, a name twice, a row without photos,
+            a value that is no number, or ranks that differ where the method or the optimizer cannot fill them up.
+        ValueError: the table is not text in UTF-8.
+    """
+    path = Path(shipped(config.subjects)).expanduser()
+    if path.suffix == ".csv" and path.is_file():
+        table = csv.DictReader(io.StringIO(read_text(epath.Path(path))))
+        rows = list(table)
+        if unknown := sorted({*(table.fieldnames or ())} - {*Subject._fields}):
+            raise ConfigError(
+                f"{path}: unknown columns {', '.join(unknown)}; expected some of {', '.join(Subject._fields)}"
+            )
+        wrong = [str(number) for number, row in enumerate(rows, 2) if not row.get("photos")]
+        if wrong:
+            raise ConfigError(f"{path}, line {', '.join(wrong)}: no photos; columns: {', '.join(Subject._fields)}")
+        rows = [row | {"photos": str(path.parent / row["photos"])} for row in rows]
+    elif (path / CLASSES_FILE).is_file():
+        rows = [{"photos": str(one.folder), "class_noun": one.class_noun} for one in read_dataset(path)]
+    elif path.is_dir():
+        rows = [
+            {"photos": str(folder)}
+            for folder in sorted(path.iterdir())
+            if folder.is_dir() and folder.name[0] not in "._"
+        ]
+    else:
+        raise ConfigError(f"subjects = {config.subjects!r}: expected a folder of folders of images, or a .csv table")
+    subjects = [_subject(row, config, f"{path}, {row['photos']}") for row in rows]
+    names = [subject.name for subject in subjects]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(
+            f"subjects = {config.subjects!r}: expected subjects of different names, found {names or 'none'}"
+        )
+    if config.lr_schedule != "constant" and {subject.steps for subject in subjects} != {config.steps}:
+        raise ConfigError(f"lr_schedule = {config.lr_schedule!r} needs the config's steps for every subject")
+    ranks = sorted({subject.lora_rank for subject in subjects})
+    fills = config.method in ("lora", "dora") and config.optimizer == "adamw" and not config.lora_ranks
+    if len(ranks) > 1 and not fills:
+        raise ConfigError(
+            f"lora_rank = {', '.join(map(str, ranks))} in one program needs method = lora or dora, optimizer = adamw "
+            "and no lora_ranks: give every subject the same rank, or train once per rank"
+        )
+    return subjects
+
+
+def _subject(row: dict[str, str], config: ConfigDict, where: str) -> Subject:
+    own = {}
+    for name, read in _OWN.items():
+        try:
+            own[name] = read(row.get(name) or config[name])
+        except ValueError:
+            raise ConfigError(f"{where}: {name} = {row[name]!r}, expected a number") from None
+        if read is not str and own[name] <= 0:
+            raise ConfigError(f"{where}: {name} = {own[name]}, expected a number above 0")
+    return Subject(row.get("name") or Path(row["photos"]).name, row["photos"], **own)
+
+
+def adapter_path(config: ConfigDict, subject: Subject) -> epath.Path:
+    """The file of a subject's adapter."""
+    return epath.Path(config.workdir) / f"{subject.name}.safetensors"
