@@ -4,6 +4,7 @@ python -m dreambooth_jax.export --workdir runs/dog --output runs/dog/model      
 python -m dreambooth_jax.export --workdir runs/dog --output dog.safetensors            # one file for A1111, ComfyUI
 python -m dreambooth_jax.export --workdir runs/dog_lora --output sks_dog.safetensors   # a LoRA for all tools
 python -m dreambooth_jax.export --workdir runs/dog --output dog.safetensors --rank 16  # a LoRA of a full fine-tuning
+python -m dreambooth_jax.export --base BASE --lora dog.safetensors:0.8 --output merged # adapter files in a whole model
 """
 
 import argparse
@@ -33,7 +34,9 @@ def check_output(output: str, base: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dreambooth_jax.export", description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", required=True, help="folder of a training run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="folder of a training run")
+    source.add_argument("--base", help="base model that --lora is merged into")
     parser.add_argument("--output", required=True, help="folder, or .safetensors file, to write")
     parser.add_argument("--step", type=step_of, help="step of the checkpoint, or best; default: the newest")
     parser.add_argument(
@@ -47,21 +50,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ".safetensors file, folder for a folder",
     )
     parser.add_argument("--rank", type=int, default=0, help="make a LoRA of this rank of a full fine-tuning")
+    parser.add_argument(
+        "--variant", default="", help="of a folder's weight files: fp16 names them model.fp16.safetensors and alike"
+    )
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="adapter file to merge into --base"
+    )
     parser.add_argument("--push_to_hub", default="", metavar="OWNER/NAME", help="upload it with a model card")
     options = parser.parse_args(arguments)
-    options.workdir, options.output = (os.path.expanduser(path) for path in (options.workdir, options.output))
+    options.output = os.path.expanduser(options.output)
+    if options.base and (options.step or options.rank or options.push_to_hub):
+        parser.error("--step, --rank and --push_to_hub are for the run of a --workdir")
+    if options.workdir and options.lora:
+        parser.error("--lora is merged into a --base; with --workdir, sample takes it")
     with one_line_errors():
-        from dreambooth_jax.devices import runtime  # here, so that --help needs no JAX
+        print(_export(options))
 
-        runtime.start()
-        import jax.numpy as jnp
 
-        from dreambooth_jax.runs.exports import export
-        from dreambooth_jax.runs.workdir import read_config
+def _export(options: argparse.Namespace) -> str:
+    from dreambooth_jax.devices import runtime  # here, so that --help needs no JAX
 
-        check_output(options.output, read_config(options.workdir).base)
-        settings = {"step": options.step, "kind": options.format, "rank": options.rank, "hub": options.push_to_hub}
-        print(export(options.workdir, options.output, dtype=jnp.dtype(options.dtype), **settings))
+    runtime.start()
+    import jax.numpy as jnp
+
+    dtype, variant = jnp.dtype(options.dtype), options.variant
+    if options.base:
+        from dreambooth_jax.runs.merging import merge_files
+
+        check_output(options.output, options.base)
+        output = Path(options.output)
+        return merge_files(options.base, options.lora, output, kind=options.format, dtype=dtype, variant=variant)
+    from dreambooth_jax.runs.exports import export
+    from dreambooth_jax.runs.workdir import read_config
+
+    workdir = os.path.expanduser(options.workdir)
+    check_output(options.output, read_config(workdir).base)
+    settings = {"step": options.step, "kind": options.format, "rank": options.rank, "hub": options.push_to_hub}
+    return export(workdir, options.output, dtype=dtype, variant=variant, **settings)
 
 
 if __name__ == "__main__":

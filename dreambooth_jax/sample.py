@@ -108,6 +108,34 @@ def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Pa
     return options.base, pipeline, params, pipeline.resolution, pipeline.guidance, {}
 
 
+def _read_files(
+    options: argparse.Namespace,
+) -> "tuple[list[tuple[dict[str, np.ndarray], float]], list[tuple[str, dict[str, np.ndarray]]]]":
+    """(adapters and their weights, new words and their rows) of the options' files, before any weight is read.
+
+    Raises:
+        ValueError: a file does not fit the model, or a word is a token already.
+    """
+    if not (options.lora or options.embedding):
+        return [], []
+    from dreambooth_jax.adapters.inversion import widths
+    from dreambooth_jax.families.pipeline import load_pipeline
+    from dreambooth_jax.files.embeddings import read_embeddings
+    from dreambooth_jax.files.lora_read import read_adapters
+    from dreambooth_jax.runs.job import open_base
+    from dreambooth_jax.runs.workdir import read_config
+
+    workdir = options.workdir and os.path.expanduser(options.workdir)
+    pipeline = open_base(read_config(workdir)) if workdir else load_pipeline(options.base)
+    width, tokens = widths(pipeline.shapes), []
+    for entry in options.embedding:
+        word, _, path = entry.partition("=")
+        rows = dict(zip(width, read_embeddings(path, list(width.values())), strict=True))
+        pipeline = pipeline.with_token(word, len(next(iter(rows.values()))))
+        tokens.append((word, rows))
+    return read_adapters(options.lora, pipeline.shapes), tokens
+
+
 def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath.Path":
     """Paints with the stages in `folders`; returns the folder of the last one's pictures. The sheet shows every stage.
 
@@ -158,21 +186,18 @@ def paint(options: argparse.Namespace) -> "epath.Path":
         return paint_cascade(options, folders)
     from etils import epath
 
-    from dreambooth_jax.adapters.inversion import widths, with_rows
+    from dreambooth_jax.adapters.inversion import with_rows
     from dreambooth_jax.devices import runtime
     from dreambooth_jax.devices.sharding import make_mesh
-    from dreambooth_jax.files.embeddings import read_embeddings
     from dreambooth_jax.files.lora_read import with_adapters
     from dreambooth_jax.painting.painter import batch_for, make_painter
     from dreambooth_jax.painting.sheets import file_names, paint_rows, save_png, save_sheet
 
     mesh = make_mesh()
+    adapters, tokens = _read_files(options)
     model, pipeline, params, resolution, guidance, run = _open(options, mesh)
-    params = with_adapters(params, pipeline.shapes, options.lora)
-    for entry in options.embedding:
-        word, _, path = entry.partition("=")
-        width = widths(pipeline.shapes)
-        rows = dict(zip(width, read_embeddings(path, list(width.values())), strict=True))
+    params = with_adapters(params, adapters)
+    for word, rows in tokens:
         pipeline = pipeline.with_token(word, len(next(iter(rows.values()))))
         params = with_rows(params, rows)
     guidance = guidance if options.guidance is None else options.guidance

@@ -1,5 +1,8 @@
 """New tokens: only their rows move, they start as the words that are asked for, and other tools paint with the file."""
 
+import shlex
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,7 +187,7 @@ def test_a_new_word_that_starts_as_dog_is_read_as_dog(kind, micro, tmp_path):
         np.testing.assert_array_equal(row, value)
 
 
-def test_embedding_files_of_other_tools(tmp_path):
+def test_embedding_files_of_other_tools(tmp_path, monkeypatch):
     rows = np.arange(8, dtype=np.float32).reshape(2, 4)
     for name, tensors, sizes in (
         ("kohya", {"emb_params": rows}, [4]),
@@ -197,14 +200,27 @@ def test_embedding_files_of_other_tools(tmp_path):
         np.testing.assert_array_equal(found[0], rows[:1] if name == "one" else rows)
     with pytest.raises(WeightsError, match=r"rows of width 4, but this base.s text encoders have 9"):
         read_embeddings(tmp_path / "kohya.safetensors", [9])
-    torch.save({}, tmp_path / "a.pt")
-    with pytest.raises(WeightsError, match="a pickle"):
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.from_numpy(rows)}}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match="a pickle") as refused:
         read_embeddings(tmp_path / "a.pt", [4])
+    *_, code, source, target = shlex.split(str(refused.value).splitlines()[-1])  # the command that it gives converts
+    monkeypatch.setattr(sys, "argv", ["-c", source, target])
+    exec(code)
+    np.testing.assert_array_equal(read_embeddings(target, [4])[0], rows)
 
 
 def test_a_word_that_is_a_token_is_an_error(micro, tmp_path):
     with pytest.raises(ValueError, match="identifier = 'sks' is a token of this base already"):
         open_base(config_of(tmp_path, base=micro, method="inversion", **FIELDS | {"identifier": "sks"}))
+
+
+def test_several_new_words_have_ids_of_their_own(micro):
+    plain = load_pipeline(micro)
+    pipeline, size = plain.with_token("<one>", 2).with_token("<two>", 1), plain.models.specs["text_encoder"].vocab_size
+    found = [int(i) for i in pipeline.tokenize(["a <two> and <one> dog"])["ids"][0] if i >= size]
+    assert found == [size + 2, size, size + 1]
+    with pytest.raises(ValueError, match="identifier = '<one>' is a token"):
+        pipeline.with_token("<one>", 1)
 
 
 def test_every_photo_is_shown_with_every_wording(tmp_path):

@@ -7,20 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from support.painting import painted_by_diffusers, painted_by_sample
 from support.runs import checkpoints, config_of, finish, read_state
 
-from dreambooth_jax import export
-from dreambooth_jax.adapters.factors import merge
+from dreambooth_jax import export, sample
+from dreambooth_jax.adapters.factors import add, by_module, merge
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.lora_kohya import write_kohya
+from dreambooth_jax.models.params import count
 from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.exports import about_adapter
 from dreambooth_jax.runs.job import data_shapes, initial, lower_steps, make_job, make_method, split_shapes, state_shapes
-from dreambooth_jax.runs.setup import begin
+from dreambooth_jax.runs.plan_text import farewell, file_size, plan_text
+from dreambooth_jax.runs.setup import begin, set_up
 from dreambooth_jax.runs.workdir import open_run
 
 TARGETS = r"to_[qkv]|to_out\.0|conv1|[qkv]_proj|out_proj"  # matrices and convolutions, of both models
@@ -128,6 +131,92 @@ def test_the_file_for_all_tools_is_the_default_and_paints_alike(tuned, micro, tm
         options = [f"--lora={file}" for file in files]
         painted = painted_by_sample(tmp_path / str(number), "--base", micro, *options)
         assert np.abs(painted - expected).max() <= (0 if expected is base else 1.01 / 255)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """(an adapter file, its factors)."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = config_of(folder, **FIELDS | {"identifier": "zwx"})
+    trainable, _ = make_method(config, base[0]).start(base[1], jax.random.key(0))
+    factors = {name: np.asarray(x) + 0.03 for name, x in trainable.items()}
+    write_kohya(folder / "dog.safetensors", factors, about_adapter(base[0], config, "dog"), dtype="float32")
+    return folder / "dog.safetensors", factors
+
+
+@pytest.mark.parametrize("output", ["folder", "one.safetensors"])
+def test_files_are_merged_into_a_base(base, adapter, micro, output, tmp_path, capsys):
+    path, factors = adapter
+    files = [f"--lora={path}:0.5", f"--lora={path}:-0.25"]
+    export.main(["--base", micro, *files, "--output", str(tmp_path / output)])
+    said = capsys.readouterr().out
+    assert "none left over" in said and "differ by at most 0" in said, said
+    found = read_params(load_pipeline(str(tmp_path / output) + f"@{micro}" * output.endswith("safetensors")))
+    whole, changed = add(base[1], factors), 0
+    for name, value in base[1].items():
+        expected = value + 0.25 * (np.asarray(whole[name]) - value)
+        np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
+        changed += not np.array_equal(expected, value)
+    assert changed == len(by_module(factors))
+    if output.endswith("safetensors"):
+        with safe_open(tmp_path / output, "numpy") as file:
+            assert file.metadata()["modelspec.trigger_phrase"] == "zwx dog, zwx dog"
+
+
+def test_variants_of_a_folder_have_diffusers_names(adapter, micro, tmp_path):
+    options = ["--dtype=float16", "--variant=fp16", "--output", str(tmp_path / "half")]
+    export.main(["--base", micro, "--lora", str(adapter[0]), *options])
+    names = {path.name for path in (tmp_path / "half").rglob("*.safetensors")}
+    assert names == {"diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"}
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "half", variant="fp16")
+    ours = read_params(load_pipeline(str(tmp_path / "half")))["unet.conv_in.kernel"]
+    np.testing.assert_array_equal(theirs.unet.conv_in.weight.detach(), np.asarray(ours).transpose(3, 2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["export", "--lora=BAD"], "tensors have no place in this model"),
+        (["export"], "nothing is merged into it"),
+        (["export", "--lora=GOOD", "--variant=fp16", "--output=x.safetensors"], "has no variants"),
+        (["export", "--lora=GOOD", "--format=kohya"], "is a folder, or with --format single"),
+        (["sample", "--lora=BAD"], "tensors have no place in this model"),
+        (["sample", "--embedding=dog=GOOD"], "expected emb_params"),
+        (["sample", "--embedding=dog=ROWS"], "identifier = 'dog' is a token"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_weights_are_read(adapter, micro, command, message, tmp_path, monkeypatch):
+    width = load_pipeline(micro).models.specs["text_encoder"].hidden_size
+    save_file({"emb_params": np.zeros((1, width), np.float32)}, tmp_path / "rows.safetensors")
+    save_file({"unet.mid_block.attn9.lora_A.weight": np.zeros((2, 2), np.float32)}, tmp_path / "bad.safetensors")
+    monkeypatch.setattr("dreambooth_jax.families.pipeline.read_params", lambda *args, **kw: 1 / 0)
+    monkeypatch.setattr("dreambooth_jax.runs.merging.read_params", lambda *args, **kw: 1 / 0)
+    files = {"BAD": tmp_path / "bad.safetensors", "GOOD": adapter[0], "ROWS": tmp_path / "rows.safetensors"}
+    program, *options = command
+    for word, file in files.items():
+        options = [option.replace(word, str(file)) for option in options]
+    if not any(option.startswith("--output") for option in options):
+        options.append(f"--output={tmp_path / 'out'}")
+    options += ["--prompt=a dog"] if program == "sample" else []
+    with pytest.raises(SystemExit, match=message):
+        {"export": export, "sample": sample}[program].main(["--base", micro, *options])
+
+
+def test_the_plan_says_how_large_the_file_is(micro, tmp_path):
+    run = set_up(config_of(tmp_path / "run", base=micro, **FIELDS))
+    promised, _ = run.job.method.shapes(run.pipeline.shapes)
+    factors = {name: np.ones(x.shape, np.float32) for name, x in promised.items()}
+    path = tmp_path / "dog.safetensors"
+    write_kohya(path, run.job.method.adapter(factors), about_adapter(run.pipeline, run.config, "dog"), dtype="float32")
+    alphas = 4 * len(by_module(factors))
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size == file_size(run) + alphas + header
+    text = plan_text(run, 0)
+    assert f"its file takes {file_size(run) / 1e6:.3g} MB" in text and f"({file_size(run) / 1e6:.3g} MB in" in farewell(
+        run, 1
+    )
+    whole = set_up(config_of(tmp_path / "full", base=micro, method="full"))
+    assert file_size(whole) == 4 * count(whole.pipeline.shapes)
 
 
 @pytest.mark.slow

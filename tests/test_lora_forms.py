@@ -136,12 +136,13 @@ def test_ranks_and_alphas_follow_the_first_matching_regex(net):
     np.testing.assert_array_equal(method.adapter(ones)["conv.lora_B.kernel"], np.full((4, 16), 2.0))
     stabilized = lora("", ".*", 2, 2.0, ranks=(("conv", 4, 8.0), ("linear", 0, 1.0)), stabilized=True)
     np.testing.assert_array_equal(stabilized.adapter(ones)["conv.lora_B.kernel"], np.full((4, 16), 4.0))
-    for ranks, message in (
-        ((("attn9", 4, 4.0),), "'attn9' is found in none of the 2 modules"),
-        ((("conv", 7, 4.0),), "7 is above the rank of conv, 6"),
+    for rank, ranks, message in (
+        (2, (("attn9", 4, 4.0),), "'attn9' is found in none of the 2 modules"),
+        (2, (("conv", 7, 4.0),), "lora_ranks: 7 is above the rank of conv, 6"),
+        (7, (), "lora_rank = 7: 7 is above the rank of conv, 6, and of 0 others"),
     ):
         with pytest.raises(ValueError, match=message):
-            lora("", ".*", 2, 2.0, ranks=ranks).shapes(model.shapes)
+            lora("", ".*", rank, 2.0, ranks=ranks).shapes(model.shapes)
 
 
 def test_the_second_factor_has_a_rate_of_its_own_and_magnitudes_do_not_decay(net):

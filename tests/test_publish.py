@@ -8,7 +8,7 @@ from support.runs import config_of
 
 from dreambooth_jax.families.pipeline import load_pipeline
 from dreambooth_jax.runs.exports import Subject, Written
-from dreambooth_jax.runs.publish import publish
+from dreambooth_jax.runs.publish import model_card, publish
 
 
 def test_files_and_card_arrive(micro, tmp_path):
@@ -33,7 +33,30 @@ def test_files_and_card_arrive(micro, tmp_path):
     assert files.keys() == {"README.md", "samples.png", "sks_dog.safetensors", "unet/config.json"}
     assert files["sks_dog.safetensors"] == b"weights" and files["samples.png"] == b"new"
     card = files["README.md"].decode()
-    parts = [f"base_model: {micro}", 'instance_prompt: "sks dog"', "- lora", "license: creativeml-openrail-m"]
+    parts = ["on micro, 60 steps", 'instance_prompt: "sks dog"', "- lora", "license: creativeml-openrail-m"]
     parts += ["`sks_dog.safetensors`: a LoRA for ComfyUI", "a sks dog in the snow", "<lora:NAME:1>", "![samples]"]
     for part in parts:
         assert part in card, part
+    assert str(tmp_path) not in card and "base_model" not in card  # a hub knows no places of this machine
+
+
+def test_a_card_names_the_base_and_its_licence(micro, tmp_path):
+    pipeline, written = load_pipeline(micro), [Written(tmp_path, dict, "a folder")]
+    names = {"unet.a.kernel": 0, "text_encoder.b.kernel": 0}
+    for base, shapes, front in (
+        (
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            pipeline.shapes,
+            ("base_model: stable-", "creativeml-openrail-m"),
+        ),
+        ("tiny", pipeline.shapes, ("on tiny", "license: apache-2.0")),
+        ("DeepFloyd/IF-I-M-v1.0", names, ("base_model: DeepFloyd/IF-I-M-v1.0", "license: other")),
+    ):
+        config = config_of(tmp_path, base=base, identifier='"sks"')
+        run = SimpleNamespace(
+            config=config,
+            method=SimpleNamespace(adapter=None, says="full fine-tuning"),
+            pipeline=SimpleNamespace(shapes=shapes, models=pipeline.models),
+        )
+        card = model_card(Subject(run, {}, {}, {}), written, False)
+        assert all(part in card for part in front) and 'instance_prompt: "\\"sks\\" dog"' in card, card

@@ -17,10 +17,10 @@ from dreambooth_jax import export
 from dreambooth_jax.families.pipeline import describe_base, load_pipeline, read_params
 from dreambooth_jax.files import hub
 from dreambooth_jax.files.safetensors import file_name, to_file_axes
+from dreambooth_jax.files.sd2_config import V_YAML
 from dreambooth_jax.files.single_file import (
     SD1,
     SD2,
-    V_YAML,
     XL,
     entries,
     layout_of,
@@ -114,7 +114,33 @@ def test_a_single_file_is_a_base_and_other_tools_files_are_read(sd21, tmp_path):
     for name, value in sd21.params.items():
         np.testing.assert_array_equal(found[name], value)
     assert pipeline.tokenize(["a dog"])["ids"].shape == (1, 16)
-    assert split_base(f"{other}")[1] == SD21 and split_base("tiny") == (None, "tiny")
+    assert split_base("tiny") == (None, "tiny") and split_base(f"{other}@tiny") == (other, "tiny")
+
+
+def test_what_a_file_predicts_is_read_beside_it_in_it_or_from_a_bias(tmp_path):
+    path = tmp_path / "model.safetensors"
+    keys = ("model.diffusion_model.x", "cond_stage_model.model.transformer.resblocks.0.ln_1.bias")
+    plain = {key: np.zeros(2, np.float32) for key in keys}
+    bias = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    wide, narrow = ({bias: np.asarray([-spread, spread], np.float32)} for spread in (0.2, 0.01))
+    for tensors, metadata, yaml, velocity in (
+        ({}, {}, None, False),
+        (wide, {}, None, True),
+        (narrow, {}, None, False),
+        (narrow, {"modelspec.prediction_type": "v"}, None, True),
+        (wide, {"modelspec.prediction_type": "epsilon"}, None, False),
+        (wide, {"modelspec.prediction_type": "v"}, "model:\n  params:\n    linear_start: 0.1\n", False),
+        (narrow, {}, V_YAML, True),
+    ):
+        save_file(plain | tensors, path, metadata)
+        path.with_suffix(".yaml").unlink(missing_ok=True)
+        if yaml:
+            path.with_suffix(".yaml").write_text(yaml)
+        assert split_base(str(path)) == (path, SD21 if velocity else f"{SD21}-base"), (metadata, yaml)
+    save_file(plain | {"conditioner.embedders.1.x": np.zeros(1), "v_pred": np.zeros(0)}, path)
+    with pytest.raises(WeightsError, match=r"predicts the velocity .*@FOLDER"):
+        split_base(str(path))
+    assert split_base(f"{path}@/some/folder") == (path, "/some/folder")
 
 
 def test_bad_files(sd15, sd21, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def rewrite(source: Path, target: Path, change, file: str):
 @pytest.mark.parametrize(("part", "file"), [("unet", UNET_FILE), ("vae", UNET_FILE), ("text_encoder", TEXT_FILE)])
 def test_load_save_load_is_the_identity_and_so_is_the_file(sd21, tmp_path, part, file):
     shapes, params = sd21.pipeline.models.functions[part].shapes, under_prefix(f"{part}.", sd21.params)
-    save_model(tmp_path, params, sd21.pipeline.models.configs[part], stem=file)
+    save_model(tmp_path, params, sd21.pipeline.models.configs[part], file=file)
     assert_same(read_model(tmp_path, shapes), params)
     assert json.loads((tmp_path / "config.json").read_text()) == sd21.pipeline.models.configs[part]
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", file}
@@ -66,7 +66,7 @@ def test_half_precision_files(sd15, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_written_as_pytorch_rounds(sd15, tmp_path, dtype):
     params = under_prefix("vae.", sd15.params)
-    save_model(tmp_path, params, sd15.pipeline.models.configs["vae"], dtype=dtype, stem=UNET_FILE)
+    save_model(tmp_path, params, sd15.pipeline.models.configs["vae"], dtype=dtype, file=UNET_FILE)
     model = type(sd15.torch.vae).from_pretrained(tmp_path, torch_dtype=getattr(torch, dtype))
     for name, value in sd15.torch.vae.state_dict().items():
         assert torch.equal(model.state_dict()[name], value.to(getattr(torch, dtype))), name
@@ -91,7 +91,7 @@ def test_variants(sd15, tmp_path):
     with pytest.raises(WeightsError, match=r"several weight files.*fp16\.safetensors.*non_ema\.safetensors"):
         read_model(tmp_path, shapes)
     changed = {name: value + 1 for name, value in plain.items()}
-    save_model(tmp_path, changed, {}, stem=UNET_FILE)
+    save_model(tmp_path, changed, {}, file=UNET_FILE)
     assert_same(read_model(tmp_path, shapes), changed)
 
 
@@ -109,7 +109,7 @@ def test_tensors_of_every_rank(tmp_path, stored):
     }
     shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
     values = {name: rng.standard_normal(s.shape).astype(stored).astype(np.float32) for name, s in shapes.items()}
-    save_model(tmp_path, values, {}, dtype=stored, stem=TEXT_FILE)
+    save_model(tmp_path, values, {}, dtype=stored, file=TEXT_FILE)
     in_file = load_file(tmp_path / TEXT_FILE)
     assert in_file["f.weight"].shape == (40, 5, 3, 3) and in_file["e.weight"].shape == (40, 24)
     assert_same(read_model(tmp_path, shapes), values)

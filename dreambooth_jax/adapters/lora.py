@@ -49,7 +49,7 @@ def lora(
     Args:
         parts: regex found in the names of the parameters that may train.
         targets: key of `TARGETS`, or regex for the end of a module's name, such as r"\\.to_[qkv]".
-        rank: r; no larger than the kernel's own is used.
+        rank: r.
         alpha: numerator of the scale alpha / rank, so that the learning rate need not follow the rank.
         form: key of factors.FORMS.
         ranks: (regex found in the module's name, rank, alpha), the first match before `rank` and `alpha`; rank 0 leaves
@@ -59,14 +59,15 @@ def lora(
 
     Raises:
         ValueError: from `shapes` and `start`, if no module matches, a regex of `ranks` matches none of the modules, or
-            its rank is above a module's own.
+            a rank is above a module's own.
     """
 
     def shapes_of(params: Shapes) -> tuple[Shapes, Shapes]:
         trainable = {}
-        for module, kernel in chosen(params, parts, targets, ranks).items():
-            r = min(rank_of(module)[0], *kernel.shape[-2:])
-            for name, shape in shapes(form, kernel.shape, r).items():
+        kernels = chosen(params, parts, targets, ranks)
+        _check_ranks({module: (rank_of(module)[0], min(x.shape[-2:])) for module, x in kernels.items()}, rank)
+        for module, kernel in kernels.items():
+            for name, shape in shapes(form, kernel.shape, rank_of(module)[0]).items():
                 trainable[f"{module}.{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
         return trainable, dict(params)
 
@@ -134,12 +135,20 @@ def chosen(params: Mapping[str, Value], parts: str, targets: str, ranks: Ranks =
             raise ValueError(
                 f"lora_ranks: {pattern!r} is found in none of the {len(found)} modules' names that are left"
             )
-        for name, kernel in matching.items():
-            if rank > min(kernel.shape[-2:]):
-                raise ValueError(f"lora_ranks: {rank} is above the rank of {name}, {min(kernel.shape[-2:])}")
-            if rank == 0:
-                del found[name]
+        if rank == 0:
+            found = {name: kernel for name, kernel in found.items() if name not in matching}
     return found
+
+
+def _check_ranks(ranks: Mapping[str, tuple[int, int]], default: int) -> None:
+    """Raises ValueError if a module's rank, the first of its pair, is above that of its kernel, the second."""
+    above = {module: pair for module, pair in ranks.items() if pair[0] > pair[1]}
+    for module, (rank, own) in above.items():
+        field = f"lora_rank = {default}" if rank == default else "lora_ranks"
+        raise ValueError(
+            f"{field}: {rank} is above the rank of {module}, {own}, and of {len(above) - 1} others; lora_ranks = "
+            f'(("{re.escape(module)}$", {own}, {float(own)}),) gives a module another, 0 leaves it out'
+        )
 
 
 def _first(form: str, name: str, shape: tuple[int, ...], key: Key[Array, ""]) -> Array:

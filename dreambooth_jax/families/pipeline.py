@@ -34,6 +34,7 @@ from dreambooth_jax.files.diffusers_folder import (
 from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.files.safetensors import read_model, save_model
 from dreambooth_jax.files.tokenizer import Tokenizer, WithToken, load_tokenizer
+from dreambooth_jax.files.weight_files import variant_of
 from dreambooth_jax.models.params import Functional, Params, Shapes, Tensors, functional, under_prefix, with_prefix
 from dreambooth_jax.models.spec import UnsupportedConfig
 
@@ -275,7 +276,12 @@ def read_params(pipeline: Pipeline, mesh: Mesh | None = None, shapes: Shapes | N
 
 
 def save_pipeline(
-    pipeline: Pipeline, params: Tensors, folder: str | os.PathLike, *, dtype: DTypeLike | None = None
+    pipeline: Pipeline,
+    params: Tensors,
+    folder: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    variant: str = "",
 ) -> None:
     """Writes a folder that `load_pipeline` and diffusers open.
 
@@ -284,11 +290,13 @@ def save_pipeline(
         params: all parts, on this host.
         folder: made if absent; files in it are replaced. Its scheduler is that of a trained model.
         dtype: stored precision; default float32.
+        variant: of the weight files' names, such as "fp16" (`variant=` of diffusers); "" for plain names.
     """
     folder = Path(folder)
     for name, part in pipeline.family.parts.items():
         config = opens_in_float32(pipeline.models.configs[name], dtype)
-        save_model(folder / name, under_prefix(f"{name}.", params), config, dtype=dtype, stem=part.file)
+        file = variant_of(part.file, variant)
+        save_model(folder / name, under_prefix(f"{name}.", params), config, dtype=dtype, file=file)
     for name in (*pipeline.family.schedulers, *pipeline.family.tokenizers):
         copy_folder(pipeline.folder / name, folder / name)
     read = pipeline.models.configs["scheduler"]

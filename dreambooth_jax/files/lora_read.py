@@ -173,27 +173,40 @@ def _ours(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return value.reshape(columns, rows, *window).transpose(2, 3, 1, 0)
 
 
-def with_adapters(params: Tensors, shapes: Mapping[str, jax.ShapeDtypeStruct], files: Sequence[str]) -> Tensors:
-    """`params` with adapters merged into their kernels, each "FILE" or "FILE:WEIGHT"; weight 0 leaves the base exactly.
+def read_adapters(
+    files: Sequence[str], shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> list[tuple[dict[str, np.ndarray], float]]:
+    """(factors, weight) of each "FILE" or "FILE:WEIGHT"; the weight is 1 by default.
 
     Args:
-        params: of a model; factors among them are merged first.
         shapes: the model's parameters.
 
     Raises:
         WeightsError: see `read_adapter`.
     """
-    if not files:
+    return [(read_adapter(path, shapes)[0], weight) for path, weight in map(split_weight, files)]
+
+
+def split_weight(entry: str) -> tuple[str, float]:
+    """(FILE, WEIGHT) of "FILE:WEIGHT", (FILE, 1.0) of "FILE"."""
+    path, _, weight = entry.rpartition(":")
+    return (path, float(weight)) if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) else (entry, 1.0)
+
+
+def with_adapters(params: Tensors, adapters: Sequence[tuple[Tensors, float]]) -> Tensors:
+    """`params` with adapters merged into their kernels at their weights; weight 0 leaves the base exactly.
+
+    Args:
+        params: of a model; factors among them are merged first.
+        adapters: see `read_adapters`.
+    """
+    if not adapters:
         return params
     whole = merge(params)
     base = dict(whole)
-    for entry in files:
-        path, _, weight = entry.rpartition(":")
-        if not re.fullmatch(r"-?[\d.]+", weight):
-            path, weight = entry, "1"
-        factors, _ = read_adapter(path, shapes)
+    for factors, weight in adapters:
         changed = add(base, factors)
         for name in changed:
             if changed[name] is not base[name]:
-                whole[name] = whole[name] + float(weight) * (changed[name] - base[name])
+                whole[name] = whole[name] + weight * (changed[name] - base[name])
     return whole

@@ -190,7 +190,7 @@ def _finite(array: np.ndarray, name: str, path: Path) -> np.ndarray:
 
 
 def save_model(
-    folder: str | os.PathLike, params: Tensors, config: Mapping[str, Any], *, dtype: DTypeLike | None = None, stem: str
+    folder: str | os.PathLike, params: Tensors, config: Mapping[str, Any], *, dtype: DTypeLike | None = None, file: str
 ) -> None:
     """Writes config.json and one safetensors file that diffusers or transformers opens: the inverse of `read_model`.
 
@@ -199,9 +199,9 @@ def save_model(
         params: our names -> arrays, addressable from this process.
         config: the model's config.json as it was read.
         dtype: stored precision; default: as the arrays are.
-        stem: one of `weight_files.WEIGHT_FILES`.
+        file: one of `weight_files.WEIGHT_FILES`, or a variant of it (`weight_files.variant_of`).
     """
-    save_tensors(Path(folder) / stem, params, dtype=dtype)
+    save_tensors(Path(folder) / file, params, dtype=dtype)
     write_atomic(Path(folder) / "config.json", (json.dumps(dict(config), indent=2) + "\n").encode())
 
 

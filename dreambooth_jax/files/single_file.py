@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from dreambooth_jax.files.ldm_names import open_clip_name, unet_names, vae_names
 from dreambooth_jax.files.safetensors import file_name, to_file_axes
+from dreambooth_jax.files.sd2_config import V_YAML, is_of_velocity
 from dreambooth_jax.files.stream import Tensor, write_tensors
 from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.models.params import Params, Shape, Shapes, Tensors, under_prefix
@@ -196,7 +197,8 @@ def check_path(path: str | os.PathLike) -> Path:
         raise WeightsError(
             f"{path}: a pickle, which can run code when opened and is refused. Convert it once, where PyTorch is:\n"
             '  python -c "import sys, torch; from safetensors.torch import save_file; '
-            "x = torch.load(sys.argv[1], map_location='cpu', weights_only=True); x = x.get('state_dict', x); "
+            "x = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+            "x = x.get('state_dict', x.get('string_to_param', x)); "
             "save_file({k: v.contiguous() for k, v in x.items() if hasattr(v, 'contiguous')}, sys.argv[2])\" "
             + shlex.join([str(path), str(path.with_suffix(SUFFIX))])
         )
@@ -251,12 +253,14 @@ def sniff(path: str | os.PathLike) -> str:
     return SD2 if any(".resblocks." in key for key in keys) else SD1
 
 
-# Layout -> published base whose configs and tokenizers open a file by default.
+# Layout -> published base whose configs and tokenizers open a file by default; SD 2.x that predicts the velocity has
+# another.
 _TEMPLATES = {
     SD1: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    SD2: "stabilityai/stable-diffusion-2-1",
+    SD2: "stabilityai/stable-diffusion-2-1-base",
     XL: "stabilityai/stable-diffusion-xl-base-1.0",
 }
+_VELOCITY = "stabilityai/stable-diffusion-2-1"
 
 
 def split_base(base: str) -> tuple[Path | None, str]:
@@ -264,12 +268,35 @@ def split_base(base: str) -> tuple[Path | None, str]:
     "model.safetensors@TEMPLATE" with the folder or hub name of a base; (None, base) for other bases.
 
     Raises:
-        WeightsError: no such file, a pickle, or no model of these kinds.
+        WeightsError: no such file, a pickle, no model of these kinds, or one without a published template.
     """
     path, _, template = base.partition("@")
     if not path.endswith((SUFFIX, ".ckpt")):
         return None, base
-    return check_path(path), template or _TEMPLATES[sniff(path)]
+    file = check_path(path)
+    return file, template or _template_of(file)
+
+
+def _template_of(file: Path) -> str:
+    layout = sniff(file)
+    with safe_open(file, "numpy") as tensors:
+        if layout == XL and "v_pred" in set(tensors.keys()):
+            raise WeightsError(
+                f"{file} predicts the velocity (its marker v_pred), {_TEMPLATES[XL]} the noise: give "
+                f"{file}@FOLDER, a folder whose scheduler has prediction_type v_prediction"
+            )
+    return _VELOCITY if layout == SD2 and is_of_velocity(file) else _TEMPLATES[layout]
+
+
+def predicts_v(configs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a base of these configs predicts the velocity."""
+    return configs["scheduler"].get("prediction_type") == "v_prediction"
+
+
+def write_yaml(path: Path, layout: str, *, v_prediction: bool) -> None:
+    """Writes the .yaml beside a single file of SD 2.x that predicts the velocity; nothing for others."""
+    if layout == SD2 and v_prediction:
+        path.with_suffix(".yaml").write_text(V_YAML)
 
 
 def describe(layout: str, *, v_prediction: bool, resolution: int, title: str, trigger: str) -> dict[str, str]:
@@ -301,68 +328,3 @@ def model_spec(
         "modelspec.trigger_phrase": trigger,
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
     }
-
-
-V_YAML = """\
-# For A1111 and others that look for a config beside the file: Stable Diffusion 2.x, v-prediction.
-model:
-  base_learning_rate: 1.0e-4
-  target: ldm.models.diffusion.ddpm.LatentDiffusion
-  params:
-    parameterization: "v"
-    linear_start: 0.00085
-    linear_end: 0.0120
-    num_timesteps_cond: 1
-    log_every_t: 200
-    timesteps: 1000
-    first_stage_key: "jpg"
-    cond_stage_key: "txt"
-    image_size: 64
-    channels: 4
-    cond_stage_trainable: false
-    conditioning_key: crossattn
-    monitor: val/loss_simple_ema
-    scale_factor: 0.18215
-    use_ema: False
-    unet_config:
-      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
-      params:
-        use_checkpoint: True
-        use_fp16: True
-        image_size: 32
-        in_channels: 4
-        out_channels: 4
-        model_channels: 320
-        attention_resolutions: [ 4, 2, 1 ]
-        num_res_blocks: 2
-        channel_mult: [ 1, 2, 4, 4 ]
-        num_head_channels: 64
-        use_spatial_transformer: True
-        use_linear_in_transformer: True
-        transformer_depth: 1
-        context_dim: 1024
-        legacy: False
-    first_stage_config:
-      target: ldm.models.autoencoder.AutoencoderKL
-      params:
-        embed_dim: 4
-        monitor: val/rec_loss
-        ddconfig:
-          double_z: true
-          z_channels: 4
-          resolution: 256
-          in_channels: 3
-          out_ch: 3
-          ch: 128
-          ch_mult: [ 1, 2, 4, 4 ]
-          num_res_blocks: 2
-          attn_resolutions: []
-          dropout: 0.0
-        lossconfig:
-          target: torch.nn.Identity
-    cond_stage_config:
-      target: ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder
-      params:
-        freeze: True
-        layer: "penultimate"
-"""

@@ -118,14 +118,16 @@ def padded_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> Int[np.ndarray, "b
 
 
 class WithToken:
-    """A tokenizer with a new word: in every text the word becomes `count` new tokens, with ids from `vocab_size` on.
+    """A tokenizer with a new word: in every text the word becomes `count` new tokens, with ids from `vocab_size` on,
+    or after those of the words that the tokenizer has been given before.
 
     Raises:
         ValueError: the word is a token already.
     """
 
     def __init__(self, tokenizer: Tokenizer, word: str, count: int, vocab_size: int):
-        if len(tokenizer(word, add_special_tokens=False).input_ids) == 1:
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) == 1 or min(ids, default=0) >= vocab_size:
             raise ValueError(
                 f"identifier = {word!r} is a token of this base already, and a new one must not replace it; "
                 f"give another, such as '<{word.strip('<>')}>'"
@@ -148,4 +150,6 @@ class WithToken:
         return len(self._tokenizer)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_tokenizer":  # asked for while a copy is made, which has nothing yet
+            raise AttributeError(name)
         return getattr(self._tokenizer, name)

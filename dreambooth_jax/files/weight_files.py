@@ -59,6 +59,12 @@ def choose(names: Iterable[str], where: str, base: str) -> list[str]:
     raise WeightsError(f"{where}: no weights. Expected {' or '.join(WEIGHT_FILES)}.")
 
 
+def variant_of(name: str, variant: str) -> str:
+    """ "model.safetensors" -> "model.fp16.safetensors" for the variant "fp16"; `name` itself for ""."""
+    head, _, suffix = name.rpartition(".")
+    return f"{head}.{variant}.{suffix}" if variant else name
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder: one, or an index's shards.
 

@@ -16,7 +16,7 @@ from dreambooth_jax.evaluation.prompts import filled
 from dreambooth_jax.evaluation.transforms import Picture
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.atomic import write_atomic
-from dreambooth_jax.files.lora_read import with_adapters
+from dreambooth_jax.files.lora_read import read_adapters, with_adapters
 from dreambooth_jax.painting.painter import batch_for
 from dreambooth_jax.painting.sheets import paint_rows, save_sheet
 from dreambooth_jax.runs.job import painter_of
@@ -59,7 +59,7 @@ def measure_bleed(workdir: str, judge: Judge, mesh: Mesh, count: int) -> Bleed:
     paint = painter_of(config, pipeline, mesh, batch_size=batch_for([count], config.class_batch_size, mesh.size))
     pictures = []
     for subject in subjects:
-        own = with_adapters(params, pipeline.shapes, [f"{adapter_path(config, subject)}:1"])
+        own = with_adapters(params, read_adapters([str(adapter_path(config, subject))], pipeline.shapes))
         prompt = filled(PROMPT, subject.identifier, subject.class_noun)
         pictures += paint_rows(paint, own, [prompt], range(count), negative=config.negative_prompt)
     ours = [judge.subject.of(row) for row in pictures]

@@ -2,6 +2,7 @@
 reader, compared tensor by tensor, and painted with.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -69,13 +70,14 @@ class Written(NamedTuple):
     says: str = ""
 
 
-def to_folder(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
-    """A whole diffusers folder."""
+def to_folder(subject: Subject, path: Path, dtype: DTypeLike, rank: int, *, variant: str = "") -> Written:
+    """A whole diffusers folder; `variant` is of `save_pipeline`."""
     pipeline = subject.run.pipeline
     if low := pipeline.low_resolution:
         pipeline = pipeline.with_index(**{NOISE_LEVEL: low.sampling_level(subject.run.config.sr_noise)})
-    save_pipeline(pipeline, subject.tuned, path, dtype=dtype)
-    opened = f'{pipeline.family.name}.from_pretrained("{path}")'
+    save_pipeline(pipeline, subject.tuned, path, dtype=dtype, variant=variant)
+    named = f', variant="{variant}"' * bool(variant)
+    opened = f'{pipeline.family.name}.from_pretrained("{path}"{named})'
     return Written(path, lambda: read_params(load_pipeline(str(path))), f"{opened} in diffusers; --base {path} here")
 
 
@@ -83,7 +85,7 @@ def to_single_file(subject: Subject, path: Path, dtype: DTypeLike, rank: int) ->
     """A whole model in one LDM file, and for v-prediction of SD 2.x a .yaml beside it."""
     pipeline = subject.run.pipeline
     layout = layout_of_subject(subject)
-    v_prediction = _predicts_v(pipeline)
+    v_prediction = single_file.predicts_v(pipeline.models.configs)
     metadata = single_file.describe(
         layout,
         v_prediction=v_prediction,
@@ -93,8 +95,7 @@ def to_single_file(subject: Subject, path: Path, dtype: DTypeLike, rank: int) ->
     )
     path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
     single_file.write_single_file(path, subject.tuned, layout, dtype=dtype, metadata=metadata)
-    if layout == single_file.SD2 and v_prediction:
-        path.with_suffix(".yaml").write_text(single_file.V_YAML)
+    single_file.write_yaml(path, layout, v_prediction=v_prediction)
     reopen = lambda: single_file.read_single_file(path, pipeline.shapes, layout)  # noqa: E731
     return Written(path, reopen, _for_all_tools(subject, "a checkpoint", f"from_single_file({str(path)!r})"))
 
@@ -116,7 +117,7 @@ def about_adapter(pipeline: Pipeline, config: ConfigDict, title: str) -> lora_ko
     layout = single_file.layout_of(pipeline.shapes, pipeline.models.configs)
     return lora_kohya.About(
         layout,
-        _predicts_v(pipeline),
+        single_file.predicts_v(pipeline.models.configs),
         title,
         f"{config.identifier} {config.class_noun}",
         str(config.base),
@@ -150,7 +151,7 @@ def to_embedding(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> W
     word, layout = subject.run.config.identifier, layout_of_subject(subject)
     about = single_file.model_spec(
         layout,
-        v_prediction=_predicts_v(subject.run.pipeline),
+        v_prediction=single_file.predicts_v(subject.run.pipeline.models.configs),
         title=subject.title,
         trigger=word,
         kind="/textual-inversion",
@@ -186,12 +187,16 @@ def _reopened(subject: Subject, path: Path) -> Callable[[], Tensors]:
 
 
 def layout_of_subject(subject: Subject) -> str:
-    """Kind of single file that the run's base has."""
+    """Kind of single file that the run's base has; errors are `single_file.layout_of`'s."""
     return single_file.layout_of(subject.run.pipeline.shapes, subject.run.pipeline.models.configs)
 
 
-def _predicts_v(pipeline: Pipeline) -> bool:
-    return pipeline.models.configs["scheduler"].get("prediction_type") == "v_prediction"
+def has_layout(subject: Subject) -> bool:
+    """Whether the run's base has a single file, and other tools names for its adapters."""
+    try:
+        return bool(layout_of_subject(subject))
+    except ValueError:
+        return False
 
 
 def _for_all_tools(subject: Subject, kind: str, opened: str) -> str:
@@ -210,12 +215,14 @@ def open_subject(workdir: str | os.PathLike, step: int | str | None) -> Subject:
     return Subject(run, base, tuned, rows_of(run.trainable))
 
 
-def default_format(config: ConfigDict, path: Path) -> str:
-    """kohya for adapters; for whole models a single file if `path` names one, else a folder."""
-    if config.method == "inversion":
+def default_format(subject: Subject, path: Path) -> str:
+    """kohya for adapters, or peft where the model has no name in kohya's files; for whole models a single file if
+    `path` names one, else a folder."""
+    method = subject.run.config.method
+    if method == "inversion":
         return "embedding"
-    if config.method in (*FORMS, "pivotal", "custom"):
-        return "kohya"
+    if method in (*FORMS, "pivotal", "custom"):
+        return "kohya" if has_layout(subject) else "peft"
     return "single" if path.suffix == SUFFIX else "folder"
 
 
@@ -227,6 +234,7 @@ def export(
     kind: str | None,
     dtype: DTypeLike,
     rank: int,
+    variant: str = "",
     hub: str = "",
 ) -> str:
     """Writes a run and proves the file; returns what to print.
@@ -237,18 +245,22 @@ def export(
         kind: key of `FORMATS`, None for `default_format`.
         dtype: stored precision: float32, float16 or bfloat16.
         rank: of the LoRA that is made of a full fine-tuning; 0 keeps all differences.
+        variant: of a folder's weight files, see `save_pipeline`.
         hub: OWNER/NAME of a repository to upload to; empty: none.
 
     Raises:
         FileNotFoundError, ValueError: no run, or the format cannot hold it.
     """
     subject, path = open_subject(workdir, step), Path(output)
-    kind = kind or ("kohya" if rank else default_format(subject.run.config, path))
+    kind = kind or ("kohya" if rank else default_format(subject, path))
     if rank and (subject.run.method.adapter is not None or kind not in ("kohya", "peft")):
         raise ValueError("--rank makes a LoRA of a full fine-tuning, in the formats kohya and peft")
     if kind == "folder" and path.suffix == SUFFIX:
         raise ValueError(f"--output {path}: the format folder needs a folder")
-    written = FORMATS[kind](subject, path, dtype, rank)
+    if variant and kind != "folder":
+        raise ValueError(f"--variant {variant} names the files of a folder, not those of --format {kind}")
+    write = functools.partial(to_folder, variant=variant) if variant else FORMATS[kind]
+    written = write(subject, path, dtype, rank)
     token = None
     if subject.rows and kind != "embedding":  # beside it, in a file of its own
         token = to_embedding(subject, written.path.with_name(f"{written.path.stem}_token{SUFFIX}"), dtype, 0)
@@ -277,6 +289,7 @@ def prove(subject: Subject, written: Written, token: Path | None) -> str:
         widths = [value.shape[1] for value in subject.rows.values()]
         rows = dict(zip(subject.rows, embeddings.read_embeddings(token, widths), strict=True))
     moved = max(_largest(found[name], value) for name, value in subject.tuned.items())
+    moved = max([moved, *(_largest(rows[part], value) for part, value in subject.rows.items())])
     config, mesh = subject.run.config, make_mesh()
     prompt = fill(next(iter(config.sample_prompts), config.instance_prompt), config)
     painter = painter_of(config, subject.run.pipeline, mesh, batch_size=2)

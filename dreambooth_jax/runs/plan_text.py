@@ -37,7 +37,8 @@ def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
         "subject": f"{images} images in {config.instance_images}: {run.examples[0].captions[0]!r}",
         **held_out,
         "prior": prior,
-        "method": f"{run.job.method.says}, {count(trained) / 1e6:.3g} M parameters, {config.optimizer}",
+        "method": f"{run.job.method.says}, {count(trained) / 1e6:.3g} M parameters, {config.optimizer}; its file takes "
+        f"{_in_megabytes(file_size(run))}",
         "steps": f"{config.steps} of {config.batch_size} images" + (f"; going on from step {done}" if done else ""),
         "mesh": f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), {axes}",
         "workdir": config.workdir,
@@ -124,6 +125,17 @@ def check_space(run: Run, *, stored: int, free: int | None = None) -> None:
         )
 
 
+def file_size(run: Run) -> int:
+    """Bytes of what `export` makes of the run in float32, without headers: an adapter, or of full fine-tuning a whole
+    model."""
+    whole = run.pipeline.shapes
+    return 4 * count(whole if run.config.method == "full" else run.job.method.shapes(whole)[0])
+
+
+def _in_megabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
 def farewell(run: Run, step: int) -> str:
     """Where the result of `step` steps is, and the commands that use it."""
     config, workdir = run.config, shlex.quote(str(run.workdir))
@@ -132,6 +144,6 @@ def farewell(run: Run, step: int) -> str:
         f"Done. Checkpoint: {run.workdir}/checkpoints/{step}, pictures: {run.workdir}/samples, "
         f"metrics: {run.workdir}/metrics.csv (and tensorboard --logdir {workdir})\n"
         f"Paint more:  python -m dreambooth_jax.sample --workdir {workdir} --prompt {shlex.quote(prompt)}\n"
-        f"Take it elsewhere:  python -m dreambooth_jax.export --workdir {workdir} "
-        f"--output {shlex.quote(f'{run.workdir}/model')}"
+        f"Take it elsewhere ({_in_megabytes(file_size(run))} in float32):  "
+        f"python -m dreambooth_jax.export --workdir {workdir} --output {shlex.quote(f'{run.workdir}/model')}"
     )

@@ -1,13 +1,16 @@
 """An export on a model hub: the files, the newest sheet of samples and a model card."""
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.files.single_file import SD1
 from dreambooth_jax.runs.config import fill
-from dreambooth_jax.runs.exports import Subject, Written, layout_of_subject
+from dreambooth_jax.runs.exports import Subject, Written, has_layout, layout_of_subject
 
 SHEET = "samples.png"
 
@@ -19,13 +22,13 @@ def model_card(subject: Subject, written: Sequence[Written], sheet: bool) -> str
         sheet: whether `SHEET` is beside it.
     """
     config, adapter = subject.run.config, subject.run.method.adapter is not None
-    licence = "creativeml-openrail-m" if layout_of_subject(subject) == SD1 else "openrail++"
     tags = ["text-to-image", "dreambooth", "jax", *(["lora"] if adapter else [])]
+    base, on_hub = _base_of(config.base)
     front = [
         "---",
-        f"base_model: {config.base}",
-        f"license: {licence}",
-        f'instance_prompt: "{subject.trigger}"',
+        *([f"base_model: {base}"] if on_hub else []),
+        f"license: {_licence(subject)}",
+        f"instance_prompt: {json.dumps(subject.trigger)}",
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---",
@@ -37,8 +40,7 @@ def model_card(subject: Subject, written: Sequence[Written], sheet: bool) -> str
             *front,
             f"# {subject.trigger}",
             "",
-            f"{subject.run.method.says} on {config.base}, {config.steps} steps. "
-            f"Write **{subject.trigger}** in the prompt.",
+            f"{subject.run.method.says} on {base}, {config.steps} steps. Write **{subject.trigger}** in the prompt.",
             "The licence of the base holds for what was made of it.",
             "",
             *([f"![samples]({SHEET})", ""] if sheet else []),
@@ -56,6 +58,23 @@ def model_card(subject: Subject, written: Sequence[Written], sheet: bool) -> str
             "",
         ]
     )
+
+
+def _base_of(base: str) -> tuple[str, bool]:
+    """(name of a base for strangers, whether a hub has it under this name): of a place on this machine the last part
+    alone."""
+    place = base.partition("@")[0]
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()
+    return (base if on_hub else Path(place).name), on_hub
+
+
+def _licence(subject: Subject) -> str:
+    """Licence of the published weights of the base's kind."""
+    if subject.run.config.base == EMBEDDED:
+        return "apache-2.0"
+    if not has_layout(subject):  # a cascade's
+        return "other"
+    return "creativeml-openrail-m" if layout_of_subject(subject) == SD1 else "openrail++"
 
 
 def publish(name: str, subject: Subject, written: Sequence[Written], workdir: Path, api: HfApi | None = None) -> str:
