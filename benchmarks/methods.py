@@ -130,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, help="some rows, and no sheet")
     parser.add_argument("--plan", action="store_true", help="the TPU compiler's figures instead")
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # a process of its own
     options = parser.parse_args()
@@ -141,7 +142,7 @@ def main() -> None:
     runtime.start()
     if options.plan:
         print("| method | trained, M | peak GiB | roofline ms |\n|---|---|---|---|")
-        for method in METHODS:
+        for method in options.only:
             row = kept(options.folder / "plans.jsonl", method, lambda method=method: planned(method))
             ms, peak = 1e3 * row["roofline"], row["peak"] / GIB
             print(f"| `{method}` | {row['trained'] / 1e6:.3g} | {peak:.2f} | {ms:.0f} |", flush=True)
@@ -149,10 +150,11 @@ def main() -> None:
     (options.folder / "class_images").mkdir(parents=True, exist_ok=True)
     paint_class_images(options.folder)
     print(f"| method | step, ms | run, minutes | memory, GiB | file | {' | '.join(SCORES)} |\n|---{'|---' * 7}|")
-    for method in METHODS:
+    for method in options.only:
         make = lambda method=method: measured(method, options.folder.resolve(), options.steps)  # noqa: E731
         print(line(method, kept(options.folder / f"results_{options.steps}.jsonl", method, make)), flush=True)
-    print(f"\npictures: {paint(options.folder, list(METHODS))}")
+    if options.only == METHODS:
+        print(f"\npictures: {paint(options.folder, list(METHODS))}")
 
 
 def paint_class_images(folder: Path) -> None:

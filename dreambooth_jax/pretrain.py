@@ -72,7 +72,7 @@ def pretrain(config: ConfigDict) -> None:
         ("vit", vit, plain),
     ):
         logging.info("%s: %.2f M parameters", name, count(part.params) / 1e6)
-        save_model(output / name, part.params, part.config, dtype=np.float16, stem=stem)
+        save_model(output / name, part.params, part.config, dtype=np.float16, file=stem)
     (output / "clip" / TAUGHT).write_text("".join(f"{noun}\n" for noun in sorted({s.noun for s in sprites})))
     write_index(output, config.scheduler.to_dict())
 
