@@ -4,12 +4,12 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.devices import runtime
@@ -45,6 +45,24 @@ from dreambooth_jax.runs.watch import (
 )
 
 
+class Ready(NamedTuple):
+    """A run whose first step can be taken.
+
+    Attributes:
+        advance: takes some steps, (state, count) -> (state, metrics).
+        progress: state that was reached.
+        bucket: number of the program of every step.
+        frozen: parameters that do not train.
+        watch: scores and losses at the sample steps, or None.
+    """
+
+    advance: Callable[[TrainState, np.int32], tuple[TrainState, Metrics]]
+    progress: Progress
+    bucket: Int[np.ndarray, "steps"]
+    frozen: Params
+    watch: Watch | None
+
+
 def train(
     run: Run,
     guard: Preemption,
@@ -71,72 +89,112 @@ def train(
         guard.before_leaving(functools.partial(checkpoint.wait, manager))
         done = manager.latest_step() or 0
         earlier = checkpoint.read_record(folder, done).get("fingerprints", {}) if done else {}
-        if runtime.is_first_process():
-            print(plan_text(run, done, compared=bool(earlier)), flush=True)
-        check_same(config.workdir, earlier, record["fingerprints"])
 
-        def inspect(class_images: Sequence[Examples]) -> None:
-            record["fingerprints"]["class images"] = of_pixels(class_images)
-            record["fingerprints"]["class captions"] = of_captions(class_images)
+        def compare(found: Fingerprints) -> None:
+            record["fingerprints"] |= found
             check_same(config.workdir, earlier, record["fingerprints"])
 
+        say(plan_text(run, done, compared=bool(earlier)))
+        compare({})
         rows = read_rows(run.workdir, done) if done else {}
         missing = sheet_is_missing(run, done) or (done > 0 and is_due(config, rows, done))
         reached = done if is_over(config, rows, done) else max(done, config.steps)
         if done < reached or missing:
             watch = make_watch(config, run.mesh, run.workdir, rows)  # before anything slow: its models may be absent
             check_space(run, stored=len(manager.all_steps()))
-            with compiling(run, compile_steps) as program:
-                with ThreadPoolExecutor(1) as beside:  # the files are read once, and digested meanwhile
-                    digests = beside.submit(parts_digests, *weights_of(run.pipeline))
-                    params = held(run.job, read(run.pipeline, run.mesh, read_shapes(run.job)))
-                    record["fingerprints"]["weights"] = digests.result()
-                check_same(config.workdir, earlier, record["fingerprints"])
-                trainable, frozen, key = begin(run.job, params)
-                del params
-                # The base still, in the form that the samples' painter takes: painting compiles once.
-                base = run.job.method.combine(frozen, trainable)
-                data = prepare_data(run, base, inspect)
-                if watch is not None:
-                    warning = noun_warning(watch)
-                    if warning and runtime.is_first_process():
-                        print(f"warning: {warning}", flush=True)
-                    watch = with_losses(watch, run, base, frozen, data[0], key)
-                    look_at_base(watch, base, trainable, functools.partial(paint_prompts, run))
-                del base
-                data, bucket = resident_data(run.job, data)
-                state = start_state(run.job, trainable, manager)
-                del trainable
-                programs = [program(number, state, frozen, part, key) for number, part in enumerate(data)]
-            progress = Progress(int(state.step), state)
-            look = moved_check(run, progress)
-            del state
+            ready = prepare(run, manager, watch, compare, read, compile_steps)
+            with open_best(run.workdir, config, done, record) as best:
+                take_steps(run, guard, manager, ready, best, reporter)
+            reached = ready.progress.step
+    say(farewell(run, reached))
+    if config.keep_best:
+        say(says_best(config, read_rows(run.workdir, reached)))
 
-            def advance(state: TrainState, count: np.int32) -> tuple[TrainState, Metrics]:
-                number = bucket[progress.step]
-                return programs[number](state, frozen, data[number], key, count)
 
-            with (
-                contextlib.nullcontext() if runtime.is_alone() else guard.deferred(),
-                open_best(run.workdir, config, done, record) as best,
-            ):
-                loop(
-                    config,
-                    progress,
-                    advance,
-                    store=store_of(manager),
-                    sheets=sheets_of(run, frozen, watch and watch._replace(best=best)),
-                    reporter=reporter(run.workdir, first_step=progress.step, steps=config.steps),
-                    guard=guard,
-                    agree=Agreement(run.mesh),
-                    inspect=look,
-                    alike=functools.partial(alike, bucket),
-                )
-            reached = progress.step
+def prepare(
+    run: Run,
+    manager: ocp.CheckpointManager,
+    watch: Watch | None,
+    compare: Callable[[Fingerprints], None],
+    read: Callable[..., Params],
+    compile_steps: Callable[[jax.stages.Lowered], jax.stages.Compiled],
+) -> Ready:
+    """Reads the weights, encodes the data and restores the state, while the steps are compiled.
+
+    Args:
+        watch: without losses yet.
+        compare: compares fingerprints with those of the checkpoint, and raises.
+        read, compile_steps: see `train`.
+    """
+    job = run.job
+    with compiling(run, compile_steps) as program:
+        with ThreadPoolExecutor(1) as beside:  # the files are read once, and digested meanwhile
+            digests = beside.submit(parts_digests, *weights_of(run.pipeline))
+            params = held(job, read(run.pipeline, run.mesh, read_shapes(job)))
+            compare({"weights": digests.result()})
+        trainable, frozen, key = begin(job, params)
+        del params
+        # The base still, in the form that the samples' painter takes: painting compiles once.
+        base = job.method.combine(frozen, trainable)
+        data = prepare_data(run, base, functools.partial(compare_class_images, compare))
+        if watch is not None:
+            if warning := noun_warning(watch):
+                say(f"warning: {warning}")
+            watch = with_losses(watch, run, base, frozen, data[0], key)
+            look_at_base(watch, base, trainable, functools.partial(paint_prompts, run))
+        del base
+        data, bucket = resident_data(job, data)
+        state = start_state(job, trainable, manager)
+        progress = Progress(int(state.step), state)
+        del trainable, state
+        programs = [program(number, progress.state, frozen, part, key) for number, part in enumerate(data)]
+
+    def advance(state: TrainState, count: np.int32) -> tuple[TrainState, Metrics]:
+        number = bucket[progress.step]
+        return programs[number](state, frozen, data[number], key, count)
+
+    return Ready(advance, progress, bucket, frozen, watch)
+
+
+def take_steps(
+    run: Run,
+    guard: Preemption,
+    manager: ocp.CheckpointManager,
+    ready: Ready,
+    best: ocp.CheckpointManager | None,
+    reporter: Callable[..., Reporter],
+) -> None:
+    """Runs the loop to the last step, or to a signal.
+
+    Args:
+        best: checkpoints that `keep_best` fills.
+        reporter: see `train`.
+    """
+    watch = ready.watch and ready.watch._replace(best=best)
+    with contextlib.nullcontext() if runtime.is_alone() else guard.deferred():
+        loop(
+            run.config,
+            ready.progress,
+            ready.advance,
+            store=store_of(manager),
+            sheets=sheets_of(run, ready.frozen, watch),
+            reporter=reporter(run.workdir, first_step=ready.progress.step, steps=run.config.steps),
+            guard=guard,
+            agree=Agreement(run.mesh),
+            inspect=moved_check(run, ready.progress),
+            alike=functools.partial(alike, ready.bucket),
+        )
+
+
+def say(text: str) -> None:
+    """Prints a text, on the first process."""
     if runtime.is_first_process():
-        print(farewell(run, reached), flush=True)
-        if config.keep_best:
-            print(says_best(config, read_rows(run.workdir, reached)), flush=True)
+        print(text, flush=True)
+
+
+def compare_class_images(compare: Callable[[Fingerprints], None], class_images: Sequence[Examples]) -> None:
+    """Compares the class images and their captions with those of the checkpoint."""
+    compare({"class images": of_pixels(class_images), "class captions": of_captions(class_images)})
 
 
 def with_losses(watch: Watch, run: Run, base: Params, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> Watch:
@@ -166,9 +224,7 @@ def moved_check(run: Run, progress: Progress) -> Callable[[TrainState, int], Non
         tokens_move = any(step < held for step in moving)
         expected = {name: x for name, x in before.items() if moving and (tokens_move or not name.endswith(NEW_TOKENS))}
         if expected:
-            text = check_moved(expected, checksums(state.trainable), steps)
-            if runtime.is_first_process():
-                print(text, flush=True)
+            say(check_moved(expected, checksums(state.trainable), steps))
 
     return check
 
