@@ -79,7 +79,7 @@ def propose_nouns(options: argparse.Namespace) -> str:
         images, texts = judge.embedded_clip(make_mesh())
     else:
         images, texts = judge.published_clip(make_mesh(), options.clip or judge.CLIP)
-    found = nouns.probabilities(images, texts, photos, list(known))
+    found = nouns.probabilities(images, texts, photos, list(known)).mean(0)
     proposals = nouns.propose(known, dict(zip(known, found.tolist(), strict=True)))
     lines = [f"{len(photos)} photos, {len(known)} nouns that the base knows; most probable class nouns:"]
     return "\n".join([*lines, *(f"  {name:<16} {share:.0%}" for name, share in proposals)])

@@ -1,5 +1,8 @@
 """Features of pictures equal PyTorch's, from files on disk, the resizing of photos included."""
 
+import shlex
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.evaluation import features, transforms
+from dreambooth_jax.files.hub import resolve_model
+from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.models.spec import UnsupportedConfig
 
 SIZES = ((70, 51), (48, 48), (301, 280))  # height, width
@@ -170,3 +175,19 @@ def test_a_folder_of_another_model_is_refused(tmp_path, mesh):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(UnsupportedConfig, match="resnet"):
         features.subject_features(tmp_path, mesh)
+
+
+def test_a_pickled_model_is_refused_and_the_command_in_the_message_converts_it(pictures, mesh, tmp_path, monkeypatch):
+    model = write_vit(tmp_path / "vit")
+    expected = features.subject_features(resolve_model(str(tmp_path / "vit")), mesh).of(pictures)
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "vit" / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="no weights as safetensors") as refused:
+        resolve_model(str(tmp_path / "vit"))
+    python, flag, code, *arguments = shlex.split(str(refused.value).splitlines()[-1])
+    assert (python, flag) == ("python", "-c")
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    exec(code, {})
+    np.testing.assert_array_equal(
+        features.subject_features(resolve_model(str(tmp_path / "vit")), mesh).of(pictures), expected
+    )

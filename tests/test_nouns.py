@@ -82,7 +82,7 @@ def test_the_embedded_clip_names_pictures_of_its_own_world():
     assert nouns.known_nouns(taught, load_tokenizer(EMBEDDED_FOLDER)) == taught
     assert nouns.taught_nouns(listed, EMBEDDED_FOLDER / "vit") == listed
     images, texts = judge.embedded_clip(make_mesh())
-    shares = np.stack([nouns.probabilities(images, texts, [picture], list(taught)) for picture in pictures])
+    shares = nouns.probabilities(images, texts, pictures, list(taught))
     proposals = [nouns.propose(taught, dict(zip(taught, row.tolist(), strict=True))) for row in shares]
     names = [name.replace("_", " ") for name in WORLD.split()]
     first = np.mean([found[0].name == name for found, name in zip(proposals, names, strict=True)])

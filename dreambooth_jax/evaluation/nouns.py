@@ -78,11 +78,11 @@ def knows(tokenizer: Tokenizer, noun: str) -> bool:
 
 def probabilities(
     images: ImageFeatures, texts: TextFeatures, photos: Sequence[Picture], names: Sequence[str]
-) -> Float[np.ndarray, "n"]:
-    """The probability of each noun, mean over the photos."""
+) -> Float[np.ndarray, "photos n"]:
+    """The probability of each noun for each photo."""
     logits = SCALE * images.of(photos) @ texts.of([TEMPLATE.format(with_article(name)) for name in names]).T
     powers = np.exp(logits - logits.max(1, keepdims=True))
-    return (powers / powers.sum(1, keepdims=True)).mean(0)
+    return powers / powers.sum(1, keepdims=True)
 
 
 def with_article(noun: str) -> str:
@@ -134,7 +134,7 @@ def doubt(noun: str, images: ImageFeatures, texts: TextFeatures, photos: Sequenc
     listed = read_nouns()
     names = {name for name, entry in listed.items() if entry.everyday} | {noun}
     nouns = _among({**listed, noun: listed.get(noun, Noun(noun, "", True))._replace(everyday=True)}, names)
-    found = probabilities(images, texts, photos, list(nouns))
+    found = probabilities(images, texts, photos, list(nouns)).mean(0)
     proposals = propose(nouns, dict(zip(nouns, found.tolist(), strict=True)))
     if noun in [proposal.name for proposal in proposals]:
         return ""

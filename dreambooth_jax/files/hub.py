@@ -1,14 +1,16 @@
 """From the name of a base to its folder on this machine: the one resolver of every command."""
 
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_jax.files.diffusers_folder import INDEX, components
-from dreambooth_jax.files.weight_files import WeightsError, choose
+from dreambooth_jax.files.weight_files import WEIGHT_FILES, WeightsError, choose, converting_command
 
 EMBEDDED = "tiny"
+PICKLE = "pytorch_model.bin"  # of transformers
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
 
 
@@ -67,18 +69,28 @@ def resolve_model(name: str) -> Path:
 
     Raises:
         FileNotFoundError: neither a folder nor a hub name that can be fetched.
+        WeightsError: no safetensors in it; with the command that converts a pickle.
     """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
-    except Exception as error:  # offline, unknown or gated: the hub client has a type for each
-        raise FileNotFoundError(
-            f"{name!r}: no such folder, and the model hub did not give it ({error}). Check the name and the network, "
-            "or give a local folder."
-        ) from error
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+        except Exception as error:  # offline, unknown or gated: the hub client has a type for each
+            raise FileNotFoundError(
+                f"{name!r}: no such folder, and the model hub did not give it ({error}). Check the name and the "
+                "network, or give a local folder."
+            ) from error
+    if not any(folder.glob("*.safetensors")):
+        is_remote = not Path(name).expanduser().is_dir()
+        fetch = f"hf download {shlex.quote(name)} {PICKLE} && " if is_remote else ""
+        raise WeightsError(
+            f"{name!r}: no weights as safetensors; pickled ones can run code when opened and are refused. Convert them "
+            "once, where PyTorch is installed, and give the same name again:\n"
+            f"  {fetch}{converting_command(folder / PICKLE, folder / WEIGHT_FILES[-1])}"
+        )
+    return folder
 
 
 def _fetch(base: str, weights: bool) -> Path:

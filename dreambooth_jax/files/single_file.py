@@ -5,7 +5,6 @@ A1111, ComfyUI, kohya's scripts and Civitai have SD 1.x, SD 2.x and SDXL in this
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from dreambooth_jax.files.ldm_names import open_clip_name, unet_names, vae_names
 from dreambooth_jax.files.safetensors import file_name, to_file_axes
 from dreambooth_jax.files.sd2_config import V_YAML, is_of_velocity
 from dreambooth_jax.files.stream import Tensor, write_tensors
-from dreambooth_jax.files.weight_files import WeightsError
+from dreambooth_jax.files.weight_files import WeightsError, converting_command
 from dreambooth_jax.models.params import Params, Shape, Shapes, Tensors, under_prefix
 
 SUFFIX = ".safetensors"
@@ -196,11 +195,7 @@ def check_path(path: str | os.PathLike) -> Path:
     if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
         raise WeightsError(
             f"{path}: a pickle, which can run code when opened and is refused. Convert it once, where PyTorch is:\n"
-            '  python -c "import sys, torch; from safetensors.torch import save_file; '
-            "x = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-            "x = x.get('state_dict', x.get('string_to_param', x)); "
-            "save_file({k: v.contiguous() for k, v in x.items() if hasattr(v, 'contiguous')}, sys.argv[2])\" "
-            + shlex.join([str(path), str(path.with_suffix(SUFFIX))])
+            f"  {converting_command(path, path.with_suffix(SUFFIX))}"
         )
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")

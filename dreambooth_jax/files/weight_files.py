@@ -1,6 +1,7 @@
 """Which of a model's weight files is read: one rule for folders and for the listings of a model hub."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -14,6 +15,17 @@ _INDEX = re.compile(r"\.safetensors\.index(\.[\w-]+)?\.json$")
 
 class WeightsError(ValueError):
     """Weights are absent, in a refused format, or do not fit the model."""
+
+
+def converting_command(pickle: str | os.PathLike, target: str | os.PathLike) -> str:
+    """The command that writes the tensors of a pickle as safetensors, where PyTorch is installed."""
+    return (
+        'python -c "import sys, torch; from safetensors.torch import save_file; '
+        "x = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+        "x = x.get('state_dict', x.get('string_to_param', x)); "
+        "save_file({k: v.contiguous() for k, v in x.items() if hasattr(v, 'contiguous')}, sys.argv[2])\" "
+        + shlex.join([str(pickle), str(target)])
+    )
 
 
 def choose(names: Iterable[str], where: str, base: str) -> list[str]:
