@@ -14,13 +14,11 @@ import support.typecheck  # noqa: F401  named in the hook
 # Annotations are checked at every call, in every module of the package: none is imported before.
 jaxtyping.install_import_hook(["dreambooth_jax"], "support.typecheck.checked")
 
+from support.flags import xla_flags  # noqa: E402
+
 from dreambooth_jax.devices import workarounds  # noqa: E402
 
-# Compiling takes most of the tests' time: without optimisation, and with the older code generator, a quarter of it.
-# Later releases of jaxlib do not know the older one and end the process over its flag.
-_OLDER = "--xla_cpu_use_fusion_emitters=false" if workarounds.version_of("jaxlib") < (0, 11) else ""
-_COMPILE_FAST = f"--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 {_OLDER}"
-_FLAGS = f"--xla_force_host_platform_device_count=8 {_COMPILE_FAST} {os.environ.get('XLA_FLAGS', '')}"
+_FLAGS = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["XLA_FLAGS"] = workarounds.with_cpu_flags(_FLAGS)  # as `runtime.start` does
 
 import pytest  # noqa: E402

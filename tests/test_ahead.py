@@ -24,6 +24,7 @@ def arguments(run, photos=10, classes=20):
     return state_shapes(run.job, trainable), frozen, data_shapes(run.job, photos, classes), key_shape(run.job)
 
 
+@pytest.mark.slow
 def test_a_program_is_compiled_once_beside_the_main_thread(run):
     threads = []
 

@@ -183,6 +183,7 @@ def test_two_shapes_train_and_go_on_after_a_kill(micro, photos, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_squares_train_as_without_buckets(micro, tmp_path):
     """Square photos alone: one shape, the same examples, and the very program of `buckets=False`."""
     folder = tmp_path / "photos"

@@ -64,6 +64,7 @@ def test_what_is_scored_is_not_painted_again(scored, capsys, monkeypatch):
     assert "| step 60 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_cannot_be_scored_says_why(tmp_path, finished):
     with pytest.raises(SystemExit, match="Give the --workdir of a run"):
         evaluate.main(arguments(tmp_path))

@@ -49,8 +49,18 @@ def test_only_large_scores_of_narrow_heads_go_to_the_kernel(queries, keys, width
     assert (cost.kernel_seconds > 0) == pays
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1"])
-@pytest.mark.parametrize("shape", [(2, 4096, 8, 40), (8, 4096, 8, 40), (2, 9216, 8, 40), (8, 1024, 8, 80)])
+@pytest.mark.parametrize(
+    ("topology", "shape"),
+    [
+        ("v4:2x2x1", (8, 4096, 8, 40)),
+        ("v4:2x2x1", (2, 9216, 8, 40)),
+        ("v4:2x2x1", (8, 1024, 8, 80)),
+        ("v5e:1x1", (2, 4096, 8, 40)),
+        ("v5e:1x1", (2, 9216, 8, 40)),
+        ("v5p:2x2x1", (2, 9216, 8, 40)),
+        ("v6e:1x1", (2, 9216, 8, 40)),
+    ],
+)
 def test_every_generation_has_room_for_its_tiles(topology, shape):
     """512 and 768 pixels, few and many images: a chip's own memory holds the tiles of both passes."""
     place = SingleDeviceSharding(tpu.devices_of(topology)[0])

@@ -118,6 +118,7 @@ def test_pivotal_tuning_has_rows_and_factors_and_its_rows_stop(micro, tmp_path):
     assert not stopped["a.new"].any() and stopped["b"].all()
 
 
+@pytest.mark.slow
 def test_pivotal_tuning_goes_on_from_its_two_files(micro, tmp_path):
     job, params, fresh, _ = job_of(micro, tmp_path, method="pivotal")
     moved = {name: np.asarray(value) + 0.125 for name, value in fresh.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.flags import xla_flags
 from support.runs import SMALL, checkpoints, flags
 
 from dreambooth_jax.export import main as export
@@ -57,7 +58,7 @@ def cloud(micro, tmp_path):
         "NAME": "job",
         "CONFIG": "configs/dog.py",
         "ARGS": " ".join(f'"{flag}"' for flag in flags(base=micro, **FIELDS)),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(2),
     }
 
 

@@ -132,6 +132,7 @@ def test_a_latent_pixel_weighs_the_share_that_is_masked():
     np.testing.assert_array_equal(latent_weights(mask, (2, 4)), [[1, 0.5, 0, 0, 0, 0, 0, 0]])
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_them_has_the_shapes_that_plans_have(micro, tmp_path):
     folder, others = tmp_path / "photos", tmp_path / "dogs"
     folder.mkdir()

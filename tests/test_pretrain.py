@@ -13,6 +13,7 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 from safetensors.numpy import load_file
+from support.flags import xla_flags
 from support.npm_packages import write_packages
 
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 # As its config advises, one device per core.
-DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
+DEVICES = {"XLA_FLAGS": xla_flags(2)}
 CONFIG = """
 import importlib.util
 

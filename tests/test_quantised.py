@@ -63,6 +63,7 @@ def loss_of(pipeline):
     return jax.jit(lambda params: jnp.square(pipeline.denoise_tokens(params, x, jnp.ones(2), {"ids": ids})).mean())
 
 
+@pytest.mark.slow
 def test_devices_hold_what_the_shapes_promise(start):
     job, params, trainable, frozen = start("lora", devices=8)
     promised = split_shapes(job)

@@ -144,6 +144,7 @@ def test_prompts_without_the_identifier():
     assert prompts.paper_prompts("dog") != prompts.paper_prompts("teapot")
 
 
+@pytest.mark.slow
 def test_photos_are_no_copies_of_each_other_and_photos_again_are():
     """On the example subjects: each photo beside the others of its subject, and each stored again as a poor JPEG. The
     largest cosine of two photos alone would suspect 2 of 5: the most similar pair of 5 holds a given photo so often."""

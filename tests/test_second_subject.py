@@ -35,6 +35,7 @@ def lowered(micro, tmp_path):
     return programs
 
 
+@pytest.mark.slow
 def test_another_subject_has_the_same_programs(lowered):
     """Other photos, captions, class images, rates: the text of both programs is the same to the last letter."""
     steps, painting = lowered(3, **EVERY_FEATURE)

@@ -35,6 +35,7 @@ def test_identifiers_are_rare_single_tokens(base):
     assert check_identifier(pipeline.tokenizer, "dog")  # a common word is warned of
 
 
+@pytest.mark.slow
 def test_pytorch_paints_the_same_picture(base):
     pipeline, params = base
     reference = StableDiffusionPipeline.from_pretrained(EMBEDDED_FOLDER, torch_dtype=torch.float32)

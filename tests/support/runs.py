@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from support.flags import xla_flags
 from support.torch_folders import write_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,8 +80,7 @@ def config_of(workdir: Path, **fields):
 
 def start(workdir: Path, *, program=("-m", "dreambooth_jax.train"), devices=1, environment=(), log=None, **fields):
     """The train command in a process of its own; its output goes to `log`, or to `workdir`.log."""
-    platform = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    env = os.environ | {"XLA_FLAGS": platform, "PYTHONPATH": str(ROOT)} | dict(environment)
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices), "PYTHONPATH": str(ROOT)} | dict(environment)
     command = [sys.executable, *program, "--config", "configs/dog.py", *flags(workdir=str(workdir), **SMALL | fields)]
     log_of(workdir).parent.mkdir(parents=True, exist_ok=True)
     with log_of(log or workdir).open("a") as output:
