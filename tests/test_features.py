@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.torch_folders import write_tokenizer
 from support.torch_images import TorchEfficientNetLite0, TorchLPIPS
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -178,10 +178,11 @@ def test_a_folder_of_another_model_is_refused(tmp_path, mesh):
 
 
 def test_a_pickled_model_is_refused_and_the_command_in_the_message_converts_it(pictures, mesh, tmp_path, monkeypatch):
-    model = write_vit(tmp_path / "vit")
+    write_vit(tmp_path / "vit")
+    stored = tmp_path / "vit" / "model.safetensors"
     expected = features.subject_features(resolve_model(str(tmp_path / "vit")), mesh).of(pictures)
-    (tmp_path / "vit" / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "vit" / "pytorch_model.bin")
+    torch.save(load_file(stored), tmp_path / "vit" / "pytorch_model.bin")
+    stored.unlink()
     with pytest.raises(WeightsError, match="no weights as safetensors") as refused:
         resolve_model(str(tmp_path / "vit"))
     python, flag, code, *arguments = shlex.split(str(refused.value).splitlines()[-1])
