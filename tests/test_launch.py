@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 FAKE_GCLOUD = ROOT / "tests" / "support" / "fake_gcloud.py"
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-FIELDS = SMALL | {"steps": 120, "save_every": 10, "sample_every": 120, "batch_size": 2}
+FIELDS = SMALL | {"steps": 60, "save_every": 10, "sample_every": 60, "batch_size": 2}
 
 # What a host has in place of the real python3: making an environment gives it this one, installing into it nothing.
 HOST_PYTHON = """#!/usr/bin/env bash
@@ -89,7 +89,7 @@ def test_a_preempted_slice_is_asked_for_again_and_the_run_resumes(cloud, tmp_pat
 
     results = tmp_path / "results"
     assert [int(row.split(",")[0]) for row in (results / "metrics.csv").read_text().splitlines()[1:]] == list(
-        range(1, 121)
+        range(1, 61)
     )
     assert list((results / "samples").glob("*.png"))
     assert not list(results.glob("checkpoints/*/optimizer/*"))

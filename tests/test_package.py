@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.flags import xla_flags
 
 import dreambooth_jax
 
@@ -31,7 +32,7 @@ def installed(tmp_path_factory):
 
 def run(installed: Path, folder: Path, *arguments: str) -> str:
     """Runs Python with the installed package in `folder`; returns its output."""
-    environment = os.environ | {"PYTHONPATH": str(installed)}
+    environment = os.environ | {"PYTHONPATH": str(installed), "XLA_FLAGS": xla_flags(1)}
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
