@@ -2,6 +2,7 @@
 
     python -m dreambooth_jax.plan --config configs/dog.py:sd15 --topology v5e:2x4
     python -m dreambooth_jax.plan --config configs/dog.py:sd15 --sweep
+    python -m dreambooth_jax.plan --config configs/many.py:sd15 --subjects 8 --topology v5e:1x1 --chip_hour_price 1.2
     python -m dreambooth_jax.plan --config configs/protocol.py:sd15 --protocol --chip_hour_price 1.2
 
 The TPU compiler (`pip install -e ".[plan]"`) compiles the very programs that `train` would run, from shapes alone, on
@@ -33,9 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--advise", action=argparse.BooleanOptionalAction, default=True, help="when it does not fit, compile what would"
     )
     parser.add_argument("--protocol", action="store_true", help="cost of the whole protocol of configs/protocol.py")
-    parser.add_argument("--chip_hour_price", type=float, default=0.0, help="price of one chip for an hour (--protocol)")
+    parser.add_argument(
+        "--subjects", type=int, default=0, help="so many subjects in one program; default: those of the config"
+    )
+    parser.add_argument(
+        "--chip_hour_price", type=float, default=0.0, help="price of one chip for an hour (--protocol, --subjects)"
+    )
     with one_line_errors():
         options, config, _ = config_file.parse(parser, arguments, "configs/dog.py:sd15")
+        if options.subjects < 0 or (options.subjects and (options.protocol or options.sweep)):
+            parser.error(f"--subjects {options.subjects}: expected a number above 0, without --protocol or --sweep")
         if not options.protocol:
             check_config(config)
         run(config, options)
@@ -44,12 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(config: ConfigDict, options: argparse.Namespace) -> None:
     """Prints what the options ask for."""
     from dreambooth_jax.devices import runtime  # here, so that a wrong config is refused without JAX
-    from dreambooth_jax.runs import slices
+    from dreambooth_jax.runs import slices, together
     from dreambooth_jax.runs.cascade import stage_configs
 
     runtime.start()
     if options.protocol:
         print(slices.plan_protocol(config, options), flush=True)
+        return
+    if options.subjects or (config.subjects and not options.sweep):
+        together.print_together(config, options)
         return
     config = stage_configs(config)[max(1, config.stage) - 1]
     if options.sweep:

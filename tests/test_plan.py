@@ -26,6 +26,8 @@ from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import FeedForward
 from dreambooth_jax.runs import slices as plan
+from dreambooth_jax.runs import together
+from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
 
 pytestmark = pytest.mark.slow
@@ -238,3 +240,55 @@ def test_the_whole_protocol_is_priced(micro, planned, monkeypatch, tmp_path, cap
     ends = (" hours", " chip h", " at 2")
     hours, chip_hours, price = (float(lines["in all"].split(end)[0].split()[-1]) for end in ends)
     assert chip_hours == pytest.approx(8 * hours, abs=0.1) and price == pytest.approx(2 * chip_hours, abs=0.2)
+
+
+@pytest.fixture(scope="module")
+def crowd(micro, tmp_path_factory):
+    """(config, a small plan of sixteen subjects on eight chips)."""
+    config = config_of(tmp_path_factory.mktemp("crowd") / "run", base=micro, dtype="bfloat16", method="lora")
+    return config, together.together(config, "v5e:2x4", 16)
+
+
+def test_subjects_together_exchange_metrics_alone(crowd):
+    config, found = crowd
+    assert (found.each, found.devices, found.alone.devices) == (2, 8, 1)
+    assert found.cost.collectives.keys() <= {"all-gather"}
+    assert sum(size for _, size in found.cost.collectives.values()) <= 4 * 4 * 16 * config.steps_per_call
+    assert found.held < found.cost.arguments < found.cost.peak
+    assert found.ratio == pytest.approx(found.cost.seconds / 2 / found.alone.cost.seconds)
+    # Ten class images, four at once; a sheet of four pictures for each of sixteen subjects.
+    assert found.at_once == 4 and found.batches == (3, 16)
+    assert found.run_seconds == pytest.approx(60 * found.cost.seconds + 19 * found.painting_seconds)
+    assert json.loads(json.dumps(together.as_json(found)))["crowd"] == {"subjects": 16, "nouns": 1}
+
+
+def test_the_price_of_subjects_together(crowd, micro, monkeypatch, capsys):
+    _, found = crowd
+    monkeypatch.setattr(together, "together", lambda *_, **__: found)
+    command = ["--config", "configs/dog.py:tiny,lora", f"--config.base={micro}", "--topology", "v5e:2x4"]
+    plan_command.main([*command, "--subjects", "16", "--chip_hour_price", "3e6"])
+    said = capsys.readouterr().out.partition("Together\n")[2]
+    lines = dict(line.strip().split(": ", 1) for line in said.splitlines())
+    assert lines["subjects"] == "16 of 1 class noun on v5e:2x4, 2 a chip"
+    assert lines["peak"].endswith(f"about {found.most} a chip fit, by a line through 1 and 2")
+    whole, each = (float(lines[name].split(" at ")[0].split()[-1]) for name in ("all", "a subject"))
+    assert whole == pytest.approx(16 * each, rel=0.01)
+    assert whole == pytest.approx(8 * found.run_seconds / 3600 * 3e6, rel=0.01)
+
+
+def test_how_many_subjects_fit_is_a_line_through_two_compiles(crowd):
+    _, found = crowd
+    hbm = found.chip.hbm
+    tight = dataclasses.replace(found, cost=None, missing=2**30, other=(1, hbm - 2**30))
+    assert tight.most == 1
+    assert "NO: 1.00 GiB too much; about 1 a chip fit" in together.describe(tight, crowd[0], 0.0)
+    assert dataclasses.replace(tight, missing=0).most is None
+    five = dataclasses.replace(
+        found, cost=dataclasses.replace(found.cost, peak=hbm - 7 * 2**29), other=(1, hbm - 2**32)
+    )
+    assert five.most == 2 + 7  # half a GiB each
+
+
+def test_methods_without_a_frozen_base_are_not_planned_together(config):
+    with pytest.raises(ConfigError, match="many subjects share a frozen base"):
+        together.together(config, "v5e:2x4", 16)

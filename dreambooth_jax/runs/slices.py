@@ -245,7 +245,7 @@ def describe(plan: Plan, config: ConfigDict) -> str:
     ]
     if cost is None:
         lines += [("fits", f"NO: {plan.missing / GIB:.2f} GiB too much")]
-        return _lines(lines)
+        return lines_of(lines)
     spare = chip.hbm - cost.peak
     lines += [
         ("temporaries", f"{cost.temporaries / GIB:7.2f} GiB"),
@@ -278,7 +278,7 @@ def describe(plan: Plan, config: ConfigDict) -> str:
                 f"does NOT fit: {plan.painting_missing / GIB:.2f} GiB too much: paint fewer at once (class_batch_size)",
             )
         )
-    return _lines(lines)
+    return lines_of(lines)
 
 
 def _painted(plan: Plan) -> str:
@@ -288,7 +288,8 @@ def _painted(plan: Plan) -> str:
     return f"{painted} class images and {sheets} pictures of sheets"
 
 
-def _lines(lines: Sequence[tuple[str, str]]) -> str:
+def lines_of(lines: Sequence[tuple[str, str]]) -> str:
+    """Lines of (name, text), the names one above the other."""
     return "\n".join(f"{name:>18}: {text}" for name, text in lines)
 
 
