@@ -106,23 +106,13 @@ def test_remedies_are_compiled_until_one_fits(config, planned, monkeypatch):
     assert names[-1] == "remat=layers, mesh_fsdp=-1, mesh_data=1, moment_dtype=bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("config_string", "topology", "changes"),
-    [
-        # One subject image and one class image on each of four chips, text encoder and all, AdamW in float32.
-        ("sd15", "v5e:2x2", {"batch_size": 4, "mesh_fsdp": 4}),
-        ("sd15,lora", "v5e:1x1", {}),
-    ],
-)
-def test_stable_diffusion_fits_chips_of_16_gb(config_string, topology, changes):
-    """The real size, by the compiler's own check of memory: full fine-tuning on four chips, LoRA on one."""
-    config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"](config_string)
-    config.update(changes)
+def test_a_lora_of_stable_diffusion_fits_a_chip_of_16_gb():
+    """The real size, by the compiler's own check of memory; full fine-tuning is in benchmarks/RESULTS.md."""
+    config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]("sd15,lora")
     assert config.prior_preservation and config.train_text_encoder and config.optimizer == "adamw"
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # gives back the gigabytes that the compiler keeps
-        found = pool.submit(plan.plan, config, topology, class_images=False).result()
-    trained = found.optimizer_state * found.devices / 8  # two moments of four bytes
-    assert trained > 9.8e8 if config.method == "full" else trained < 1e7
+        found = pool.submit(plan.plan, config, "v5e:1x1", class_images=False).result()
+    assert found.optimizer_state / 8 < 1e7  # two moments of four bytes
     assert found.fits and found.cost.peak < found.chip.hbm
 
 
