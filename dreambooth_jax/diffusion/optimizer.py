@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from dreambooth_jax.diffusion.adam import scale_by_adam
 from dreambooth_jax.models.params import Params
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
@@ -77,6 +78,7 @@ def make_optimizer(
     eps: float = 1e-8,
     clip_norm: Number | None = 1.0,
     moment_dtype: str = "float32",
+    second_moment_dtype: str = "float32",
     multiplier: Callable[[str], Number] | None = None,
     decays: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -89,6 +91,7 @@ def make_optimizer(
         b1, b2, eps: constants of AdamW.
         clip_norm: limit of the gradient's global norm; None for no clipping.
         moment_dtype: dtype of AdamW's first moment; "bfloat16" saves two bytes per trainable parameter.
+        second_moment_dtype: dtype of AdamW's second moment; "bfloat16", rounded at random, saves two bytes more.
         multiplier: parameter name -> factor on its learning rate.
         decays: parameter name -> whether weight decay applies; None for all.
 
@@ -98,16 +101,12 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer = {name!r}; implemented: {', '.join(OPTIMIZERS)}")
     mask = None if decays is None else lambda params: {name: decays(name) for name in params}
-    core = (
-        optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask, mu_dtype=moment_dtype)
-        if name == "adamw"
-        # optax's Adafactor does not multiply its decay by the learning rate; this chain does.
-        else optax.chain(
-            optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0),
-            optax.scale(-1.0),
-            optax.add_decayed_weights(weight_decay, mask),
-            optax.scale_by_learning_rate(rate),
-        )
-    )
+    if name == "adafactor":  # optax's own does not multiply its decay by the learning rate
+        scale = [optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0), optax.scale(-1.0)]
+    elif second_moment_dtype == "float32":
+        scale = [optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)]
+    else:
+        scale = [scale_by_adam(b1, b2, eps, moment_dtype)]
+    core = optax.chain(*scale, optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(rate))
     clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
     return optax.chain(*clip, core, *([scale_by_name(multiplier)] if multiplier else []))

@@ -146,6 +146,7 @@ FIELDS: dict[str, Field] = {
     "text_encoder_multiplier": _not_negative(float),
     "optimizer": _one_of("adamw", "adafactor"),
     "moment_dtype": _one_of("float32", "bfloat16"),
+    "second_moment_dtype": _one_of("float32", "bfloat16"),
     "learning_rate": Field(float, lambda v: v > 0, "above 0"),
     "lr_schedule": _one_of("constant", "linear", "cosine"),
     "lr_warmup_steps": _not_negative(int),

@@ -86,6 +86,7 @@ def _optimizer(
         weight_decay=numbers.weight_decay,
         clip_norm=numbers.clip_norm if config.clip_norm else None,
         moment_dtype=config.moment_dtype,
+        second_moment_dtype=config.second_moment_dtype,
         multiplier=lambda name: method.multiplier(name) * (of_text if pipeline.family.role_of(name) == TEXT else 1.0),
         decays=method.decays,
     )

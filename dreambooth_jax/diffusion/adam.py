@@ -1,0 +1,72 @@
+"""Adam with both moments in bfloat16: the second one is rounded at random."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, BFloat16, Float32, Integer, PyTree, UInt32
+
+
+def scale_by_adam(b1: float, b2: float, eps: float, first_dtype: DTypeLike) -> optax.GradientTransformation:
+    """Adam (arXiv 1412.6980, algorithm 1) whose second moment v is kept in bfloat16.
+
+    A step changes v by at most the factor b2 = .999, which is less than half of bfloat16's spacing of 2^-8: rounded to
+    the nearest number, v would never fall again. Rounded up or down at random, it has the right mean. The update takes
+    both moments before they are rounded. The state is that of optax's `scale_by_adam`.
+
+    Args:
+        first_dtype: of the first moment, which is rounded to the nearest number.
+    """
+
+    def init(params: PyTree) -> optax.ScaleByAdamState:
+        def zeros(dtype: DTypeLike) -> PyTree:
+            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(first_dtype), zeros(jnp.bfloat16))
+
+    def update(
+        updates: PyTree, state: optax.ScaleByAdamState, params: PyTree = None
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        count = optax.safe_increment(state.count)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        first = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, state.mu, grads)
+        second = jax.tree.map(lambda v, g: b2 * v.astype(jnp.float32) + (1 - b2) * g * g, state.nu, grads)
+        scales = 1 / (1 - b1**count), 1 / (1 - b2**count)
+        scaled = jax.tree.map(lambda m, v: m * scales[0] / (jnp.sqrt(v * scales[1]) + eps), first, second)
+        leaves, structure = jax.tree.flatten(second)
+        rounded = [round_at_random(v, count, number) for number, v in enumerate(leaves)]
+        first = jax.tree.map(lambda m: m.astype(first_dtype), first)
+        return scaled, optax.ScaleByAdamState(count, first, jax.tree.unflatten(structure, rounded))
+
+    return optax.GradientTransformation(init, update)
+
+
+def round_at_random(x: Float32[Array, "..."], step: Integer[Array, ""], number: int) -> BFloat16[Array, "..."]:
+    """One of the two bfloat16 numbers next to each element; the mean over steps is the element.
+
+    A bfloat16 number is the upper half of a float32 number: 16 random bits are added to the lower half, whose carry
+    rounds up. The bits are a hash of the element's index, so that they are computed where the element is, on any number
+    of devices, and are never stored.
+
+    Args:
+        x: finite, at least 0.
+        step, number: of the update and of the tensor; other ones have other bits.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_hash(x.shape, step, number) >> 16)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _hash(shape: tuple[int, ...], step: Integer[Array, ""], number: int) -> UInt32[Array, "..."]:
+    """32 bits for every index: the finaliser of MurmurHash3 over the index and a hash of step and tensor."""
+    strides = np.cumprod((1, *shape[:0:-1]), dtype=np.uint32)[::-1]
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * strides[axis]
+    return _mixed(index ^ _mixed(step.astype(jnp.uint32) * np.uint32(0x9E3779B1) + np.uint32(number)))
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    return x ^ (x >> 16)
