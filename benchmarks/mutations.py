@@ -73,7 +73,7 @@ TESTS = {
     "ops/flash": "test_flash",
     "ops/recompute": "test_recompute",
 }
-# Operators that are left out: they change names, make errors of type that any call would find, or cannot change `except a.B`.
+# Operators left out: they change names, cannot change `except a.B`, or make errors of type that any call would find.
 OTHERS = re.compile("Decorator|Variable|ExceptionReplacer|_(Bit|RShift|LShift|Invert)")
 # CPU seconds after which a mutant that hangs counts as noticed: this, and a multiple of the unchanged module's.
 PATIENCE, MULTIPLE = 30, 3
