@@ -44,7 +44,7 @@ TESTS = {
     "data/paths": "test_sources test_images",
     "data/sources": "test_sources test_images test_hub_data test_sources_fuzz",
     "adapters/extract": "test_extract",
-    "adapters/factors": "test_lora_forms test_lora_files",
+    "adapters/factors": "test_extract test_lora_forms test_lora_files",
     "adapters/inversion": "test_inversion",
     "adapters/lora": "test_lora_forms test_lora::test_targets_that_match_nothing_are_an_error",
     "adapters/many": "test_many",

@@ -66,6 +66,7 @@ def test_one_file_of_captions_for_all(tmp_path, name, text):
         ("metadata.jsonl", '{"file_name": "../0.jpg", "text": "x"}', r"no image '\.\./0\.jpg'"),
         ("metadata.jsonl", '{"text": "x"}', "no 'file_name'"),
         ("metadata.jsonl", "7", "7 is not an object"),
+        ("metadata.jsonl", '{"file_name": "0.jpg"}\n7', "text is None, not a string"),
         ("metadata.json", "3", "3 is not an object"),
     ],
 )
