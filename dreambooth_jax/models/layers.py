@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dreambooth_jax.ops.convolve import Given, Image, convolve
+from dreambooth_jax.ops.group_norm import group_norm
 from dreambooth_jax.ops.quantise import dequantise, product
 
 
@@ -102,20 +103,16 @@ def column_norms(
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation (arXiv 1803.08494), statistics in float32, two-pass variance as in PyTorch."""
+    """Group normalisation, with `silu` then SiLU (ops.group_norm)."""
 
     def __init__(self, channels: int, groups: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.groups, self.eps, self.dtype = groups, eps, dtype
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
 
-    def __call__(self, x: Image) -> Image:
-        b, h, w, c = x.shape
-        grouped = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        variance = jnp.square(grouped - mean).mean((1, 3), keepdims=True)
-        normed = ((grouped - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(b, h, w, c)
-        return (normed * self.scale + self.bias).astype(self.dtype)
+    def __call__(self, x: Image, *, silu: bool = False) -> Image:
+        scale, bias = self.scale.get_value(), self.bias.get_value()
+        return group_norm(x, scale, bias, self.groups, self.eps, silu, self.dtype)
 
 
 class ResnetBlock2D(nnx.Module):
@@ -132,10 +129,10 @@ class ResnetBlock2D(nnx.Module):
         self.conv_shortcut = Conv(cin, cout, 1, **kw) if cin != cout else None
 
     def __call__(self, x: Image, temb: Float[Array, "b e"] | None = None) -> Image:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(jax.nn.silu(temb))[:, None, None]
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h, silu=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -419,7 +419,7 @@ class UNet2DConditionModel(nnx.Module):
                 x = layer(block, index, jnp.concatenate([x, skips.pop()], -1), temb, context)
             if block.upsamplers:
                 x = block.upsamplers[0](x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
     def _added(self, pooled: Float[Array, "b p"], sizes: Float[Array, "b s"]) -> Float[Array, "b e"]:
         """Embedding of the pooled text and of every size number, as for time (arXiv 2307.01952, section 2.2)."""
