@@ -55,6 +55,7 @@ class Together:
         other: number of subjects a device of a second compile, and its peak in bytes (0: not known).
         painting: the compiler's answer for painting one batch of pictures; None if the run paints none.
         painting_seconds: for one batch.
+        painting_missing: bytes by which painting does not fit.
         batches: batches of `at_once` pictures of the whole run: class images, sheets.
         steps: number of steps of the whole run.
         alone: plan of one subject alone on one chip.
@@ -72,10 +73,21 @@ class Together:
     other: tuple[int, int]
     painting: Cost | None
     painting_seconds: float
+    painting_missing: int
     batches: tuple[int, int]
     at_once: int
     steps: int
     alone: Plan
+
+    @property
+    def sheets_peak(self) -> int:
+        """Bytes while sheets are painted, beside the states and data of all."""
+        return self.painting.peak + self.held if self.painting and self.batches[1] else 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether every program of the run does."""
+        return self.cost is not None and not self.painting_missing and self.sheets_peak <= self.chip.hbm
 
     @property
     def most(self) -> int | None:
@@ -135,9 +147,12 @@ def together(config: ConfigDict, topology: str, count: int, *, quick: bool = Tru
         cost, missing = _compiled(chip, lowered, quick)
         found, less = second.result()
     batches = _batches(job, crowd)
-    painting, painting_seconds = alone.painting, alone.painting_seconds
-    if sum(batches) and painting is None:
-        painting, painting_seconds = slices.painting_cost(job, chip, quick=quick)
+    painting, painting_seconds, painting_missing = alone.painting, alone.painting_seconds, alone.painting_missing
+    if sum(batches) and painting is None and not painting_missing:
+        try:
+            painting, painting_seconds = slices.painting_cost(job, chip, quick=quick)
+        except OutOfMemory as error:
+            painting_missing = error.missing
     return Together(
         topology=topology,
         devices=len(devices),
@@ -151,6 +166,7 @@ def together(config: ConfigDict, topology: str, count: int, *, quick: bool = Tru
         other=(subjects_a_device(mesh, other.subjects), found.peak if found else less and chip.hbm + less),
         painting=painting,
         painting_seconds=painting_seconds,
+        painting_missing=painting_missing,
         batches=batches,
         at_once=job.config.class_batch_size,
         steps=config.steps,
@@ -228,6 +244,10 @@ def describe(found: Together, config: ConfigDict, price: float) -> str:
         ("all", f"{_cost(hours, price)}, besides start, compiling and reading of weights"),
         ("a subject", _cost(hours / crowd.subjects, price)),
     ]
+    if found.painting_missing or found.sheets_peak > chip.hbm:
+        excess = found.painting_missing or found.sheets_peak - chip.hbm
+        too_much = f"does NOT fit: {excess / GIB:.2f} GiB too much: paint fewer at once (class_batch_size)"
+        lines.append(("painting", too_much))
     return slices.lines_of(lines)
 
 
@@ -237,7 +257,7 @@ def _cost(hours: float, price: float) -> str:
 
 def as_json(found: Together) -> dict[str, Any]:
     """The figures of `describe`, in bytes and seconds."""
-    values = dataclasses.asdict(found) | {"fits": found.cost is not None, "most": found.most}
+    values = dataclasses.asdict(found) | {"fits": found.fits, "most": found.most}
     values["crowd"] = found.crowd._asdict()
     for name in ("cost", "painting"):
         if values[name]:
