@@ -12,7 +12,7 @@ import gzip
 import re
 from pathlib import Path
 
-from dreambooth_jax.devices.tpu import CHIPS
+from dreambooth_jax.devices.chips import CHIPS
 
 SHOWN = 12
 

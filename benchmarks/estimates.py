@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.tpu import CHIPS, compile_for, devices_of
+from dreambooth_jax.devices.chips import CHIPS
+from dreambooth_jax.devices.tpu import compile_for, devices_of
 from dreambooth_jax.ops.attention import attention
 
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}

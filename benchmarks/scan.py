@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.method import full
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.chips import CHIPS
 from dreambooth_jax.devices.sharding import make_mesh, placed_shapes, replicated
-from dreambooth_jax.devices.tpu import CHIPS, Cost, compile_for, devices_of
+from dreambooth_jax.devices.tpu import Cost, compile_for, devices_of
 from dreambooth_jax.models.params import functional, under_prefix, with_prefix
 from dreambooth_jax.models.unet import BasicTransformerBlock
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from kept import kept
 
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.devices.chips import CHIPS
 from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.devices.tpu import CHIPS, Cost, devices_of
+from dreambooth_jax.devices.tpu import Cost, devices_of
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.runs.job import make_job
 from dreambooth_jax.runs.slices import Plan, painting_cost, plan

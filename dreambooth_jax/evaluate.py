@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.evaluation.choices import BACKBONES, CLIP, DINO, JUDGES, PROMPTS, TRANSFORMS
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.runs import config_file
-from dreambooth_jax.runs.command import one_line_errors
+from dreambooth_jax.runs.command import finite, one_line_errors
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -50,13 +50,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max_prompt_loss",
-        type=float,
+        type=finite,
         default=0.02,
         help="CLIP-T that the best checkpoint may lose against the highest (default: 0.02)",
     )
     parser.add_argument(
         "--max_copy",
-        type=float,
+        type=finite,
         default=0.0,
         help="similarity to a photo that no picture of the best checkpoint reaches (default: copy detector's limit)",
     )
@@ -112,10 +112,9 @@ def evaluate_run(options: argparse.Namespace, command: str) -> str:
     from dreambooth_jax.evaluation.table import as_json, markdown
     from dreambooth_jax.files.atomic import write_atomic
     from dreambooth_jax.runs.scoring import kept_steps, questions_of, score_run
-    from dreambooth_jax.runs.workdir import read_config
 
     workdir, mesh = options.workdir, make_mesh()
-    config = read_config(workdir)
+    config = config_file.read_config(workdir)
     steps = kept_steps(workdir)  # before models are read
     questions = questions_of(config, options.prompts, options.count, options.class_count)
     judge = make_judge(options, config.base, mesh)
@@ -159,16 +158,15 @@ def evaluate_many(options: argparse.Namespace) -> str:
 
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.runs.bleed import markdown, measure_bleed, write_bleed
-    from dreambooth_jax.runs.workdir import read_config
 
     mesh, folder = make_mesh(), epath.Path(options.workdir) / "evaluation"
-    judge = make_judge(options, read_config(options.workdir).base, mesh)
+    judge = make_judge(options, config_file.read_config(options.workdir).base, mesh)
     bleed = measure_bleed(options.workdir, judge, mesh, options.count)
     write_bleed(bleed, folder)
     return f"{markdown(bleed)}\nJudged by {judge.title}.\nPictures: {folder}/bleed.png"
 
 
-def evaluate_protocol(spec: str, overrides: Sequence[str], command: str) -> str:
+def evaluate_protocol(config: ConfigDict, command: str) -> str:
     """Trains and scores every subject of a protocol; returns the table and where the page is."""
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.runs import lease
@@ -177,7 +175,6 @@ def evaluate_protocol(spec: str, overrides: Sequence[str], command: str) -> str:
     from dreambooth_jax.runs.setup import set_up
     from dreambooth_jax.runs.training import train
 
-    config = read_protocol(spec, overrides)
     check_protocol(config)  # before models are read
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     judge = make_judge(config, config.train.base, mesh)
@@ -205,13 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     command = shlex.join(["python", "-m", "dreambooth_jax.evaluate", *arguments])
     with one_line_errors():
-        from dreambooth_jax.devices import runtime  # after the command line, which is read at once
-        from dreambooth_jax.runs.workdir import read_config
+        protocol = read_protocol(options.config, options.overrides) if options.config else None
+        many = not protocol and bool(config_file.read_config(options.workdir).subjects)
+        from dreambooth_jax.devices import runtime  # here, so that wrong options are refused without JAX
 
         runtime.start()
-        if options.config:
-            print(evaluate_protocol(options.config, options.overrides, command))
-        elif read_config(options.workdir).subjects:
+        if protocol:
+            print(evaluate_protocol(protocol, command))
+        elif many:
             print(evaluate_many(options))
         else:
             print(evaluate_run(options, command))

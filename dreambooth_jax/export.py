@@ -12,16 +12,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth_jax.runs.command import one_line_errors, step_of
+from dreambooth_jax.files.hub import resolve_base
+from dreambooth_jax.files.layouts import split_base
+from dreambooth_jax.runs.command import not_negative, one_line_errors, step_of
+from dreambooth_jax.runs.config_file import read_config
+from dreambooth_jax.runs.places import check_base, check_files_given
 
 FORMATS = ("folder", "single", "kohya", "peft", "embedding")
 
 
 def check_output(output: str, base: str) -> None:
     """Raises ValueError if an export to `output` would write over the base of the run, its folder or single file."""
-    from dreambooth_jax.files.hub import resolve_base
-    from dreambooth_jax.files.single_file import split_base
-
     file, _ = split_base(base)
     place = Path(output).resolve()
     for own in (resolve_base(base).resolve(), *([file.resolve()] if file else [])):
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "embedding: new token. Default: embedding for inversion, kohya for other adapters; else single for a "
         ".safetensors file, folder for a folder",
     )
-    parser.add_argument("--rank", type=int, default=0, help="make a LoRA of this rank of a full fine-tuning")
+    parser.add_argument("--rank", type=not_negative, default=0, help="make a LoRA of this rank of a full fine-tuning")
     parser.add_argument(
         "--variant", default="", help="of a folder's weight files: fp16 names them model.fp16.safetensors and alike"
     )
@@ -64,11 +65,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.workdir and options.lora:
         parser.error("--lora is merged into a --base; with --workdir, sample takes it")
     with one_line_errors():
+        check(options)
         print(_export(options))
 
 
+def check(options: argparse.Namespace) -> None:
+    """Checks that the run, or the base and the adapters, are there, and that the export writes over no base.
+
+    Raises:
+        ValueError, OSError: they are not; says what was expected.
+    """
+    base = options.base
+    if options.workdir:
+        options.workdir = os.path.expanduser(options.workdir)
+        base = read_config(options.workdir).base
+    else:
+        check_base(base)
+        check_files_given(options.lora, ())
+    check_output(options.output, base)
+
+
 def _export(options: argparse.Namespace) -> str:
-    from dreambooth_jax.devices import runtime  # here, so that --help needs no JAX
+    from dreambooth_jax.devices import runtime  # here, so that wrong options are refused without JAX
 
     runtime.start()
     import jax.numpy as jnp
@@ -77,16 +95,12 @@ def _export(options: argparse.Namespace) -> str:
     if options.base:
         from dreambooth_jax.runs.merging import merge_files
 
-        check_output(options.output, options.base)
         output = Path(options.output)
         return merge_files(options.base, options.lora, output, kind=options.format, dtype=dtype, variant=variant)
     from dreambooth_jax.runs.exports import export
-    from dreambooth_jax.runs.workdir import read_config
 
-    workdir = os.path.expanduser(options.workdir)
-    check_output(options.output, read_config(workdir).base)
     settings = {"step": options.step, "kind": options.format, "rank": options.rank, "hub": options.push_to_hub}
-    return export(workdir, options.output, dtype=dtype, variant=variant, **settings)
+    return export(options.workdir, options.output, dtype=dtype, variant=variant, **settings)
 
 
 if __name__ == "__main__":

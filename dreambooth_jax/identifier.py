@@ -6,7 +6,8 @@ python -m dreambooth_jax.identifier --base tiny --photos examples/subjects/dog
 """
 
 import argparse
-import sys
+
+from dreambooth_jax.runs.command import one_line_errors, positive, seed_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -15,8 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--ranks", type=_parse_ranks, metavar="LO:HI", help="vocabulary ranks, LO <= rank < HI (default: the rare end)"
     )
-    parser.add_argument("--count", type=int, default=10, help="number of proposals (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    parser.add_argument("--count", type=positive, default=10, help="number of proposals (default: 10)")
+    parser.add_argument("--seed", type=seed_of, default=0, help="seed of the draw (default: 0)")
     parser.add_argument("--photos", help="folder of the subject's photos: class nouns are proposed too")
     parser.add_argument(
         "--clip",
@@ -24,12 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--base tiny, else openai/clip-vit-base-patch32",
     )
     options = parser.parse_args(arguments)
-    try:
+    with one_line_errors():
         print(propose(options))
         if options.photos:
             print(propose_nouns(options))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
 
 
 def propose(options: argparse.Namespace) -> str:

@@ -15,9 +15,12 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from dreambooth_jax.devices.chips import chip_of
 from dreambooth_jax.runs import config_file
-from dreambooth_jax.runs.command import one_line_errors
-from dreambooth_jax.runs.config import check_config
+from dreambooth_jax.runs.command import finite, not_negative, one_line_errors
+from dreambooth_jax.runs.config import absolute_paths, check_config
+from dreambooth_jax.runs.effects import check_effects
+from dreambooth_jax.runs.places import check_base
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,17 +38,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--protocol", action="store_true", help="cost of the whole protocol of configs/protocol.py")
     parser.add_argument(
-        "--subjects", type=int, default=0, help="so many subjects in one program; default: those of the config"
+        "--subjects", type=not_negative, default=0, help="so many subjects in one program; default: those of the config"
     )
     parser.add_argument(
-        "--chip_hour_price", type=float, default=0.0, help="price of one chip for an hour (--protocol, --subjects)"
+        "--chip_hour_price", type=finite, default=0.0, help="price of one chip for an hour (--protocol, --subjects)"
     )
     with one_line_errors():
-        options, config, _ = config_file.parse(parser, arguments, "configs/dog.py:sd15")
-        if options.subjects < 0 or (options.subjects and (options.protocol or options.sweep)):
-            parser.error(f"--subjects {options.subjects}: expected a number above 0, without --protocol or --sweep")
+        options, config, preset = config_file.parse(parser, arguments, "configs/dog.py:sd15")
+        if options.subjects and (options.protocol or options.sweep):
+            parser.error(f"--subjects {options.subjects}: expected without --protocol or --sweep")
+        chip_of(options.topology)
         if not options.protocol:
             check_config(config)
+            check_effects(config, preset)
+            config = absolute_paths(config)
+            for base in (config.base, *config.stages):
+                check_base(base, weights=False)
         run(config, options)
 
 

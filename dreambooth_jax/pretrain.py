@@ -10,6 +10,7 @@ twice. Every part is checkpointed, and the same command resumes after a kill at 
 import argparse
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ def pretrain(config: ConfigDict) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jax.set_mesh(make_mesh())  # attention splits its batch over it
+    config.update(output=os.path.expanduser(config.output), workdir=os.path.expanduser(config.workdir))
     output = Path(config.output)
     sprites = world.load_sprites(config.world or None)
     world.write_tokenizer(output / "tokenizer", world.words(sprites), config.max_length)

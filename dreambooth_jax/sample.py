@@ -8,15 +8,15 @@ The workdir of a cascade paints with all its stages, each with the sampler, step
 """
 
 import argparse
-import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreambooth_jax.runs.command import one_line_errors, step_of
+from dreambooth_jax.runs.command import finite, one_line_errors, positive, seed_of, step_of
 from dreambooth_jax.runs.config import SAMPLERS, is_text
+from dreambooth_jax.runs.places import check_base, check_files_given, check_run
 
 if TYPE_CHECKING:
     from etils import epath
@@ -36,17 +36,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--prompt", action="append", type=_text, required=True, help="prompt; may be given several times"
     )
     parser.add_argument("--negative_prompt", type=_text, default="", help="prompt of what to keep away from")
-    parser.add_argument("--count", type=_positive, default=4, help="pictures per prompt (default: 4)")
+    parser.add_argument("--count", type=positive, default=4, help="pictures per prompt (default: 4)")
     parser.add_argument(
-        "--seed", type=_seed, default=0, help="seed of the first picture; the next have the numbers after it"
+        "--seed", type=seed_of, default=0, help="seed of the first picture; the next have the numbers after it"
     )
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="solver (default: dpm++)")
-    parser.add_argument("--steps", type=_positive, default=25, help="steps of the sampler (default: 25)")
+    parser.add_argument("--steps", type=positive, default=25, help="steps of the sampler (default: 25)")
     parser.add_argument(
-        "--guidance", type=_finite, help="classifier-free guidance scale; default: the run's, or the base's"
+        "--guidance", type=finite, help="classifier-free guidance scale; default: the run's, or the base's"
     )
-    parser.add_argument("--resolution", type=_positive, help="pixels; default: the run's, or the base's")
-    parser.add_argument("--batch_size", type=_positive, default=8, help="pictures at a time, over all devices")
+    parser.add_argument("--resolution", type=positive, help="pixels; default: the run's, or the base's")
+    parser.add_argument("--batch_size", type=positive, default=8, help="pictures at a time, over all devices")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="dtype of the computation; default: the run's")
     parser.add_argument(
         "--lora",
@@ -66,28 +66,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
-    return int(text)
-
-
 def _text(text: str) -> str:
     if not is_text(text):
         raise argparse.ArgumentTypeError(f"{text!a}: expected text in UTF-8 without null characters")
     return text
 
 
-def _seed(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 2^32 - 1")
-    return int(text)
+def check(options: argparse.Namespace) -> None:
+    """Checks that the run or the base, adapters and embeddings are there.
 
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
-    return float(text)
+    Raises:
+        ValueError, OSError: they are not; says what was expected.
+    """
+    options.workdir = options.workdir and os.path.expanduser(options.workdir)
+    if options.workdir:
+        check_run(options.workdir)
+    else:
+        check_base(options.base)
+    check_files_given(options.lora, options.embedding)
 
 
 def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Params, int, float, dict[str, Any]]":
@@ -99,7 +95,6 @@ def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Pa
     from dreambooth_jax.runs.workdir import open_run
 
     if options.workdir:
-        options.workdir = os.path.expanduser(options.workdir)
         config, pipeline, params = open_run(options.workdir, mesh, options.step, dtype=options.dtype)
         run = {"trained": True, "sr_noise": config.sr_noise}
         return options.workdir, pipeline, params, config.resolution, config.guidance_scale, run
@@ -122,8 +117,8 @@ def _read_files(
     from dreambooth_jax.families.pipeline import load_pipeline
     from dreambooth_jax.files.embeddings import read_embeddings
     from dreambooth_jax.files.lora_read import read_adapters
+    from dreambooth_jax.runs.config_file import read_config
     from dreambooth_jax.runs.job import open_base
-    from dreambooth_jax.runs.workdir import read_config
 
     workdir = options.workdir and os.path.expanduser(options.workdir)
     pipeline = open_base(read_config(workdir)) if workdir else load_pipeline(options.base)
@@ -143,7 +138,6 @@ def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath
         ValueError: an option that every stage's run decides for itself.
     """
     import jax
-    from etils import epath
 
     from dreambooth_jax.devices import runtime
     from dreambooth_jax.devices.sharding import make_mesh
@@ -151,7 +145,7 @@ def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath
     from dreambooth_jax.painting.painter import Request
     from dreambooth_jax.painting.sheets import file_names, save_png, save_sheet
     from dreambooth_jax.runs.cascade import open_stages
-    from dreambooth_jax.runs.workdir import read_config
+    from dreambooth_jax.runs.config_file import read_config
 
     given = [name for name in ("step", "guidance", "resolution") if getattr(options, name) is not None]
     if given:
@@ -162,7 +156,7 @@ def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath
     wanted = [(prompt, options.seed + i) for prompt in prompts for i in range(options.count)]
     requests = [Request(prompt, options.negative_prompt, jax.random.key(seed)) for prompt, seed in wanted]
     pictures = paint_stages(open_stages([read_config(folder) for folder in folders], make_mesh()), requests)
-    folder = epath.Path(options.output or os.path.join(options.workdir, "pictures"))
+    folder = output_of(options)
     if runtime.is_first_process():
         names, about = file_names(prompts), {"model": options.workdir, "negative_prompt": options.negative_prompt}
         for (prompt, seed), image in zip(wanted, pictures[-1], strict=True):
@@ -178,13 +172,19 @@ def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath
     return folder
 
 
+def output_of(options: argparse.Namespace) -> "epath.Path":
+    """The folder of the pictures."""
+    from etils import epath
+
+    return epath.Path(os.path.expanduser(options.output or os.path.join(options.workdir or ".", "pictures")))
+
+
 def paint(options: argparse.Namespace) -> "epath.Path":
     """Paints what the options ask for; returns the folder of the pictures."""
-    from dreambooth_jax.runs.cascade import stage_folders
+    from dreambooth_jax.runs.config_file import stage_folders
 
     if options.workdir and (folders := stage_folders(options.workdir)):
         return paint_cascade(options, folders)
-    from etils import epath
 
     from dreambooth_jax.adapters.inversion import with_rows
     from dreambooth_jax.devices import runtime
@@ -201,7 +201,7 @@ def paint(options: argparse.Namespace) -> "epath.Path":
         pipeline = pipeline.with_token(word, len(next(iter(rows.values()))))
         params = with_rows(params, rows)
     guidance = guidance if options.guidance is None else options.guidance
-    folder = epath.Path(os.path.expanduser(options.output or os.path.join(options.workdir or ".", "pictures")))
+    folder = output_of(options)
     prompts = list(dict.fromkeys(options.prompt))
     seeds = [seed % 2**32 for seed in range(options.seed, options.seed + options.count)]
     painter = make_painter(
@@ -237,7 +237,8 @@ def paint(options: argparse.Namespace) -> "epath.Path":
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     with one_line_errors():
-        from dreambooth_jax.devices import runtime  # here, so that --help needs no JAX
+        check(options)
+        from dreambooth_jax.devices import runtime  # here, so that wrong options are refused without JAX
 
         runtime.start()
         print(f"pictures and sheet.png are in {paint(options)}")

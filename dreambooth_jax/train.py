@@ -10,20 +10,16 @@ with code 128 + the signal's number.
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from dreambooth_jax.data.images import check_headers
-from dreambooth_jax.data.sources import list_folder
-from dreambooth_jax.files.digest import check_files
-from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import absolute_paths, check_config
 from dreambooth_jax.runs.effects import check_effects
+from dreambooth_jax.runs.places import check_places
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,20 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = absolute_paths(config)
         check_places(config)
         run(config)
-
-
-def check_places(config: ConfigDict) -> None:
-    """Checks that photos and base are there, as far as this machine can tell at once.
-
-    Raises:
-        ValueError, OSError: they are not; says what was expected.
-    """
-    if not re.match(r"[a-z]+:", config.instance_images):
-        check_headers(list_folder(config.instance_images, config.captions).items[:100], config.instance_images)
-    if config.base.startswith(("/", ".")):
-        folder = resolve_base(config.base)
-        if os.path.isdir(config.base):  # not a single file
-            check_files(folder)
 
 
 def run(config: ConfigDict) -> None:

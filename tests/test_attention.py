@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from dreambooth_jax.devices import tpu
+from dreambooth_jax.devices import chips, tpu
 from dreambooth_jax.devices.sharding import batch_sharding, make_mesh
 from dreambooth_jax.ops.attention import BLOCK, attention, blockwise_attention
 
@@ -68,7 +68,7 @@ def test_one_wide_head_of_a_large_picture_takes_little_of_a_tpu():
     """The autoencoder's at 1024 x 1024 pixels: its scores are 1 GiB."""
     place = SingleDeviceSharding(tpu.devices_of("v5e:1x1")[0])
     shapes = [jax.ShapeDtypeStruct((1, 128 * 128, 1, 512), jnp.float32, sharding=place)] * 3
-    cost = tpu.compile_for(tpu.CHIPS["v5e"], jax.jit(attention).lower(*shapes), quick=True)
+    cost = tpu.compile_for(chips.CHIPS["v5e"], jax.jit(attention).lower(*shapes), quick=True)
     assert cost.temporaries < 2**28
 
 

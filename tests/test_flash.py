@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from dreambooth_jax.devices import tpu
+from dreambooth_jax.devices import chips, tpu
 from dreambooth_jax.devices.sharding import batch_sharding, make_mesh
 from dreambooth_jax.ops import flash
 from dreambooth_jax.ops.attention import attention
@@ -45,7 +45,7 @@ def test_only_large_scores_of_narrow_heads_go_to_the_kernel(queries, keys, width
     assert flash.worthwhile(*shapes) == pays
     place = SingleDeviceSharding(tpu.devices_of("v5e:1x1")[0])
     query, key = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes)
-    cost = tpu.compile_for(tpu.CHIPS["v5e"], jax.jit(attention).lower(query, key, key), quick=True)
+    cost = tpu.compile_for(chips.CHIPS["v5e"], jax.jit(attention).lower(query, key, key), quick=True)
     assert (cost.kernel_seconds > 0) == pays
 
 
@@ -66,7 +66,7 @@ def test_every_generation_has_room_for_its_tiles(topology, shape):
     place = SingleDeviceSharding(tpu.devices_of(topology)[0])
     qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)] * 3
     lowered = jax.jit(jax.grad(squares(attention), (0, 1, 2))).lower(*qkv)
-    assert tpu.compile_for(tpu.chip_of(topology), lowered, quick=True).kernel_seconds > 0
+    assert tpu.compile_for(chips.chip_of(topology), lowered, quick=True).kernel_seconds > 0
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -78,7 +78,7 @@ def test_on_tpus_the_scores_are_never_held_and_nothing_is_exchanged(devices):
     for name, attend in (("kernel", attention), ("plain", jax.nn.dot_product_attention)):
         with jax.set_mesh(mesh):
             lowered = jax.jit(jax.grad(squares(attend), (0, 1, 2))).lower(*qkv)
-        cost = tpu.compile_for(tpu.CHIPS["v5e"], lowered)
+        cost = tpu.compile_for(chips.CHIPS["v5e"], lowered)
         assert cost.collectives == {}
         temporaries[name] = cost.temporaries
         if name == "kernel":  # counted by hand: two products forward, five backward, on heads padded to 128

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from support.runs import config_of
 
 from dreambooth_jax import plan as plan_command
-from dreambooth_jax.devices import tpu
+from dreambooth_jax.devices import chips, tpu
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.models.params import functional
@@ -98,7 +98,7 @@ def test_remedies_are_compiled_until_one_fits(config, planned, monkeypatch):
     def fake(changed, topology, class_images):
         tried.append((changed.remat, changed.mesh_fsdp, changed.moment_dtype))
         cost = None if len(tried) < 3 else planned.cost
-        return plan.Plan(topology, 8, tpu.CHIPS["v5e"], 0, 0, 0, cost, 1, None, 0.0)
+        return plan.Plan(topology, 8, chips.CHIPS["v5e"], 0, 0, 0, cost, 1, None, 0.0)
 
     monkeypatch.setattr(plan, "plan", fake)
     names = [name for name, _ in plan.advise(config, "v5e:2x4")]
@@ -127,7 +127,7 @@ def test_wide_products_stay_whole(quick):
     out = jax.checkpoint(layer.apply)
     gradient = jax.grad(lambda params, x: jnp.square(out(params, x).astype(jnp.float32)).sum(), (0, 1))
     lowered = jax.jit(gradient).lower(*arguments)
-    cost = tpu.compile_for(tpu.CHIPS["v6e"], lowered, quick=quick)
+    cost = tpu.compile_for(chips.CHIPS["v6e"], lowered, quick=quick)
     assert "while(" not in cost.hlo
 
 
@@ -176,7 +176,7 @@ def test_painting_takes_the_sum_of_its_parts(config, monkeypatch, decoding_of_tw
     monkeypatch.setattr(plan, "lower_painting", lambda job: "whole")
     monkeypatch.setattr(plan, "lower_ends", lambda job, batch_size: batch_size)
     monkeypatch.setattr(plan, "compile_for", lambda chip, lowered, quick: costs[lowered])
-    assert plan.painting_cost(job, tpu.CHIPS["v5e"])[1] == pytest.approx(decoded + config.sampling_steps * 0.1)
+    assert plan.painting_cost(job, chips.CHIPS["v5e"])[1] == pytest.approx(decoded + config.sampling_steps * 0.1)
 
 
 EMPTY = tpu.Cost(0, 0, 0, 0.0, 0.0, {}, 0.0, 0.0, 0.0, 0.0, None, 0.0, 0.0, "")

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from support.tiny_unet import UNET, normal
 
-from dreambooth_jax.devices import tpu
+from dreambooth_jax.devices import chips, tpu
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
@@ -94,7 +94,7 @@ def test_on_a_tpu_wide_gradients_are_not_kept(monkeypatch):
         lowered = jax.jit(run_steps(step, 1), donate_argnums=0).lower(
             state, {}, data, shape(dtype=key.dtype), shape(dtype=jnp.int32)
         )
-        temporaries.append(tpu.compile_for(tpu.CHIPS["v5e"], lowered, quick=True).temporaries)
+        temporaries.append(tpu.compile_for(chips.CHIPS["v5e"], lowered, quick=True).temporaries)
     whole, second, merged = temporaries
     assert layers * width**2 * 2 < whole < layers * width**2 * 4  # bfloat16, as the layers compute them
     assert second < whole / 2 and merged > 0.9 * whole

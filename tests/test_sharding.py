@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dreambooth_jax.devices import tpu
+from dreambooth_jax.devices import chips, tpu
 from dreambooth_jax.devices.sharding import (
     batch_sharding,
     make_mesh,
@@ -139,7 +139,7 @@ def test_parameters_travel_rounded_and_gradients_to_those_who_hold_them():
         return jnp.square((x @ unshard(mesh, params, jnp.bfloat16)["a.kernel"]).astype(jnp.float32)).sum()
 
     lowered = jax.jit(jax.grad(loss), out_shardings={"a.kernel": home}).lower(kernel, x)
-    exchanged = tpu.compile_for(tpu.CHIPS["v5e"], lowered, quick=True).collectives
+    exchanged = tpu.compile_for(chips.CHIPS["v5e"], lowered, quick=True).collectives
     size = 1024 * 4096 * 2
     assert exchanged == {
         "all-gather": (1, size * 3 // 4),

@@ -16,6 +16,7 @@ from support.painting import painted_by_diffusers, painted_by_sample
 from dreambooth_jax import export
 from dreambooth_jax.families.pipeline import describe_base, load_pipeline, read_params
 from dreambooth_jax.files import hub
+from dreambooth_jax.files.layouts import sniff, split_base
 from dreambooth_jax.files.safetensors import file_name, to_file_axes
 from dreambooth_jax.files.sd2_config import V_YAML
 from dreambooth_jax.files.single_file import (
@@ -26,8 +27,6 @@ from dreambooth_jax.files.single_file import (
     layout_of,
     read_single_file,
     shape_in_file,
-    sniff,
-    split_base,
     write_single_file,
 )
 from dreambooth_jax.files.weight_files import WeightsError

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dreambooth_jax.data.buckets import Size
 from dreambooth_jax.data.captions import fill, raise_listing
+from dreambooth_jax.data.class_folders import MARK, class_folders
 from dreambooth_jax.data.images import Examples, decode_image, is_plain, join, read_buckets
 from dreambooth_jax.data.sources import list_images, list_source, report
 from dreambooth_jax.devices import runtime
@@ -26,39 +27,7 @@ from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
 
-MARK = ".dreambooth_jax.json"  # in folders that this library paints
 _OURS = re.compile(r"class_(\d{5,})\.png")
-
-
-def class_folders(config: ConfigDict) -> tuple[epath.Path, ...]:
-    """The folders of class images; the base's own pictures are painted into the last one.
-
-    workdir/class_images, a named folder that was painted by this library, or both a person's folder and
-    workdir/class_images for what that folder lacks.
-
-    Raises:
-        ValueError: the named folder does not exist or holds no images, and `create_class_images` is off.
-    """
-    painted = epath.Path(config.workdir).expanduser() / "class_images"
-    if not config.class_images:
-        return (painted,)
-    named = epath.Path(config.class_images).expanduser()
-    if (named / MARK).exists():
-        return (named,)
-    if list_images(named):
-        return named, painted
-    if config.create_class_images:
-        return (named,)
-    state = "holds no images" + _where_images_are(named) if named.is_dir() else "does not exist"
-    raise ValueError(
-        f"class_images = {config.class_images!r} {state}. Give a folder with images of the class, leave it empty to "
-        "paint them into the workdir, or set --config.create_class_images to paint a new shared folder there."
-    )
-
-
-def _where_images_are(folder: epath.Path) -> str:
-    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and list_images(path))
-    return f" itself, but its subfolders do: {', '.join(inside)}" if inside else ""
 
 
 def read_class_images(config: ConfigDict, size: Size | None = None) -> Examples:

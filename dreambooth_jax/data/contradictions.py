@@ -8,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data.captions import fill
-from dreambooth_jax.data.class_images import class_folders
+from dreambooth_jax.data.class_folders import class_folders
 from dreambooth_jax.files.tokenizer import Tokenizer
 
 

@@ -32,6 +32,7 @@ from dreambooth_jax.files.diffusers_folder import (
     write_index,
 )
 from dreambooth_jax.files.hub import resolve_base
+from dreambooth_jax.files.layouts import split_base
 from dreambooth_jax.files.safetensors import read_model, save_model
 from dreambooth_jax.files.tokenizer import Tokenizer, WithToken, load_tokenizer
 from dreambooth_jax.files.weight_files import variant_of
@@ -198,7 +199,7 @@ def load_pipeline(base: str, *, dtype: DTypeLike = jnp.float32, remat: str = "no
         FileNotFoundError: the base or a file of it is not there.
         UnsupportedConfig: a config asks for something not implemented, or the parts do not fit together.
     """
-    file, _ = single_file.split_base(base)
+    file, _ = split_base(base)
     folder = resolve_base(base)
     index = read_json(folder, INDEX)
     family = _family_of(index, folder)

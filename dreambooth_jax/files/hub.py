@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_jax.files.diffusers_folder import INDEX, components
+from dreambooth_jax.files.layouts import split_base
 from dreambooth_jax.files.weight_files import WEIGHT_FILES, WeightsError, choose, converting_command
 
 EMBEDDED = "tiny"
@@ -16,22 +17,19 @@ EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
 
 def resolve_base(base: str) -> Path:
     """The local folder of a base: "tiny" (ships with the package), a folder, or a model hub name, which is fetched.
-    Of "model.safetensors@TEMPLATE" (files/single_file.py) it is the template's.
+    Of "model.safetensors@TEMPLATE" (files/layouts.py) it is the template's.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub name that can be fetched.
         WeightsError: the hub has the base, but not in a format that is read; or the folder holds a pipe.
     """
-    file, given = None, base
-    if ".safetensors" in base or ".ckpt" in base:
-        from dreambooth_jax.files.single_file import split_base  # here, as most bases need no JAX to be found
-
-        file, base = split_base(base)
+    given = base
+    file, base = split_base(base)
     if base == EMBEDDED:
         return EMBEDDED_FOLDER
     if Path(base).expanduser().is_dir():
         return _readable(Path(base).expanduser())
-    if base.count("/") != 1 or base.startswith((".", "/", "~")):
+    if not is_hub_name(base):
         raise FileNotFoundError(
             f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
             f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
@@ -54,6 +52,11 @@ def resolve_base(base: str) -> Path:
             f"base = {base!r}: no such folder, and the model hub did not give it ({error}). "
             "Check the name and the network, or give a local folder with --config.base=/path."
         ) from error
+
+
+def is_hub_name(base: str) -> bool:
+    """Whether a base that is no folder of this machine has the form of a hub's name, OWNER/NAME."""
+    return base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).is_dir()
 
 
 def _readable(folder: Path) -> Path:

@@ -14,16 +14,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from dreambooth_jax.files.layouts import SD1, SD2, UNET, XL, check_path
 from dreambooth_jax.files.ldm_names import open_clip_name, unet_names, vae_names
 from dreambooth_jax.files.safetensors import file_name, to_file_axes
-from dreambooth_jax.files.sd2_config import V_YAML, is_of_velocity
+from dreambooth_jax.files.sd2_config import V_YAML
 from dreambooth_jax.files.stream import Tensor, write_tensors
-from dreambooth_jax.files.weight_files import WeightsError, converting_command
+from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.models.params import Params, Shape, Shapes, Tensors, under_prefix
 
-SUFFIX = ".safetensors"
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-SD1, SD2, XL = "SD 1.x", "SD 2.x", "SDXL"
+VAE = "first_stage_model."
 # Layout -> text part -> (prefix in the file, whether the names are open_clip's).
 _TEXT = {
     SD1: {"text_encoder": ("cond_stage_model.transformer.", False)},
@@ -185,23 +184,6 @@ def read_single_file(
     return {name: placed[name] for name in shapes}
 
 
-def check_path(path: str | os.PathLike) -> Path:
-    """The path of an existing safetensors file.
-
-    Raises:
-        WeightsError: it is a pickle (with the command that converts it), or does not exist.
-    """
-    path = Path(path).expanduser()
-    if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
-        raise WeightsError(
-            f"{path}: a pickle, which can run code when opened and is refused. Convert it once, where PyTorch is:\n"
-            f"  {converting_command(path, path.with_suffix(SUFFIX))}"
-        )
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
-    return path
-
-
 def _todays_key(key: str, layout: str) -> str:
     """A key in the form of `entries`: older files lack "text_model.", newer code has another name for the text
     encoder."""
@@ -231,56 +213,6 @@ def _check(path: Path, table: Mapping[str, Entry], shapes: Shapes, stored: Mappi
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:-2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-
-def sniff(path: str | os.PathLike) -> str:
-    """The layout of a file, from its keys.
-
-    Raises:
-        WeightsError: no LDM single file.
-    """
-    with safe_open(check_path(path), "numpy") as file:
-        keys = set(file.keys())
-        if not any(key.startswith(UNET) for key in keys):
-            raise WeightsError(f"{path}: no single file of a Stable Diffusion model: no tensor {UNET}*")
-    if any(key.startswith(("conditioner.embedders.1.", f"{UNET}label_emb.")) for key in keys):
-        return XL
-    return SD2 if any(".resblocks." in key for key in keys) else SD1
-
-
-# Layout -> published base whose configs and tokenizers open a file by default; SD 2.x that predicts the velocity has
-# another.
-_TEMPLATES = {
-    SD1: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    SD2: "stabilityai/stable-diffusion-2-1-base",
-    XL: "stabilityai/stable-diffusion-xl-base-1.0",
-}
-_VELOCITY = "stabilityai/stable-diffusion-2-1"
-
-
-def split_base(base: str) -> tuple[Path | None, str]:
-    """(single file, base that its configs and tokenizers are taken from) of "model.safetensors", or of
-    "model.safetensors@TEMPLATE" with the folder or hub name of a base; (None, base) for other bases.
-
-    Raises:
-        WeightsError: no such file, a pickle, no model of these kinds, or one without a published template.
-    """
-    path, _, template = base.partition("@")
-    if not path.endswith((SUFFIX, ".ckpt")):
-        return None, base
-    file = check_path(path)
-    return file, template or _template_of(file)
-
-
-def _template_of(file: Path) -> str:
-    layout = sniff(file)
-    with safe_open(file, "numpy") as tensors:
-        if layout == XL and "v_pred" in set(tensors.keys()):
-            raise WeightsError(
-                f"{file} predicts the velocity (its marker v_pred), {_TEMPLATES[XL]} the noise: give "
-                f"{file}@FOLDER, a folder whose scheduler has prediction_type v_prediction"
-            )
-    return _VELOCITY if layout == SD2 and is_of_velocity(file) else _TEMPLATES[layout]
 
 
 def predicts_v(configs: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from dreambooth_jax.data.buckets import Size
-from dreambooth_jax.data.class_images import class_folders
+from dreambooth_jax.data.class_folders import class_folders
 from dreambooth_jax.data.encode import distinct_captions
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.data.sources import list_images

@@ -19,9 +19,9 @@ from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.lora_read import read_adapters, with_adapters
 from dreambooth_jax.painting.painter import batch_for
 from dreambooth_jax.painting.sheets import paint_rows, save_sheet
+from dreambooth_jax.runs.config_file import read_config
 from dreambooth_jax.runs.job import painter_of
 from dreambooth_jax.runs.subjects import adapter_path, read_subjects
-from dreambooth_jax.runs.workdir import read_config
 
 PROMPT = "a {identifier} {class_noun}"
 

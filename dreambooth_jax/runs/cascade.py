@@ -24,6 +24,7 @@ from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
 from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.config_file import stage_folder
 from dreambooth_jax.runs.job import painter_of, pictures_at_once
 from dreambooth_jax.runs.workdir import open_run
 
@@ -53,18 +54,6 @@ def stage_configs(config: ConfigDict) -> list[ConfigDict]:
         # Class images of its own size, or those that the stage before painted.
         configs.append(ConfigDict(dict(config) | {"class_images": ""} | given | own))
     return configs
-
-
-def stage_folder(workdir: str, number: int) -> str:
-    """The folder of one stage's run."""
-    return f"{workdir}/stage{number}"
-
-
-def stage_folders(workdir: str) -> list[str]:
-    """The folders of the stages that were trained, or begun, in the workdir of a cascade; [] if it is none."""
-    numbers = range(1, 10)
-    found = [number for number in numbers if (epath.Path(stage_folder(workdir, number)) / "config.json").exists()]
-    return [stage_folder(workdir, number) for number in found]
 
 
 def open_stages(configs: Sequence[ConfigDict], mesh: Mesh) -> list[Stage]:

@@ -27,12 +27,7 @@ from etils import epath
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.files.atomic import is_remote, sync, write_atomic
-
-RECORD = "run.json"
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint's bytes are not those that were saved."""
+from dreambooth_jax.runs.records import RECORD, DamagedCheckpoint, is_complete, read_record, steps_of
 
 
 def open_checkpoints(
@@ -88,15 +83,9 @@ def _ignore_late_callbacks(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _is_complete(path: epath.Path) -> bool:
-    """Whether a folder is a complete checkpoint. Orbax renames the folder at the end of a save; in a Google bucket,
-    which has no renaming, it writes a further file."""
-    return path.name.isdigit() and (not str(path).startswith("gs://") or (path / "commit_success.txt").exists())
-
-
 def _is_unfinished(path: epath.Path) -> bool:
     """Whether a folder is an incomplete checkpoint: of a running save, or of one that its process did not finish."""
-    return ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _is_complete(path))
+    return ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not is_complete(path))
 
 
 def _seal(folder: epath.Path, record: Mapping[str, Any]) -> None:
@@ -124,30 +113,6 @@ def _digest(item: Path, *, to_disk: bool = False) -> str:
         if to_disk:
             sync(Path(folder))
     return total.hexdigest()
-
-
-def steps_of(folder: str | os.PathLike) -> list[int]:
-    """Steps of the complete checkpoints under `folder`, ascending."""
-    folder = epath.Path(folder)
-    return sorted(int(path.name) for path in folder.iterdir() if _is_complete(path)) if folder.exists() else []
-
-
-def read_record(folder: str | os.PathLike, step: int) -> dict[str, Any]:
-    """What the run stored in the checkpoint of `step`; empty for versions that stored nothing.
-
-    Raises:
-        DamagedCheckpoint: it is not JSON.
-    """
-    path = epath.Path(folder) / str(step) / RECORD
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{path}: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("digests"), dict):
-        raise DamagedCheckpoint(f"{path}: no digests in it")
-    return found
 
 
 def verify(folder: str | os.PathLike, step: int, items: tuple[str, ...] = ()) -> None:

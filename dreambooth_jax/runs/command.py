@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import io
+import math
 import sys
 from collections.abc import Iterator
 
@@ -23,6 +24,34 @@ def one_line_errors() -> Iterator[None]:
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         remedy = ". Make room on that disk." if getattr(error, "errno", None) == errno.ENOSPC else ""
         sys.exit(f"error: {str(error).encode(errors='backslashreplace').decode()}{remedy}")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0 on a command line."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """A whole number on a command line, 0 or more."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 0 or more")
+    return int(text)
+
+
+def seed_of(text: str) -> int:
+    """A seed on a command line."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to 2^32 - 1")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """A number on a command line, neither infinite nor NaN."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+    return float(text)
 
 
 def step_of(text: str) -> int | str:

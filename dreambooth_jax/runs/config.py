@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data import captions
+from dreambooth_jax.files.layouts import at_template
 from dreambooth_jax.files.shipped import shipped
 
 ADAPTERS = ("lora", "dora", "loha", "lokr")
@@ -211,9 +212,22 @@ def check_config(config: ConfigDict) -> None:
         raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
 
 
-def _problem(field: Field, value: Any) -> str | None:
+def wrong_kinds(config: Mapping[str, Any]) -> list[str]:
+    """Fields whose values are of another type than theirs, each with the expected one."""
+    return [
+        f"{name} = {config[name]!r}: expected {field.kind.__name__}"
+        for name, field in FIELDS.items()
+        if name in config and not _is_of_kind(field, config[name])
+    ]
+
+
+def _is_of_kind(field: Field, value: Any) -> bool:
     number = field.kind is float and isinstance(value, int) and not isinstance(value, bool)
-    if not number and type(value) is not field.kind:
+    return number or type(value) is field.kind
+
+
+def _problem(field: Field, value: Any) -> str | None:
+    if not _is_of_kind(field, value):
         return f"expected {field.kind.__name__}"
     if isinstance(value, str) and not is_text(value):
         return "expected text in UTF-8 without null characters"
@@ -315,11 +329,11 @@ def _absolute(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 def _model_path(name: str) -> str:
     """Absolute path of a model's folder, or of FILE or FILE@TEMPLATE; the name of a hub, or "tiny", as it is."""
-    place, at, template = name.partition("@")
+    place, template = at_template(name)
     path = os.path.expanduser(place)
     if name == "tiny" or not os.path.exists(path):
         return name
-    return os.path.abspath(path) + at + (_model_path(template) if at else "")
+    return os.path.abspath(path) + (f"@{_model_path(template)}" if template else "")
 
 
 _ATTENTION = r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj"

@@ -8,6 +8,7 @@ import argparse
 import ast
 import difflib
 import json
+import os
 import runpy
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dreambooth_jax.files.shipped import HOMES, shipped
-from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.config import ConfigError, wrong_kinds
 
 Value = TypeVar("Value")
 
@@ -114,6 +115,46 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no JSON object")
     return found
+
+
+def stage_folder(workdir: str, number: int) -> str:
+    """The folder of one stage of a cascade."""
+    return f"{workdir}/stage{number}"
+
+
+def stage_folders(workdir: str) -> list[str]:
+    """The folders of the stages that were trained, or begun, in the workdir of a cascade; [] if it is none."""
+    numbers = range(1, 10)
+    found = [number for number in numbers if (epath.Path(stage_folder(workdir, number)) / "config.json").exists()]
+    return [stage_folder(workdir, number) for number in found]
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The config that `train` wrote into its workdir.
+
+    Fields that older versions did not have are filled in, see `complete`.
+
+    Raises:
+        FileNotFoundError: nothing was trained there, or a cascade, whose stages have a config each.
+        ConfigError: config.json is damaged; the fields are named.
+    """
+    path = epath.Path(workdir).expanduser() / "config.json"
+    if not path.exists():
+        stages = stage_folders(os.fspath(path.parent))
+        which = f"one stage of this cascade, {' or '.join(stages)}" if stages else "a run of dreambooth_jax.train"
+        raise FileNotFoundError(f"{path}: no such file. Give the --workdir of {which}.")
+    config = as_config(complete(read_json(path))[0])
+    if wrong := wrong_kinds(config):
+        raise ConfigError(f"{path} is damaged; restore it from a checkpoint's run.json:\n  " + "\n  ".join(wrong))
+    return config
+
+
+def as_config(values: Mapping[str, Any]) -> ConfigDict:
+    """A config of JSON values, whose lists are tuples."""
+    config = ConfigDict()
+    for name, value in values.items():
+        config[name] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 def complete(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -24,8 +24,8 @@ from dreambooth_jax.adapters.many import (
     stack,
     stacked_data,
 )
+from dreambooth_jax.data.class_folders import class_folders
 from dreambooth_jax.data.class_images import (
-    class_folders,
     class_images_to_paint,
     paint_missing,
     read_class_images,

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params, save_pipeline
 from dreambooth_jax.files import single_file
-from dreambooth_jax.files.lora_read import read_adapters, split_weight, with_adapters
+from dreambooth_jax.files.layouts import SUFFIX, split_weight
+from dreambooth_jax.files.lora_read import read_adapters, with_adapters
 from dreambooth_jax.models.params import Tensors
 
 
@@ -31,7 +32,7 @@ def merge_files(
     """
     if not files:
         raise ValueError(f"--base {base}: nothing is merged into it; give --lora FILE:WEIGHT")
-    is_file = output.suffix == single_file.SUFFIX
+    is_file = output.suffix == SUFFIX
     kind = kind or ("single" if is_file else "folder")
     if kind not in ("folder", "single") or is_file != (kind == "single") or (variant and is_file):
         raise ValueError(

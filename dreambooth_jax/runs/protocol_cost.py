@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dreambooth_jax.devices.chips import Chip
 from dreambooth_jax.devices.sharding import batch_sharding, replicated
-from dreambooth_jax.devices.tpu import Chip, compile_for
+from dreambooth_jax.devices.tpu import compile_for
 from dreambooth_jax.evaluation.features import BATCH
 from dreambooth_jax.files.hub import EMBEDDED, EMBEDDED_FOLDER
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec

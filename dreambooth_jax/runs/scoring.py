@@ -27,8 +27,9 @@ from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.painting.sheets import contact_sheet, paint_rows, save_png
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.command import BEST
+from dreambooth_jax.runs.config_file import read_config
 from dreambooth_jax.runs.job import painter_of
-from dreambooth_jax.runs.workdir import open_run, read_config
+from dreambooth_jax.runs.workdir import open_run
 
 CLASS_PROMPT = "a {class_noun}"  # of the paper's PRES
 

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.inversion import TEMPLATES, is_row
 from dreambooth_jax.data.buckets import Size
+from dreambooth_jax.data.class_folders import class_folders
 from dreambooth_jax.data.class_images import (
     agreed,
-    class_folders,
     class_images_to_paint,
     paint_missing,
     read_class_images,
@@ -41,9 +41,9 @@ from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params, Shapes
 from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below, stage_folder
+from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
-from dreambooth_jax.runs.config_file import complete, read_json
+from dreambooth_jax.runs.config_file import complete, stage_folder
 from dreambooth_jax.runs.held_out import divide
 from dreambooth_jax.runs.job import (
     Job,
@@ -57,6 +57,7 @@ from dreambooth_jax.runs.job import (
     state_shapes,
     training_size,
 )
+from dreambooth_jax.runs.records import earlier_config
 
 
 class Run(NamedTuple):
@@ -221,23 +222,6 @@ def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
             f"workdir = {config.workdir!r} cannot be written ({error}); give another --config.workdir"
         ) from error
     return notes
-
-
-def earlier_config(workdir: epath.Path, step: int) -> dict[str, Any]:
-    """The config of the run that saved the checkpoint of `step`: the checkpoint's copy, else config.json.
-
-    Raises:
-        ConfigError: neither is there.
-    """
-    if config := checkpoint.read_record(workdir / "checkpoints", step).get("config"):
-        return config
-    try:
-        return read_json(workdir / "config.json")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{workdir} holds checkpoints, and the config they were trained with cannot be read ({error}). Restore "
-            "config.json, or give another --config.workdir."
-        ) from error
 
 
 def prepare_data(

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data.sources import list_images
+from dreambooth_jax.devices.chips import Chip, chip_of
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import (
-    Chip,
     Cost,
     OutOfMemory,
-    chip_of,
     compile_for,
     devices_of,
     for_absent_devices,

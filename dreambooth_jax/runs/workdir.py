@@ -4,7 +4,6 @@ import os
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,23 +14,8 @@ from dreambooth_jax.families.pipeline import Pipeline, read_params
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.best import folder_of
-from dreambooth_jax.runs.config_file import complete, read_json
+from dreambooth_jax.runs.config_file import read_config
 from dreambooth_jax.runs.job import make_method, open_base
-
-
-def read_config(workdir: str | os.PathLike) -> ConfigDict:
-    """The config that `train` wrote into its workdir.
-
-    Fields that older versions did not have are filled in, see `config_file.complete`.
-
-    Raises:
-        FileNotFoundError: nothing was trained there.
-        ConfigError: config.json is damaged.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file. Give the --workdir of a run of dreambooth_jax.train.")
-    return ConfigDict(complete(read_json(path))[0])
 
 
 class Trained(NamedTuple):
