@@ -62,6 +62,27 @@ def test_a_mask_that_is_missing_empty_or_of_another_shape_is_named(tmp_path):
         read_examples(tmp_path, 32, **OPTIONS, masked=True)
 
 
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_crop_never_misses_the_mask(tmp_path, crop):
+    """A loss over no pixel at all is NaN."""
+    for name, size, box in (("wide", (120, 40), (2, 10, 9, 20)), ("tall", (40, 120), (10, 110, 20, 119))):
+        opacity = Image.new("L", size)
+        opacity.paste(255, box)
+        picture = Image.effect_noise(size, 60).convert("RGB")
+        picture.putalpha(opacity)
+        picture.save(tmp_path / f"{name}.png")
+    views = {"views": 6, "flip": True} if crop == "random" else {}
+    examples = read_examples(tmp_path, 32, **OPTIONS, masked=True, crop=crop, **views)
+    assert examples.masks.any((1, 2)).all()
+    assert "crops moved to the masks that lay outside of them: tall.png, wide.png" in examples.notes
+    opacity = Image.new("L", (400, 400))
+    opacity.putpixel((0, 0), 1)
+    opacity.save(tmp_path / "wide-masklabel.png")
+    Image.effect_noise((400, 400), 60).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match=r"wide\.png: its mask is too small to be seen in 32 x 32 pixels"):
+        read_examples(tmp_path, 32, **OPTIONS, masked=True)
+
+
 def test_crops_say_what_they_cut(tmp_path):
     for name, size in {"wide.png": (90, 60), "tall.png": (50, 100), "square.png": (64, 64)}.items():
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / name)

@@ -11,9 +11,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save, save_file
 from support.runs import config_of
 
+from dreambooth_jax.data.class_folders import MARK, class_folders
 from dreambooth_jax.data.class_images import (
-    MARK,
-    class_folders,
     class_images_to_paint,
     damaged_class_images,
     describe_class_images,
@@ -221,7 +220,7 @@ def test_the_plan_names_what_the_folder_of_class_images_holds_besides(micro, tmp
     lines = [line.strip() for line in plan_text(run, done=0).splitlines() if line.startswith("   class: ")]
     assert lines == [
         "class: not used: more/: a subfolder with 1 images; subfolders are not searched",
-        "class: not used: fido.ARW: a ARW file; the picture of that name is read",
+        "class: not used: fido.ARW: ARW; the JPEG, PNG or WebP of that name is read",
     ]
 
 

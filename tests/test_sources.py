@@ -187,7 +187,7 @@ def test_the_folders_of_kohya(tmp_path):
     }
     assert set(captions_of(tmp_path, captions="template").values()) == {"a sks dog"}
     assert listing.unused["0_off/"] == "0 repeats" and "1 images" in listing.unused["log/"]
-    assert any("20_sks dog_snow/: 1 images, 2 times each" in line for line in report(listing))
+    assert any("20_sks dog_snow/: 1 images, each 2 times" in line for line in report(listing))
 
 
 def test_files_that_hold_less_than_their_number_says_are_named(tmp_path):

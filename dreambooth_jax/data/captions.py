@@ -44,6 +44,7 @@ def fill(caption: str, identifier: str, class_noun: str, where: str) -> str:
     if unknown := sorted(fields - set(values)):
         raise ValueError(
             f"{where}: unknown field {{{unknown[0]}}} in {caption!r}; the fields are {{identifier}} and {{class_noun}}"
+            ". Write {{ and }} for literal braces, or set captions='template'."
         )
     if empty := sorted(field for field in fields if not values[field]):
         raise ValueError(f"{where}: {caption!r} uses {{{empty[0]}}}, which is empty: set {empty[0]} or leave it out")

@@ -119,6 +119,7 @@ class _View(NamedTuple):
     original: tuple[int, int]  # height, width
     corner: tuple[int, int]  # top, left
     mask: np.ndarray | None  # uint8[h w]
+    moved: bool  # whether the crop was moved to the mask
 
 
 def _remarks(rows: Sequence[_View]) -> list[str]:
@@ -128,6 +129,8 @@ def _remarks(rows: Sequence[_View]) -> list[str]:
         notes.append(f"of one colour, with nothing to learn: {', '.join(plain)}")
     if animated := dict.fromkeys(row.name for row in rows if row.animated):
         notes.append(f"animations, of which the first picture is used: {', '.join(animated)}")
+    if moved := dict.fromkeys(row.name for row in rows if row.moved):
+        notes.append(f"crops moved to the masks that lay outside of them: {', '.join(moved)}")
     same: dict[bytes, dict[str, None]] = {}
     for row in rows:
         same.setdefault(row.digest, {})[row.name] = None
@@ -253,9 +256,15 @@ def _read_views(
         size = nearest(sizes, image.height, image.width)
         if image.height < size[0] or image.width < size[1]:
             small.append(f"{item.name} ({image.width} x {image.height})")
-        for view in _draw_views(item.name, crop, flip, views, seed):
-            cropped = _cropped(image, size, *view)
-            rows.append(_View(*about, *cropped, None if mask is None else _cropped(mask, size, *view)[0]))
+        for place, mirrored in _draw_views(item.name, crop, flip, views, seed):
+            own = None if mask is None else _cropped(mask, size, place, mirrored)[0]
+            if outside := own is not None and not own.any():
+                place = _place_around(mask.getbbox(), mask.size, size)
+                own = _cropped(mask, size, place, mirrored)[0]
+            if outside and not own.any():
+                bad[item.name] = f"its mask is too small to be seen in {text_of(size)} pixels"
+                break
+            rows.append(_View(*about, *_cropped(image, size, place, mirrored), own, outside))
     if bad:
         raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
     if small:
@@ -361,6 +370,20 @@ def _draw_views(name: str, crop: str, flip: bool, views: int, seed: int) -> list
     first = int(rng.integers(2))
     places = rng.random(views) if crop == "random" else np.full(views, 0.5)
     return [(float(place), flip and (first + view) % 2 == 1) for view, place in enumerate(places)]
+
+
+def _place_around(box: tuple[int, int, int, int], whole: tuple[int, int], size: Size) -> float:
+    """The place of the crop whose middle is nearest to that of a box.
+
+    Args:
+        box: left, top, right and bottom in the picture.
+        whole: width and height of the picture.
+    """
+    places = [0.5]
+    for first, last, length, kept in zip(box[:2], box[2:], whole, _kept(*whole, size), strict=True):
+        if length - kept >= 1:
+            places = [((first + last) / 2 - kept / 2) / (length - kept)]
+    return min(1.0, max(0.0, places[0]))
 
 
 def _kept(width: int, height: int, size: Size) -> tuple[float, float]:

@@ -189,7 +189,7 @@ def _sort_files(folder: epath.Path) -> _Files:
             f"{', '.join(lost)}"
         )
     unused |= {
-        printable(p.name): f"a {p.suffix.lower()[1:].upper()} file; the picture of that name is read" for p in foreign
+        printable(p.name): f"{p.suffix[1:].upper()}; the JPEG, PNG or WebP of that name is read" for p in foreign
     }
     return _Files(
         tuple(pictures), masks, tuple(kinds["captions"]), tuple(kinds["metadata"]), tuple(kinds["folders"]), unused
@@ -276,11 +276,15 @@ def _list_repeated(folders: Sequence[epath.Path], outer: Listing, captions: str)
         items += [item for item in listing.items for _ in range(number // common)]
         unused |= listing.unused
         remarks += [
-            f"{name}/: {len(listing.items)} images, {number // common} times each; caption of those without their own: "
+            f"{name}/: {len(listing.items)} images, {_times(number // common)}; caption of those without their own: "
             f"{_KOHYA.fullmatch(name)[2]!r}",
             *listing.remarks,
         ]
     return Listing(tuple(items), unused, tuple(remarks))
+
+
+def _times(number: int) -> str:
+    return "each once" if number == 1 else f"each {number} times"
 
 
 # --- data sets
