@@ -212,6 +212,7 @@ def test_cheap_errors_come_at_once(refused):
 
 IDLE = {
     "lora_rank": ({"lora_rank": 4}, "lora_rank = 4 has no effect with method = 'full'"),
+    "factor": ({"method": "lokr", "lora_plus_ratio": 4.0}, "lora_plus_ratio = 4.0 has no effect with method = 'lokr'"),
     "prior": ({"prior_preservation": False, "num_class_images": 7}, "num_class_images = 7 has no effect with prior"),
     "tower": ({"train_text_encoder": False, "text_encoder_multiplier": 0.5}, "text_encoder_multiplier = 0.5"),
     "shared": ({"create_class_images": True}, "create_class_images = True has no effect without class_images"),

@@ -91,7 +91,7 @@ def test_weights_that_ran_away_are_seen_before_the_next_loss(value):
         check_finite(params | {"b": jnp.array([0, value, 0])}, 7)
 
 
-def test_lines_that_a_spreadsheet_leaves_do_not_end_a_resume(tmp_path):
+def test_lines_that_a_spreadsheet_leaves_do_not_end_a_resume(tmp_path, capsys):
     folder = epath.Path(tmp_path)
     first = Reporter(folder, first_step=0, steps=9)
     first.record(0, metrics(0, 4), 4)
@@ -100,5 +100,14 @@ def test_lines_that_a_spreadsheet_leaves_do_not_end_a_resume(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "\r\n".join(["sep=,", *text[:3], "", ",,,,", "my own note", *text[3:], "2\0"])
     )
+    data = (tmp_path / "metrics.csv").read_bytes()
     Reporter(folder, first_step=3, steps=9).close()
     assert [row[0] for row in rows(folder)] == [1, 2, 3]
+    assert "kept in metrics_before_3.csv" in capsys.readouterr().out
+    assert (tmp_path / "metrics_before_3.csv").read_bytes() == data
+
+
+def test_blank_lines_are_no_reason_to_keep_a_second_file(tmp_path):
+    (tmp_path / "metrics.csv").write_text("\ufeffstep,loss,instance_loss,prior_loss,grad_norm\n1,1,1,0,1\n,,,,\n\n")
+    Reporter(epath.Path(tmp_path), first_step=1, steps=9).close()
+    assert [row[0] for row in rows(tmp_path)] == [1] and len(list(tmp_path.glob("*.csv"))) == 1

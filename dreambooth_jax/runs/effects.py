@@ -23,6 +23,7 @@ IDLE = (
         lambda c: c.method not in (*ADAPTERS, "pivotal"),
         "with method = {method}, which trains no factors",
     ),
+    Idle(("lora_plus_ratio",), lambda c: c.method in ("loha", "lokr"), "with method = {method}, of no second factor"),
     Idle(
         ("token_vectors", "token_start"), lambda c: c.method not in WITH_TOKEN, "with method = {method}: no new token"
     ),

@@ -107,11 +107,18 @@ class Reporter:
 
 
 def _read_rows(path: epath.Path, last_step: int) -> list[tuple[str, ...]]:
-    """The rows of steps up to `last_step`; lines that are no such rows (a spreadsheet's blank ones) are left out."""
+    """The rows of steps up to `last_step`. A file with other lines, such as a spreadsheet's with semicolons, is kept
+    under another name, since it is written anew; blank lines are left out."""
     if not path.exists():
         return []
-    lines = csv.reader(io.StringIO(path.read_bytes().decode(errors="replace")))
-    return [tuple(row) for row in lines if _is_row(row) and int(row[0]) <= last_step]
+    data = path.read_bytes()
+    lines = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig", errors="replace"))) if any(row)]
+    rows = [tuple(row) for row in lines if _is_row(row)]
+    if len(rows) < len([row for row in lines if tuple(row) != COLUMNS]) and runtime.is_first_process():
+        kept = path.with_name(f"metrics_before_{last_step}.csv")
+        write_atomic(kept, data)
+        print(f"note: {path} holds lines that are no metrics; they are left out, and kept in {kept.name}", flush=True)
+    return [row for row in rows if int(row[0]) <= last_step]
 
 
 def _is_row(row: Sequence[str]) -> bool:

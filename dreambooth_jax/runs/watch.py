@@ -27,6 +27,7 @@ from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs.best import Rows, best_step, keep
+from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.events import Events
 
 SCORES = ("DINO", "CLIP-I", "CLIP-T", "copy")
@@ -204,12 +205,25 @@ def noun_warning(watch: Watch | None) -> str:
 
 
 def read_rows(workdir: epath.Path, last_step: int) -> dict[int, dict[str, float]]:
-    """The rows of workdir/scores.csv up to `last_step`."""
-    path = workdir / FILE
+    """The rows of workdir/scores.csv up to `last_step`; blank ones are left out.
+
+    Raises:
+        ConfigError: another line is no row of scores, which the choice of the best step needs.
+    """
+    path, rows = workdir / FILE, {}
     if not path.exists():
         return {}
-    lines = csv.DictReader(io.StringIO(path.read_text()))
-    rows = {int(row.pop("step")): {name: float(text) for name, text in row.items() if text} for row in lines}
+    lines = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig", errors="replace")))
+    for row in lines:
+        if not any(row.values()):
+            continue
+        try:
+            rows[int(row.pop("step"))] = {name: float(text) for name, text in row.items() if text}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path}, line {lines.line_num}: no scores of a step ({error!r}). Restore the file, or remove it: the "
+                "base and the newest step are then scored again"
+            ) from error
     return {step: row for step, row in rows.items() if step <= last_step}
 
 
