@@ -218,7 +218,8 @@ def read_rows(workdir: epath.Path, last_step: int) -> dict[int, dict[str, float]
         if not any(row.values()):
             continue
         try:
-            rows[int(row.pop("step"))] = {name: float(text) for name, text in row.items() if text}
+            step = int(row.pop("step"))
+            rows[step] = {name: float(text) for name, text in row.items() if text}
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path}, line {lines.line_num}: no scores of a step ({error!r}). Restore the file, or remove it: the "
