@@ -152,11 +152,12 @@ def set_int(tensors):
         ("unet/config.json", lambda c: c.update(in_channels=9), "in_channels = 9: an inpainting model"),
         ("unet/config.json", lambda c: c.update(in_channels=3), "UNet in_channels 3.*VAE latent_channels 4"),
         ("text_encoder/config.json", lambda c: c.update(vocab_size=99), "tokens.*has embeddings for 99"),
+        ("tokenizer/tokenizer.json", lambda c: c["model"]["vocab"].update({"a</w>": 5000}), "ids up to 5000"),
         ("tokenizer/tokenizer_config.json", lambda c: c.update(tokenizer_class="os.system"), "os.system.*implemented"),
         (UNET, set_nan, "conv_out.bias holds numbers that are not finite"),
         (UNET, set_int, "not floating: conv_out.bias is I32"),
     ],
-    ids=["inpainting", "channels", "vocabulary", "class", "nan", "integers"],
+    ids=["inpainting", "channels", "vocabulary", "gap", "class", "nan", "integers"],
 )
 def test_what_does_not_fit_is_refused_by_name(copy, file, function, message):
     change(copy / file, function)

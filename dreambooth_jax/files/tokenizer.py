@@ -86,10 +86,11 @@ def load_tokenizer(
         raise
     except Exception as error:  # the Rust library's have no type
         raise UnsupportedConfig(f"{folder}: the tokenizer cannot be read ({error}). Download it again.") from error
-    if vocab_size is not None and len(tokenizer) > vocab_size:
+    last = max(tokenizer.get_vocab().values(), default=-1)  # ids may leave gaps
+    if vocab_size is not None and last >= vocab_size:
         raise UnsupportedConfig(
-            f"{folder}: {len(tokenizer)} tokens, but the text encoder has embeddings for {vocab_size}: these folders "
-            "do not belong together"
+            f"{folder}: tokens have ids up to {last}, but the text encoder has embeddings for {vocab_size}: these "
+            "folders do not belong together"
         )
     if max_length is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
