@@ -100,8 +100,6 @@ def test_the_shipped_configs_pass(base):
         ({"sampling_steps": 1001}, r"1001 sampling steps: expected .* 1000"),
         ({"mesh_data": 3, "mesh_fsdp": 1}, r"does not cover 8 devices"),
         ({"instance_images": "/no/such/photos"}, r"No image folder /no/such/photos"),
-        ({"shuffle_tags": 8}, r"shuffle_tags = 8 has no effect: no caption has three tags"),
-        ({"sr_noise": "uniform"}, r"sr_noise = 'uniform': .* enlarges nothing"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_weights_are_read(micro, tmp_path, fields, message):

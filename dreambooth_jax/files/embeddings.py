@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_jax.files.single_file import check_path
+from dreambooth_jax.files.layouts import check_path
 from dreambooth_jax.files.stream import as_tensor, write_tensors
 from dreambooth_jax.files.weight_files import WeightsError
 

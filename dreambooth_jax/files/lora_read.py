@@ -14,9 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_jax.adapters.factors import FORMS, INPUT_MAGNITUDE, MAGNITUDE, add, merge, rank_of
+from dreambooth_jax.files.layouts import check_path
 from dreambooth_jax.files.ldm_names import unet_names
 from dreambooth_jax.files.lora_kohya import heads
-from dreambooth_jax.files.single_file import check_path
 from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.models.params import Tensors, under_prefix
 

@@ -212,7 +212,7 @@ def check_config(config: ConfigDict) -> None:
         raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
 
 
-def wrong_kinds(config: Mapping[str, Any]) -> list[str]:
+def wrong_kinds(config: ConfigDict) -> list[str]:
     """Fields whose values are of another type than theirs, each with the expected one."""
     return [
         f"{name} = {config[name]!r}: expected {field.kind.__name__}"
