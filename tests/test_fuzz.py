@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,8 +17,11 @@ from PIL import Image
 from support.runs import ROOT
 
 from dreambooth_jax import train
+from dreambooth_jax.adapters.factors import add
 from dreambooth_jax.data.images import read_examples
 from dreambooth_jax.files.hub import resolve_base
+from dreambooth_jax.files.lora_read import from_file
+from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.models.clip_text import CLIPTextSpec
 from dreambooth_jax.models.spec import UnsupportedConfig
 from dreambooth_jax.models.unet import UNetSpec
@@ -218,6 +222,41 @@ def test_any_value_in_a_models_config_is_taken_or_refused_by_name(spec, data, va
         spec.from_config({name: value})
     except UnsupportedConfig as error:
         assert name in str(error) or "blocks" in str(error)
+
+
+MODEL = {
+    "unet.mid_block.attentions.0.proj_in.kernel": (4, 6),
+    "unet.mid_block.attentions.0.proj_in.bias": (6,),
+    "unet.conv_in.kernel": (3, 3, 4, 6),
+    "text_encoder.text_model.embeddings.token_embedding.embedding": (5, 4),
+}
+MODULES = sorted({name.rpartition(".")[0] for name in MODEL})
+LEAVES = [
+    *("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "lora_magnitude_vector", "diff"),
+    *("diff_b", "w_norm", "b_norm", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "lokr_w1"),
+    *("lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "nothing"),
+]
+tensors = st.dictionaries(
+    st.builds("{}.{}".format, st.sampled_from(MODULES), st.sampled_from(LEAVES)),
+    st.builds(np.zeros, st.lists(st.sampled_from([0, 1, 2, 4, 6]), max_size=4), st.sampled_from(["f4", "i4", "f2"])),
+    min_size=1,
+    max_size=5,
+)
+PATTERN = '{"unet.lora_alpha":2,"unet.alpha_pattern":{"(":1}}'
+stated = st.sampled_from(["", "{", "[]", '{"unet.lora_alpha":"x"}', PATTERN])
+
+
+@FAST
+@given(tensors=tensors, stated=stated)
+def test_any_adapter_is_merged_or_refused_by_name(tensors, stated):
+    shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in MODEL.items()}
+    base = {name: np.ones(shape, np.float32) for name, shape in MODEL.items()}
+    try:
+        factors = from_file(tensors, {"lora_adapter_metadata": stated} if stated else {}, shapes, "a.safetensors")
+        merged = add(base, factors)
+        assert {name: np.shape(value) for name, value in merged.items()} == MODEL
+    except WeightsError as error:
+        assert str(error).startswith("a.safetensors: ")
 
 
 @pytest.mark.parametrize("value", ["16", ["16"], {}])

@@ -69,7 +69,7 @@ def read_embeddings(path: str | os.PathLike, widths: Sequence[int]) -> list[np.n
             f"{path}: expected {ONE}, {' and '.join(SEVERAL)}, or one token; it has {', '.join(tensors)}"
         )
     found = [np.atleast_2d(np.asarray(value, np.float32)) for value in found]
-    if [value.shape[-1] for value in found] != list(widths):
+    if [value.shape[1:] for value in found] != [(width,) for width in widths]:
         have = ", ".join(str(value.shape[-1]) for value in found)
         raise WeightsError(
             f"{path}: rows of width {have}, but this base's text encoders have {', '.join(map(str, widths))}"

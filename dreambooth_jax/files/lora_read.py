@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dreambooth_jax.adapters.factors import FORMS, INPUT_MAGNITUDE, MAGNITUDE, add, merge, rank_of
-from dreambooth_jax.files.layouts import check_path
+from dreambooth_jax.adapters.factors import FORMS, INPUT_MAGNITUDE, MAGNITUDE, add, difference, merge, rank_of
+from dreambooth_jax.files.layouts import check_path, split_weight
 from dreambooth_jax.files.ldm_names import unet_names
 from dreambooth_jax.files.lora_kohya import heads
 from dreambooth_jax.files.weight_files import WeightsError
@@ -34,6 +34,8 @@ _LEAF = re.compile(
     r"lora_magnitude_vector(?:\.weight)?|hada_\w+|lokr_\w+|diff|diff_b|w_norm|b_norm)$"
 )
 Alpha = Callable[[int], float]  # rank -> alpha
+# What arrays of other shapes than a module's raise where they are combined.
+_DO_NOT_FIT = (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError)
 _PEFT_LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
@@ -85,19 +87,30 @@ def from_file(
             f"{path}: {len(unknown)} of {len(tensors)} tensors have no place in this model, a file of another "
             f"architecture or format: {', '.join(sorted(unknown)[:5])}"
         )
-    alphas = _peft_alphas(metadata)
+    alphas = _peft_alphas(metadata, path)
     factors: dict[str, np.ndarray] = {}
     for module, leaves in found.items():
-        try:
-            own = _factors(leaves, tuple(modules[module].shape), alphas(module))
-        except (KeyError, ValueError) as error:
-            raise WeightsError(
-                f"{path}: the tensors of {module} do not fit its {modules[module].shape}: {error}"
-            ) from error
-        if module in tables:  # rows are rows in files too
-            own = {"diff.embedding": leaves["diff"]}
+        shape, alpha = tuple(modules[module].shape), alphas(module)
+        try:  # rows are rows in files too
+            own = {"diff.embedding": leaves["diff"].reshape(shape)} if module in tables else {}
+            own = own or _factors(leaves, shape, alpha)
+            _check_fits(own, module, shapes)
+        except _DO_NOT_FIT as error:
+            raise WeightsError(f"{path}: the tensors of {module} do not fit its {shape}: {error!r}") from error
         factors |= {f"{module}.{name}": value for name, value in own.items()}
     return factors
+
+
+def _check_fits(own: dict[str, np.ndarray], module: str, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises ValueError, or what `_DO_NOT_FIT` lists, if factors make no difference to parameters of the module."""
+    plain = {name: x for name, x in own.items() if name in ("diff.bias", "diff.scale", "diff.embedding")}
+    made = {name.partition(".")[2]: x.shape for name, x in plain.items()}
+    others = {name: x for name, x in own.items() if name not in plain}
+    if others and "diff.kernel" not in own and not {"lora_A.kernel", "lora_B.kernel"} <= own.keys():
+        made["kernel"] = jax.eval_shape(difference, shapes[f"{module}.kernel"], others).shape
+    wrong = {leaf: shape for leaf, shape in made.items() if shape != shapes[f"{module}.{leaf}"].shape}
+    if wrong:
+        raise ValueError(f"differences of other shapes: {wrong}")
 
 
 def _heads(modules: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
@@ -110,9 +123,18 @@ def _heads(modules: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
     return found | {module: module for module in modules}
 
 
-def _peft_alphas(metadata: Mapping[str, str]) -> Callable[[str], Alpha | None]:
-    """module -> alpha by which PEFT's metadata scales it, a function of the rank; None without metadata."""
-    stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+def _peft_alphas(metadata: Mapping[str, str], path: str) -> Callable[[str], Alpha | None]:
+    """module -> alpha by which PEFT's metadata scales it, a function of the rank; None without metadata.
+
+    Raises:
+        WeightsError: the metadata are no JSON object; in the function, alphas that are no numbers.
+    """
+    try:
+        stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise WeightsError(f"{path}: its lora_adapter_metadata are not JSON: {error}") from error
+    if not isinstance(stated, dict):
+        raise WeightsError(f"{path}: its lora_adapter_metadata are no JSON object but {stated!r}")
 
     def alpha_of(module: str) -> Alpha | None:
         part, _, inner = module.partition(".")
@@ -120,7 +142,13 @@ def _peft_alphas(metadata: Mapping[str, str]) -> Callable[[str], Alpha | None]:
         if alpha is None:
             return None
         patterns = stated.get(f"{part}.alpha_pattern") or {}
-        own = next((v for pattern, v in patterns.items() if re.search(rf"(^|\.){pattern}$", inner)), alpha)
+        try:
+            own = next((v for pattern, v in patterns.items() if re.search(rf"(^|\.){pattern}$", inner)), alpha)
+            own = float(own)
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise WeightsError(
+                f"{path}: its lora_adapter_metadata name no alphas of {part}: {alpha!r}, {patterns!r}"
+            ) from error
         return lambda rank: own * rank**0.5 if stated.get(f"{part}.use_rslora") else own
 
     return alpha_of
@@ -185,12 +213,6 @@ def read_adapters(
         WeightsError: see `read_adapter`.
     """
     return [(read_adapter(path, shapes)[0], weight) for path, weight in map(split_weight, files)]
-
-
-def split_weight(entry: str) -> tuple[str, float]:
-    """(FILE, WEIGHT) of "FILE:WEIGHT", (FILE, 1.0) of "FILE"."""
-    path, _, weight = entry.rpartition(":")
-    return (path, float(weight)) if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", weight) else (entry, 1.0)
 
 
 def with_adapters(params: Tensors, adapters: Sequence[tuple[Tensors, float]]) -> Tensors:
