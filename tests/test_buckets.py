@@ -8,20 +8,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support.runs import assert_same_run, checkpoints, config_of, finish, kill_when, start
+from support.runs import (
+    assert_same_run,
+    assert_same_state,
+    checkpoints,
+    config_of,
+    finish,
+    kill_when,
+    read_state,
+    start,
+)
 
 from dreambooth_jax.data.buckets import bucket_sizes, nearest
 from dreambooth_jax.data.encode import pictures
 from dreambooth_jax.data.images import read_buckets, read_examples
 from dreambooth_jax.diffusion.buckets import alike, in_turns
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData, draw
+from dreambooth_jax.diffusion.loss import Losses
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.families.pipeline import load_pipeline
+from dreambooth_jax.runs import held_out
 from dreambooth_jax.runs.config import ConfigError, check_config
 from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, split_shapes, state_shapes
 from dreambooth_jax.runs.plan_text import plan_text
+from dreambooth_jax.runs.preemption import Preemption
 from dreambooth_jax.runs.setup import set_up, sizes_of
 from dreambooth_jax.runs.slices import count_examples
+from dreambooth_jax.runs.training import train
 
 OPTIONS = {"template": "a {identifier} {class_noun}", "identifier": "sks", "class_noun": "dog"}
 
@@ -183,6 +196,113 @@ def test_two_shapes_train_and_go_on_after_a_kill(micro, photos, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+LORA = {
+    "buckets": True,
+    "method": "lora",
+    "lora_rank": 2,
+    "masked_loss": True,
+    "num_class_images": 3,
+    "batch_size": 4,
+    "steps": 6,
+    "save_every": 3,
+    "sample_prompts": (),
+}
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    """Cut-out photos of two shapes with captions, and three pictures of the class."""
+    folder = tmp_path_factory.mktemp("subject")
+    for number, size in enumerate([(60, 40), (90, 60), (62, 40), (40, 60), (60, 90)]):
+        place = folder / ("class" if number > 3 else "photos") / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        photo(place, *size, seed=number)
+        if number < 4:
+            cut_out = Image.open(place)
+            opacity = Image.new("L", size)
+            opacity.paste(255, (size[0] // 4, 0, size[0], size[1]))
+            cut_out.putalpha(opacity)
+            cut_out.save(place)
+            place.with_suffix(".txt").write_text(f"sks dog, place {number}")
+        else:
+            photo(folder / "class" / "more.png", 50, 50, seed=7)
+            photo(folder / "class" / "wide.png", 80, 40, seed=8)
+    return {"instance_images": str(folder / "photos"), "class_images": str(folder / "class")}
+
+
+@pytest.fixture(scope="module")
+def trains(micro, subject):
+    """(workdir, devices, fields) -> trains; every different program is compiled once."""
+    compiled = {}
+
+    def compile_once(lowered):
+        text = lowered.as_text()
+        if text not in compiled:
+            compiled[text] = lowered.compile()
+        return compiled[text]
+
+    def trains(workdir, devices, **fields):
+        run = set_up(config_of(workdir, base=micro, **LORA | subject | fields), devices)
+        with Preemption() as guard:
+            train(run, guard, compile_steps=compile_once)
+        return run
+
+    return trains
+
+
+@pytest.mark.slow
+def test_factors_masks_and_a_mesh(trains, tmp_path):
+    """LoRA with masks on eight devices: as on one of them; and stopped where the next step has another shape, to the
+    last bit as without the stop."""
+    spread = {"devices": jax.devices(), "mesh_data": 4, "mesh_fsdp": 2}
+    run = trains(tmp_path / "whole", **spread)
+    assert [len(part.names) for part in run.examples] == [6, 2]  # two views of each
+    _, bucket = in_turns(data(6, 2), 4, jax.random.key(run.config.seed), 16)
+    assert bucket[2] != bucket[3] and set(bucket[:3]) == {0, 1}
+    for steps in (3, 6):
+        trains(tmp_path / "stopped", steps=steps, **spread)
+    assert_same_state(read_state(tmp_path / "whole", 6), read_state(tmp_path / "stopped", 6))
+    assert (tmp_path / "whole" / "metrics.csv").read_text() == (tmp_path / "stopped" / "metrics.csv").read_text()
+    trains(tmp_path / "one", jax.devices()[:1], mesh_data=1, mesh_fsdp=1)
+    spread_out, alone = (np.loadtxt(tmp_path / name / "metrics.csv", delimiter=",", skiprows=1) for name in NAMES)
+    np.testing.assert_allclose(spread_out, alone, rtol=1e-3)
+
+
+NAMES = ("whole", "one")
+
+
+def test_held_out_photos_keep_their_shapes(micro, photos, tmp_path, monkeypatch):
+    """A shape of held-out photos alone is no program of the training."""
+    fields = {"buckets": True, "held_out_images": "2", "evaluate_every": 60, "prior_preservation": False}
+    config = config_of(tmp_path / "run", base=micro, instance_images=str(photos), **fields)
+    run = set_up(config, jax.devices()[:1])
+    assert [(part.images.shape[1:3], set(part.names)) for part in run.examples] == [((12, 20), {"0.png", "1.png"})]
+    assert [(part.images.shape, part.names) for part in run.held_out] == [
+        ((1, 12, 20, 3), ("2.png",)),
+        ((1, 20, 12, 3), ("3.png",)),
+    ]
+    assert "held out: 2.png, 3.png: for loss" in plan_text(run, 0)
+    with pytest.raises(ConfigError, match="leaves none of 4 photos"):
+        set_up(config_of(tmp_path / "none", **dict(config) | {"held_out_images": "4"}))
+    # Every photo counts alike in the loss.
+    constant = lambda job, size, draws: lambda *_: Losses(*jnp.asarray([size[0], 0, draws], jnp.float32))  # noqa: E731
+    monkeypatch.setattr(held_out, "make_loss", constant)
+    loss = held_out.mean_loss(run.job, [((2, 2), data(1)[0]), ((6, 2), data(3)[0])])({}, {}, jax.random.key(0))
+    assert (loss.loss, loss.prior) == (5.0, held_out.DRAWS * (1 / 16 + 9 / 16))
+
+
+@pytest.mark.slow
+def test_losses_of_held_out_photos_in_a_shape_that_does_not_train(trains, tmp_path):
+    """Such a shape has class images of its own."""
+    fields = {"held_out_images": "2", "evaluate_every": 3, "mesh_data": 1, "mesh_fsdp": 1}
+    run = trains(tmp_path / "run", jax.devices()[:1], **fields)
+    assert [part.names for part in run.held_out] == [("2.png",), ("3.png",)] and len(run.examples) == 1
+    header, *rows = (line.split(",") for line in (tmp_path / "run" / "scores.csv").read_text().splitlines())
+    assert header == ["step", "held-out loss", "class loss"] and [row[0] for row in rows] == ["0", "3", "6"]
+    values = np.array(rows, float)
+    assert (values[:, 1:] > 0).all() and (values[1:, 1:] != values[0, 1:]).all()
+
+
 @pytest.mark.slow
 def test_squares_train_as_without_buckets(micro, tmp_path):
     """Square photos alone: one shape, the same examples, and the very program of `buckets=False`."""
@@ -242,5 +362,3 @@ def test_what_has_no_buckets_says_so(micro, tmp_path):
         set_up(config_of(tmp_path / "run", base=micro, buckets=True, stages=("another",)), jax.devices()[:1])
     with pytest.raises(ConfigError, match="buckets: not implemented for many subjects at once"):
         check_config(config_of(tmp_path, buckets=True, subjects="folder", method="lora"))
-    with pytest.raises(ConfigError, match="held_out_images: not implemented with buckets"):
-        check_config(config_of(tmp_path, buckets=True, held_out_images="1", evaluate_every=20))

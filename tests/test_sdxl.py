@@ -14,11 +14,12 @@ from support.sdxl_folders import write_sdxl
 from dreambooth_jax import export
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.adapters.method import full
+from dreambooth_jax.data.buckets import bucket_sizes
 from dreambooth_jax.data.encode import make_encoder
-from dreambooth_jax.data.images import read_examples
+from dreambooth_jax.data.images import read_buckets, read_examples
 from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices.sharding import make_mesh, replicated
-from dreambooth_jax.diffusion.examples import TrainingData, draw
+from dreambooth_jax.diffusion.examples import TrainingData, draw, rows_of
 from dreambooth_jax.diffusion.loss import Batch, dreambooth_loss
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
@@ -183,18 +184,23 @@ def test_large_pictures_pass_the_autoencoder_one_at_a_time(base):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def torch_loss(reference, batch: Batch) -> torch.Tensor:
-    """The DreamBooth loss as diffusers' SDXL script computes it, with each picture's own sizes."""
-    states, pooled = encode_prompts(reference, PROMPTS)
+def torch_loss(reference, batch: Batch, prompts=PROMPTS, sizes=SIZES[1:], num_instance=1, weight=1.0) -> torch.Tensor:
+    """The DreamBooth loss as diffusers' SDXL script computes it, with each picture's own sizes.
+
+    Args:
+        sizes: original height and width, top and left of the crop, height and width after it, of every picture.
+        weight: of every latent pixel, of mean 1.
+    """
+    states, pooled = encode_prompts(reference, prompts)
     x0, eps, t = nchw(batch.x0), nchw(batch.eps), torch.from_numpy(np.array(batch.t, np.int64))
     alpha_bar = reference.scheduler.alphas_cumprod[t][:, None, None, None]
     noisy = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-    sizes = torch.from_numpy(np.concatenate(SIZES[1:], -1)).float()
+    sizes = torch.from_numpy(np.concatenate(sizes, -1)).float()
     prediction = reference.unet(
         noisy, t, encoder_hidden_states=states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
     ).sample
-    each = torch.nn.functional.mse_loss(prediction, eps, reduction="none").mean(dim=(1, 2, 3))
-    return each[:1].mean() + PRIOR * each[1:].mean()
+    each = (torch.nn.functional.mse_loss(prediction, eps, reduction="none") * weight).mean(dim=(1, 2, 3))
+    return each[:num_instance].mean() + PRIOR * each[num_instance:].mean()
 
 
 @pytest.mark.slow
@@ -314,6 +320,54 @@ def test_class_images_keep_their_own_sizes(base, tmp_path):
     for name in ("states", "pooled"):
         np.testing.assert_array_equal(batch.cond[name][2], data.prior.cond[name][0])
         assert np.abs(batch.cond[name][0] - batch.cond[name][2]).max() > 1e-3
+
+
+def test_a_batch_of_a_bucket_has_the_loss_of_diffusers(base, tmp_path):
+    """A shape that is no square: sizes, masks and prompts of both halves."""
+    reference, pipeline, params = base
+    for number, (width, height) in enumerate([(60, 40), (96, 60)]):
+        opacity = Image.new("L", (width, height))
+        opacity.paste(255, (0, 0, width // 2, height))
+        picture = Image.effect_noise((width, height), 60).convert("RGB")
+        picture.putalpha(opacity)
+        save_photo(tmp_path / "photos" / f"{number}.png", picture, f"sks dog, {'snow' if number else 'sand'}")
+    save_photo(tmp_path / "class" / "0.png", Image.effect_noise((50, 50), 60).convert("RGB"), "a dog")
+    options = {"template": "", "identifier": "sks", "class_noun": "dog"}
+    (photos,) = read_buckets(tmp_path / "photos", bucket_sizes(32, pipeline.multiple), masked=True, **options)
+    height, width = photos.images.shape[1:3]
+    assert height < width and [(y, x) for y, x in photos.original.tolist()] == [(40, 60), (60, 96)]
+    (of_class,) = read_buckets(tmp_path / "class", ((height, width),), **options)
+    of_class = of_class._replace(masks=np.full((1, height, width), 255, np.uint8))
+    encode = make_encoder(pipeline, make_mesh(1, 1, jax.devices()[:1]), text_states=True)
+    data, key = TrainingData(encode(params, photos), encode(params, of_class)), jax.random.key(0)
+    batch = draw(data, pipeline.process, 2, key, jnp.int32(0), pipeline.example_shape(height, width))
+    loss = jax.jit(
+        lambda params: dreambooth_loss(
+            pipeline.denoise, params, batch, pipeline.process, num_instance=2, prior_weight=PRIOR
+        )
+    )(params)
+    rows = np.asarray(rows_of(data, 2, key, 0))
+    original = np.concatenate([photos.original[rows[:2]], of_class.original[rows[2:]]])
+    scale = np.maximum(height / original[:, 0], width / original[:, 1])[:, None]
+    corner = np.round((original * scale - (height, width)) / 2).astype(int)
+    masks = torch.from_numpy(np.concatenate([photos.masks[rows[:2]], of_class.masks[rows[2:]]])[:, None] / 255.0)
+    weight = torch.nn.functional.avg_pool2d(masks.float(), height // batch.x0.shape[1])
+    expected = torch_loss(
+        reference,
+        batch,
+        [*(photos.captions[row] for row in rows[:2]), "a dog", "a dog"],
+        (original, corner, np.full((4, 2), (height, width))),
+        2,
+        weight / weight.mean((1, 2, 3), keepdim=True),
+    )
+    assert 0 < weight[:2].mean() < 0.6
+    assert abs(float(loss.loss) / expected.item() - 1) <= 1e-4
+
+
+def save_photo(path, picture, caption) -> None:
+    path.parent.mkdir(exist_ok=True)
+    picture.save(path)
+    path.with_suffix(".txt").write_text(caption)
 
 
 @pytest.mark.slow

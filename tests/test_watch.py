@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from support.runs import config_of
 
 from dreambooth_jax import evaluate
@@ -102,13 +103,22 @@ def test_held_out_photos_do_not_train(micro, tmp_path):
     config = config_of(tmp_path / "run", base=micro, **FIELDS)
     run, whole = set_up(config), set_up(config_of(tmp_path / "whole", base=micro))
     photos = sorted(set(whole.examples[0].names))
-    assert set(run.examples[0].names) == set(photos[:-1]) and run.held_out.names == (photos[-1],)
+    assert set(run.examples[0].names) == set(photos[:-1]) and [part.names for part in run.held_out] == [(photos[-1],)]
     assert run.examples[0].images.shape[0] == len(run.examples[0].captions) == 2 * len(photos[:-1])  # two views
     from dreambooth_jax.runs.plan_text import plan_text
 
     assert f"held out: {photos[-1]}" in plan_text(run, 0)
     with pytest.raises(ConfigError, match="leaves none of"):
         set_up(config_of(tmp_path / "none", base=micro, **FIELDS | {"held_out_images": "99"}))
+
+
+def test_scores_that_a_spreadsheet_has_saved_are_read_or_named(tmp_path):
+    (tmp_path / watch.FILE).write_bytes("\ufeffstep,DINO\r\n0,0.5\r\n,\r\n\r\n2,0.75\r\n4,1\r\n".encode())
+    assert watch.read_rows(epath.Path(tmp_path), 3) == {0: {"DINO": 0.5}, 2: {"DINO": 0.75}}
+    for text in ("step;DINO\n0;0,5\n", "step,DINO\n0,0.5,7\n", "step,DINO\nmy own note,\n"):
+        (tmp_path / watch.FILE).write_text(text)
+        with pytest.raises(ConfigError, match=r"scores\.csv, line 2: no scores of a step .* remove it"):
+            watch.read_rows(epath.Path(tmp_path), 3)
 
 
 @pytest.mark.slow

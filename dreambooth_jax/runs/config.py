@@ -259,8 +259,6 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"{', '.join(alone)}: not implemented for many subjects at once")
     if config.subjects and config.prior_target == "base" and not config.class_images:
         problems.append('prior_target = "base" without class_images: not implemented for many subjects at once')
-    if config.buckets and config.held_out_images:
-        problems.append("held_out_images: not implemented with buckets; held-out photos are squares")
     if config.sr_crop and config.masked_loss:
         problems.append("masked_loss: not implemented for the crops of a super-resolution stage, sr_crop")
     if config.prior_target == "base" and config.method in ("full", "custom"):

@@ -31,7 +31,8 @@ def plan_text(run: Run, done: int, *, compared: bool = True) -> str:
         prompt = fill(config.class_prompt, config)
         prior = f"{describe_class_images(config, run.to_paint)}: {prompt!r}, weight {config.prior_weight:g}"
     axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-    held_out = {} if run.held_out is None else {"held out": f"{', '.join(dict.fromkeys(run.held_out.names))}: for loss"}
+    aside = dict.fromkeys(name for part in run.held_out for name in part.names)
+    held_out = {"held out": f"{', '.join(aside)}: for loss"} if aside else {}
     lines = {
         "base": f"{config.base} ({config.resolution}x{config.resolution}, {count(shapes) / 1e6:.1f} M parameters)",
         "subject": f"{images} images in {config.instance_images}: {run.examples[0].captions[0]!r}",

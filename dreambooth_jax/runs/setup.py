@@ -29,7 +29,7 @@ from dreambooth_jax.data.latents import Latents
 from dreambooth_jax.data.low_resolution import cut
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
-from dreambooth_jax.diffusion.examples import TrainingData
+from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.family import CODEC
 from dreambooth_jax.families.frozen_text import with_cached_text
@@ -43,7 +43,7 @@ from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
-from dreambooth_jax.runs.config_file import complete, stage_folder
+from dreambooth_jax.runs.config_file import DOG, complete, load, stage_folder
 from dreambooth_jax.runs.held_out import divide
 from dreambooth_jax.runs.job import (
     Job,
@@ -66,7 +66,7 @@ class Run(NamedTuple):
     Attributes:
         paint: the base's painter.
         examples: the subject's examples by shape: one square, or with `buckets` the shapes of all photos.
-        held_out: photos held out of training, or None.
+        held_out: photos held out of training, by shape; empty if there are none.
         digest: digest of the base's weights.
         to_paint: number of missing class images.
         given: the config as JSON values, before the base's values fill its open fields.
@@ -77,7 +77,7 @@ class Run(NamedTuple):
     workdir: epath.Path
     paint: Painter
     examples: tuple[Examples, ...]
-    held_out: Examples | None
+    held_out: tuple[Examples, ...]
     digest: str
     to_paint: int
     given: dict[str, Any]
@@ -123,9 +123,10 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
         folder = workdir / "samples" / f"stage{config.stage - 1}"
         below = painted_below(before, mesh, folder) if before else photos_below(examples[0], low.factor)
         paint = enlarging(paint, below, max(2, config.stage))
-    elif before or config.sr_crop:
+    elif before or config.sr_crop or (not config.stages and config.sr_noise != load(str(DOG)).sr_noise):
         raise ConfigError(
-            f"base = {config.base!r}, sr_crop = {config.sr_crop}: {pipeline.family.name} enlarges nothing"
+            f"base = {config.base!r}, sr_crop = {config.sr_crop}, sr_noise = {config.sr_noise!r}: "
+            f"{pipeline.family.name} enlarges nothing"
         )
     digest = weights_digest(*weights_of(pipeline))
     paints = config.prior_preservation and not pairs_prior(config)
@@ -133,16 +134,16 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     return Run(job, workdir, paint, examples, held_out, digest, len(to_paint), given, tuple(notes))
 
 
-def read_subject(job: Job) -> tuple[tuple[Examples, ...], Examples | None]:
-    """(the subject's training examples by shape; held-out photos or None).
+def read_subject(job: Job) -> tuple[tuple[Examples, ...], tuple[Examples, ...]]:
+    """(the subject's training examples, held-out photos), both by shape.
 
     Raises:
         ValueError, OSError: see `possible_sizes`, `read_buckets` and `divide`.
     """
-    config = job.config
+    config, sizes = job.config, possible_sizes(job)
     buckets = read_buckets(
         config.instance_images,
-        possible_sizes(job),
+        sizes,
         template=config.instance_prompt,
         identifier=config.identifier,
         class_noun=config.class_noun,
@@ -153,9 +154,14 @@ def read_subject(job: Job) -> tuple[tuple[Examples, ...], Examples | None]:
         seed=config.seed,
         masked=config.masked_loss,
     )
-    divided = [divide(part, config) for part in buckets]
-    held_out = divided[0][1]
-    return tuple(with_templates(part, config) for part, _ in divided), held_out and with_templates(held_out, config)
+    training, held_out = (tuple(with_templates(x, config) for x in half) for half in divide(buckets, config, sizes))
+    captions = [caption for part in training for caption in part.captions]
+    if config.shuffle_tags and all(caption.count(",") < 2 for caption in captions):
+        raise ConfigError(
+            f"shuffle_tags = {config.shuffle_tags} has no effect: no caption has three tags, separated by commas, of "
+            f"which the first one stays; the first caption is {captions[0]!r}"
+        )
+    return training, held_out
 
 
 def _prompts(config: ConfigDict) -> list[str]:
@@ -256,6 +262,12 @@ def prepare_data(
     kept = None if pairs_prior(config) else class_latents(run)
     prior = [encode(params, _cut(examples, config), kept) for examples in of_class]
     return tuple(TrainingData(*halves) for halves in zip(instance, prior, strict=True))
+
+
+def class_examples(run: Run, params: Params, size: Size) -> EncodedExamples:
+    """The class images, which are there, cropped to a shape and encoded: (height, width) in pixels."""
+    encode = make_encoder(run.pipeline, run.mesh, text_states=not reads_tokens(run.config))
+    return encode(params, read_class_images(run.config, size), class_latents(run))
 
 
 def class_latents(run: Run) -> Latents | None:

@@ -24,15 +24,23 @@ from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.ahead import compiling
 from dreambooth_jax.runs.best import is_over, open_best
 from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_masks, of_pixels
-from dreambooth_jax.runs.held_out import held_out_data, make_loss
-from dreambooth_jax.runs.job import held, read_shapes, resident_data, tokens_held_from
+from dreambooth_jax.runs.held_out import held_out_data, mean_loss
+from dreambooth_jax.runs.job import held, pairs_prior, read_shapes, resident_data, tokens_held_from, training_size
 from dreambooth_jax.runs.loop import Progress, Store, loop
 from dreambooth_jax.runs.moved import NEW_TOKENS, check_moved, checksums
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
 from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import Reporter
 from dreambooth_jax.runs.samples import paint_prompts, sheet_is_missing, sheets_of
-from dreambooth_jax.runs.setup import Run, begin, prepare_data, start_state, weights_of
+from dreambooth_jax.runs.setup import (
+    Run,
+    begin,
+    class_examples,
+    prepare_data,
+    start_state,
+    training_sizes,
+    weights_of,
+)
 from dreambooth_jax.runs.watch import (
     Watch,
     is_due,
@@ -140,7 +148,7 @@ def prepare(
         if watch is not None:
             if warning := noun_warning(watch):
                 say(f"warning: {warning}")
-            watch = with_losses(watch, run, base, frozen, data[0], key)
+            watch = with_losses(watch, run, base, frozen, data, key)
             look_at_base(watch, base, trainable, functools.partial(paint_prompts, run))
         del base
         data, bucket = resident_data(job, data)
@@ -197,18 +205,27 @@ def compare_class_images(compare: Callable[[Fingerprints], None], class_images: 
     compare({"class images": of_pixels(class_images), "class captions": of_captions(class_images)})
 
 
-def with_losses(watch: Watch, run: Run, base: Params, frozen: Params, data: TrainingData, key: Key[Array, ""]) -> Watch:
+def with_losses(
+    watch: Watch, run: Run, base: Params, frozen: Params, data: Sequence[TrainingData], key: Key[Array, ""]
+) -> Watch:
     """The watch with the losses of the run's held-out photos, if it has some.
 
     Args:
         base: parameters of the base.
-        data: for training.
+        data: for training, by shape; class examples of other shapes are encoded here.
         key: the run's.
     """
-    if run.held_out is None:
+    if not run.held_out:
         return watch
-    loss, held_out = make_loss(run.job), held_out_data(run.job, base, run.held_out, data)
-    return watch._replace(losses=lambda trained: loss(trained, frozen, held_out, key))
+    known = dict(zip(training_sizes(run), (part.prior for part in data), strict=True))
+    parts = []
+    for examples in run.held_out:
+        size = examples.images.shape[1:3] if run.config.buckets else training_size(run.config)
+        encodes = run.config.prior_preservation and not pairs_prior(run.config) and size not in known
+        prior = class_examples(run, base, size) if encodes else known.get(size)
+        parts.append((size, held_out_data(run.job, base, examples, prior)))
+    loss = mean_loss(run.job, parts)
+    return watch._replace(losses=lambda trained: loss(trained, frozen, key))
 
 
 def moved_check(run: Run, progress: Progress) -> Callable[[TrainState, int], None]:
