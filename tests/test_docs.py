@@ -12,6 +12,7 @@ import pytest
 
 from dreambooth_jax.runs.config import check_config
 from dreambooth_jax.runs.config_file import load, override
+from dreambooth_jax.runs.effects import check_effects
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -19,11 +20,19 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
-    """(command, arguments) of every `python -m dreambooth_jax.COMMAND ...` in the page's shell blocks."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    """(command, arguments) of every `python -m dreambooth_jax.COMMAND ...` in fenced or indented blocks, or in a line
+    of text."""
+    text = page.read_text()
+    fenced = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+    indented = re.findall(r"(?:^ {4}.*\n)+", text, flags=re.MULTILINE)
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    lines = "\n".join([*fenced, *indented, *spans]).replace("\\\n", " ").splitlines()
     found = (re.search(r"python -m dreambooth_jax\.(\w+)(.*)", line) for line in lines)
     return [(match[1], shlex.split(match[2], comments=True)) for match in found if match]
+
+
+def test_commands_are_found_wherever_they_stand():
+    assert len(commands(DOCS / "adapters.md")) > 8 and len(commands(DOCS / "migrating.md")) > 3
 
 
 @cache
@@ -42,8 +51,10 @@ def test_every_command_has_options_and_fields_that_exist(page, monkeypatch):
             assert option in help_of(command), (command, option)
         files = [value for option, value in itertools.pairwise(arguments) if option == "--config"]
         fields = [option.removeprefix("--config.").partition("=") for option in options if "--config." in option]
-        if files and command in ("train", "plan"):
-            check_config(override(load(files[0]), [(name, value) for name, _, value in fields]))
+        if files and command in ("train", "plan") and "--protocol" not in options:
+            config = override(load(files[0]), [(name, value) for name, _, value in fields])
+            check_config(config)
+            check_effects(config, load(files[0]))
 
 
 @pytest.mark.slow
