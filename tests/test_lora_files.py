@@ -252,7 +252,10 @@ def test_what_lycoris_writes():
         norm = np.sqrt(np.square(moved).sum(tuple({0, 1, 2, 3} - {axis}), keepdims=True))
         found = kernel_difference(read(tensors | {f"{head}.dora_scale": magnitude}), Tiny.conv)
         np.testing.assert_allclose(found, magnitude * moved / norm - 0.5, rtol=1e-4, atol=1e-4)
-    biased = read({f"{head}.diff": rand(4, 6, 3, 3), f"{head}.diff_b": rand(4)})
+    biased = {f"{head}.diff": rand(4, 6, 3, 3), f"{head}.diff_b": rand(4)}
+    with pytest.raises(WeightsError, match="conv1"):  # which has no bias
+        read(biased)
+    biased = from_file(biased, {}, {**Tiny.shapes, f"{Tiny.conv}.bias": jax.ShapeDtypeStruct((4,), np.float32)})
     np.testing.assert_array_equal(biased[f"{Tiny.conv}.diff.bias"], rand(4))
 
 
