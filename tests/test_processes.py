@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.runs import checkpoints, log_of, pictures, start, wait
+from safetensors.numpy import load_file
+from support.runs import ROOT, checkpoints, get_config, log_of, pictures, start, wait
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +88,25 @@ def test_four_processes(one, micro, tmp_path):
     workdir = tmp_path / "run"
     wait_all(workdir, start_all(workdir, 4, 2, base=micro, mesh_fsdp=4), [0] * 4)
     np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_train_a_subject_each(micro, tmp_path):
+    """The files are those of one process with two devices; the processes paint one set of class images."""
+    photos = ROOT / "examples" / "subjects" / "dog"
+    (tmp_path / "table.csv").write_text(f"name,photos,steps\nrex,{photos},2\ntom,{photos},4\n")
+    fields = {"subjects": str(tmp_path / "table.csv"), "method": "lora", "lora_rank": 2, "mesh_fsdp": 1}
+    fields |= {"steps": 4, "sample_every": get_config().sample_every, "batch_size": 1, "num_class_images": 4}
+    alone, workdir = tmp_path / "one", tmp_path / "two"
+    assert wait(start(alone, devices=2, base=micro, **FIELDS | fields)) == 0, log_of(alone).read_text()
+    wait_all(workdir, start_all(workdir, 2, 1, base=micro, **fields), [0, 0])
+    for name in ("rex", "tom"):
+        found, wanted = (load_file(folder / f"{name}.safetensors") for folder in (workdir, alone))
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+    assert pictures(workdir / "samples").keys() == pictures(alone / "samples").keys()
+    said = log_of(tmp_path / "two.0").read_text(), log_of(tmp_path / "two.1").read_text()
+    assert "tom: 4 steps" in said[0] and "tom: 4 steps" not in said[1]
 
 
 @pytest.mark.parametrize("asked", [0, 1])

@@ -88,7 +88,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def lane(tree: Tree, number: int | Int[Array, ""]) -> Tree:
+def lane(tree: Tree, number: int | Int[Array, ""] | np.int32) -> Tree:
     """The part of one subject."""
     return jax.tree.map(lambda x: x[number], tree)
 

@@ -26,6 +26,7 @@ from dreambooth_jax.adapters.many import (
 )
 from dreambooth_jax.data.class_folders import class_folders
 from dreambooth_jax.data.class_images import (
+    agreed,
     class_images_to_paint,
     paint_missing,
     read_class_images,
@@ -62,7 +63,7 @@ from dreambooth_jax.runs.job import (
     split_shapes,
 )
 from dreambooth_jax.runs.lanes import lower_many, many_shapes, subject_sharding, subjects_a_device
-from dreambooth_jax.runs.preemption import Preemption
+from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import check_finite
 from dreambooth_jax.runs.setup import begin, claim, read_subject, weights_of
 from dreambooth_jax.runs.subjects import Subject, adapter_path, read_subjects
@@ -89,7 +90,7 @@ class _Many(NamedTuple):
     def trained(self, states: TrainState, number: int) -> Params:
         """The trained parameters of one subject or their average, of its own rank."""
         whole = replicated(self.job.mesh)
-        own = jax.jit(lane, out_shardings=whole)(states.ema or states.trainable, jnp.asarray(number))
+        own = jax.jit(lane, out_shardings=whole)(states.ema or states.trainable, np.int32(number))
         return cut_to(split_shapes(self.jobs[self.subjects[number].lora_rank])[0], own)
 
 
@@ -169,10 +170,11 @@ def _prepare(many: _Many) -> tuple[TrainState, Params, Lanes, Array]:
     place = subject_sharding(job.mesh, len(subjects))
     starts = [padded_to(shapes, own[subject.lora_rank][0]) for subject in subjects]
     states = jax.jit(lambda starts: stack([initial(job)(t) for t in starts]), out_shardings=place)(starts)
-    stops = jnp.asarray([subject.steps for subject in subjects], jnp.int32)
-    scales = jnp.asarray([(config.lora_rank / subject.lora_rank) ** power for subject in subjects], jnp.float32)
+    stops = np.asarray([subject.steps for subject in subjects], np.int32)
+    scales = np.asarray([(config.lora_rank / subject.lora_rank) ** power for subject in subjects], np.float32)
     lanes = Lanes(data, *(jax.device_put(x, place) for x in (stops, scales)))
-    return states, frozen, lanes, jax.device_put(jnp.stack([key] * len(subjects)), place)
+    keys = jax.jit(lambda key: jnp.stack([key] * len(subjects)), out_shardings=place)(key)
+    return states, frozen, lanes, keys
 
 
 def _fingerprints(many: _Many) -> Fingerprints:
@@ -234,19 +236,20 @@ def _loop(
     manager: ocp.CheckpointManager,
     states: TrainState,
     number: int,
-    advance: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]],
+    advance: Callable[[TrainState, np.int32], tuple[TrainState, Metrics]],
 ) -> TrainState:
     """Trains on from step `number`."""
     config, subjects = many.job.config, many.subjects
     stops = np.asarray([subject.steps for subject in subjects])
     before: Metrics | None = None
+    agree = Agreement(many.job.mesh)
     for k in np.flatnonzero(stops <= number).tolist():
         _write_file(many, states, k)
     while number < stops.max():
         until = min(int(stops.max()), number - number % config.save_every + config.save_every)
         while number < until:
             steps = min(config.steps_per_call, until - number)
-            states, metrics = advance(states, jnp.asarray(steps, jnp.int32))
+            states, metrics = advance(states, np.int32(steps))
             jax.block_until_ready(before)  # the host is one call ahead
             for k in finished(number, number + steps, stops):
                 _write_file(many, states, k)
@@ -254,7 +257,7 @@ def _loop(
                 if runtime.is_first_process():
                     print(f"{subjects[k].name}: {stops[k]} steps, loss {loss:.4f}", flush=True)
             number, before = number + steps, metrics
-            if guard.requested:
+            if agree(guard.requested):
                 checkpoint.save(manager, number, states)
                 guard.leave()
         check_finite(states.trainable, number)
@@ -321,14 +324,14 @@ def _data(many: _Many, params: Params, key: Key[Array, ""]) -> TrainingData:
         numbers=[numbers_of(subject.config(config)) for subject in subjects],
     )
     place = subject_sharding(job.mesh, len(subjects))
-    shared = len(priors) == 1
-    return data._replace(
-        **{name: jax.device_put(getattr(data, name), place) for name in ("instance", "order", "numbers")},
-        prior=jax.device_put(data.prior, replicated(mesh) if shared else place),
-    )
+    prior_place = replicated(mesh) if len(priors) == 1 else place
+    # What is encoded lies on all processes' devices, the rest on this one's.
+    encoded = jax.jit(lambda *halves: halves, out_shardings=(place, prior_place))(data.instance, data.prior)
+    drawn = jax.device_put(jax.tree.map(np.asarray, (data.order, data.numbers)), place)
+    return TrainingData(*encoded, *drawn)
 
 
 def _class_examples(config: ConfigDict, job: Job, params: Params, digest: str, encode: Encoder) -> EncodedExamples:
-    if missing := class_images_to_paint(config, digest):
+    if missing := agreed(class_images_to_paint(config, digest)):
         paint_missing(config, missing, painter_of(config, job.pipeline, job.mesh), params, digest)
     return encode(params, read_class_images(config))
