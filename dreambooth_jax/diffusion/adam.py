@@ -46,7 +46,7 @@ def round_at_random(x: Float32[Array, "..."], step: Integer[Array, ""], number: 
     """One of the two bfloat16 numbers next to each element; the mean over steps is the element.
 
     A bfloat16 number is the upper half of a float32 number: 16 random bits are added to the lower half, whose carry
-    rounds up. The bits are a hash of the element's index, so that they are computed where the element is, on any number
+    rounds up. The bits are a hash of the element's place, so that they are computed where the element is, on any number
     of devices, and are never stored.
 
     Args:
@@ -58,15 +58,19 @@ def round_at_random(x: Float32[Array, "..."], step: Integer[Array, ""], number: 
 
 
 def _hash(shape: tuple[int, ...], step: Integer[Array, ""], number: int) -> UInt32[Array, "..."]:
-    """32 bits for every index: the finaliser of MurmurHash3 over the index and a hash of step and tensor."""
-    strides = np.cumprod((1, *shape[:0:-1]), dtype=np.uint32)[::-1]
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * strides[axis]
-    return _mixed(index ^ _mixed(step.astype(jnp.uint32) * np.uint32(0x9E3779B1) + np.uint32(number)))
+    """32 bits for every element: the hashes of its indices, of the step and of the tensor, added and mixed.
+
+    Those of the indices are vectors, so that few operations are left for an element.
+    """
+    total = _mixed(step.astype(jnp.uint32) * np.uint32(0x9E3779B1) + np.uint32(number))
+    for axis, size in enumerate(shape):
+        index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(axis * 0x3C6EF372)
+        total += _mixed(index).reshape(-1, *(1,) * (len(shape) - axis - 1))
+    return (total ^ (total >> 15)) * np.uint32(0x2C1B3C6D)
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The finaliser of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * np.uint32(factor)
     return x ^ (x >> 16)
