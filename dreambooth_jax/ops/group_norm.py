@@ -58,7 +58,7 @@ def _backward(
 
 
 def _grouped(x: Image, groups: int) -> Float[Array, "b hw g n"]:
-    return x.astype(jnp.float32).reshape(len(x), -1, groups, x.shape[-1] // groups)
+    return jnp.asarray(x, jnp.float32).reshape(len(x), -1, groups, x.shape[-1] // groups)
 
 
 def _normed(x: Image, mean: Float[Array, "b g"], rate: Float[Array, "b g"]) -> Float[Array, "b h w c"]:
