@@ -20,7 +20,7 @@ from kept import kept
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.runs.held_out import held_out_data, make_loss
-from dreambooth_jax.runs.job import fresh_state, held, lower_steps, read_shapes, resident_data
+from dreambooth_jax.runs.job import fresh_state, held, lower_steps, read_shapes, resident_data, training_size
 from dreambooth_jax.runs.setup import begin, prepare_data, set_up
 
 ROOT = Path(__file__).parent.parent
@@ -42,13 +42,13 @@ def run_one(arm: str, steps: int, folder: Path) -> dict:
     job = run.job
     exact = read_params(run.pipeline, run.mesh)
     data = prepare_data(run, exact)
-    tests = held_out_data(job, exact, run.held_out, data[0])
+    tests = held_out_data(job, exact, run.held_out[0], data[0].prior)
     (training,), _ = resident_data(job, data)
     params = held(job, read_params(run.pipeline, run.mesh, read_shapes(job)))
     if arm == "bfloat16":
         params = {n: x.astype(jnp.bfloat16).astype(x.dtype) if n.endswith("kernel") else x for n, x in params.items()}
     trainable, frozen, key = begin(job, params)
-    state, test = fresh_state(job, trainable), make_loss(job)
+    state, test = fresh_state(job, trainable), make_loss(job, training_size(config))
     before = test(state.trainable, frozen, tests, key)
     advance = lower_steps(job, state, frozen, training, key).compile()
     losses = []
@@ -57,12 +57,13 @@ def run_one(arm: str, steps: int, folder: Path) -> dict:
         state, metrics = advance(state, frozen, training, key, jnp.asarray(count, jnp.int32))
         losses += np.asarray(metrics.loss)[:count].tolist()
     after = test(state.trainable, frozen, tests, key)
-    return {
-        "last": float(np.mean(losses[-100:])),
-        **{f"{name} {when}": float(getattr(found, name)) for when, found in (("before", before), ("after", after))
-           for name in ("instance", "prior")},
-        "bytes": sum(x.nbytes for n, x in frozen.items() if not n.startswith("vae")),
-    }  # fmt: skip
+    moments = {
+        f"{name} {when}": float(getattr(found, name))
+        for when, found in (("before", before), ("after", after))
+        for name in ("instance", "prior")
+    }
+    size = sum(x.nbytes for n, x in frozen.items() if not n.startswith("vae"))
+    return {"last": float(np.mean(losses[-100:])), **moments, "bytes": size}
 
 
 def main() -> None:
