@@ -120,8 +120,7 @@ def _read_files(
     from dreambooth_jax.runs.config_file import read_config
     from dreambooth_jax.runs.job import open_base
 
-    workdir = options.workdir and os.path.expanduser(options.workdir)
-    pipeline = open_base(read_config(workdir)) if workdir else load_pipeline(options.base)
+    pipeline = open_base(read_config(options.workdir)) if options.workdir else load_pipeline(options.base)
     width, tokens = widths(pipeline.shapes), []
     for entry in options.embedding:
         word, _, path = entry.partition("=")

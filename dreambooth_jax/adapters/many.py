@@ -24,7 +24,7 @@ from dreambooth_jax.models.params import Params, Shapes
 
 Tree = TypeVar("Tree")
 # (states, frozen, Lanes, keys, number of steps) -> (states, metrics [steps, n])
-Run = Callable[..., tuple[TrainState, Metrics]]
+RunLanes = Callable[..., tuple[TrainState, Metrics]]
 
 
 class Lanes(NamedTuple):
@@ -63,8 +63,8 @@ def over_subjects(
 
 
 def over_devices(
-    run: Run, mesh: Mesh, place: PartitionSpec, frozen: Mapping[str, PartitionSpec], *, shared_prior: bool
-) -> Run:
+    run: RunLanes, mesh: Mesh, place: PartitionSpec, frozen: Mapping[str, PartitionSpec], *, shared_prior: bool
+) -> RunLanes:
     """`run` on the mesh, every device for its own subjects: the devices exchange nothing.
 
     Args:

@@ -11,9 +11,9 @@ from jaxtyping import Array, BFloat16, Float32, Integer, PyTree, UInt32
 def scale_by_adam(b1: float, b2: float, eps: float, first_dtype: DTypeLike) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980, algorithm 1) whose second moment v is kept in bfloat16.
 
-    A step changes v by at most the factor b2 = .999, which is less than half of bfloat16's spacing of 2^-8: rounded to
-    the nearest number, v would never fall again. Rounded up or down at random, it has the right mean. The update takes
-    both moments before they are rounded. The state is that of optax's `scale_by_adam`.
+    Where the gradient is 0 a step takes a thousandth of v (b2 = .999), less than half of bfloat16's spacing, 2^-8.
+    Rounded to the nearest number, v would never fall. Rounded up or down at random, v has the right mean. The update
+    is made of both moments before they are rounded. The state is that of optax's `scale_by_adam`.
 
     Args:
         first_dtype: of the first moment, which is rounded to the nearest number.
@@ -51,7 +51,8 @@ def round_at_random(x: Float32[Array, "..."], step: Integer[Array, ""], number: 
 
     Args:
         x: finite, at least 0.
-        step, number: of the update and of the tensor; other ones have other bits.
+        step: number of the update. Every update has bits of its own.
+        number: of the tensor. Every tensor has bits of its own.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_hash(x.shape, step, number) >> 16)
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -76,8 +76,9 @@ def resolve_model(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    folder = Path(name).expanduser()
+    folder, fetch = Path(name).expanduser(), ""
     if not folder.is_dir():
+        fetch = f"hf download {shlex.quote(name)} {PICKLE} && "
         try:
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
         except Exception as error:  # offline, unknown or gated: the hub client has a type for each
@@ -86,8 +87,6 @@ def resolve_model(name: str) -> Path:
                 "network, or give a local folder."
             ) from error
     if not any(folder.glob("*.safetensors")):
-        is_remote = not Path(name).expanduser().is_dir()
-        fetch = f"hf download {shlex.quote(name)} {PICKLE} && " if is_remote else ""
         raise WeightsError(
             f"{name!r}: no weights as safetensors; pickled ones can run code when opened and are refused. Convert them "
             "once, where PyTorch is installed, and give the same name again:\n"

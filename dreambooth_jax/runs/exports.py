@@ -288,8 +288,9 @@ def prove(subject: Subject, written: Written, token: Path | None) -> str:
     if token:
         widths = [value.shape[1] for value in subject.rows.values()]
         rows = dict(zip(subject.rows, embeddings.read_embeddings(token, widths), strict=True))
-    moved = max(_largest(found[name], value) for name, value in subject.tuned.items())
-    moved = max([moved, *(_largest(rows[part], value) for part, value in subject.rows.items())])
+    pairs = [(found[name], value) for name, value in subject.tuned.items()]
+    pairs += [(rows[part], value) for part, value in subject.rows.items()]
+    moved = max(largest_difference(one, other) for one, other in pairs)
     config, mesh = subject.run.config, make_mesh()
     prompt = fill(next(iter(config.sample_prompts), config.instance_prompt), config)
     painter = painter_of(config, subject.run.pipeline, mesh, batch_size=2)
@@ -310,7 +311,8 @@ def prove(subject: Subject, written: Written, token: Path | None) -> str:
     )
 
 
-def _largest(found: jax.Array | np.ndarray, value: jax.Array | np.ndarray) -> float:
+def largest_difference(found: jax.Array | np.ndarray, value: jax.Array | np.ndarray) -> float:
+    """The largest absolute difference of two tensors, in float32; 0.0 for empty ones."""
     return float(np.abs(np.asarray(found, np.float32) - np.asarray(value, np.float32)).max(initial=0.0))
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from jax.typing import DTypeLike
 from safetensors import safe_open
 
@@ -12,6 +11,7 @@ from dreambooth_jax.files import single_file
 from dreambooth_jax.files.layouts import SUFFIX, split_weight
 from dreambooth_jax.files.lora_read import read_adapters, with_adapters
 from dreambooth_jax.models.params import Tensors
+from dreambooth_jax.runs.exports import largest_difference
 
 
 def merge_files(
@@ -48,10 +48,7 @@ def merge_files(
     else:
         save_pipeline(pipeline, params, output, dtype=dtype, variant=variant)
         found = read_params(load_pipeline(str(output)))
-    moved = max(
-        float(np.abs(np.asarray(found[name], np.float32) - np.asarray(value, np.float32)).max(initial=0.0))
-        for name, value in params.items()
-    )
+    moved = max(largest_difference(found[name], value) for name, value in params.items())
     changed = sum(len(factors) for factors, _ in adapters)
     return (
         f"{output}: {base} with {', '.join(files)}\nopened again: {len(found)} tensors, none left over; {changed} "

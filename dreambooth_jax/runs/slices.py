@@ -244,7 +244,7 @@ def describe(plan: Plan, config: ConfigDict) -> str:
         ("data", f"{plan.data / GIB:7.2f} GiB"),
     ]
     if cost is None:
-        lines += [("fits", f"NO: {plan.missing / GIB:.2f} GiB too much")]
+        lines += [("fits", f"NO: {too_much(plan.missing)}")]
         return lines_of(lines)
     spare = chip.hbm - cost.peak
     lines += [
@@ -272,12 +272,7 @@ def describe(plan: Plan, config: ConfigDict) -> str:
         fit = "fit" if plan.sheets_fit else "do NOT fit: paint fewer at once (class_batch_size)"
         lines.insert(-1, ("sheets", f"peak {plan.sheets_peak / GIB:.2f} GiB beside the optimizer: {fit}"))
     if plan.painting_missing:
-        lines.append(
-            (
-                "painting",
-                f"does NOT fit: {plan.painting_missing / GIB:.2f} GiB too much: paint fewer at once (class_batch_size)",
-            )
-        )
+        lines.append(painting_does_not_fit(plan.painting_missing))
     return lines_of(lines)
 
 
@@ -286,6 +281,16 @@ def _painted(plan: Plan) -> str:
         return "no pictures"
     painted, sheets = plan.class_batches * plan.at_once, plan.sheet_batches * plan.at_once
     return f"{painted} class images and {sheets} pictures of sheets"
+
+
+def too_much(excess: int) -> str:
+    """Bytes by which a program does not fit, for a person."""
+    return f"{excess / GIB:.2f} GiB too much"
+
+
+def painting_does_not_fit(excess: int) -> tuple[str, str]:
+    """(name, text) of the line about painting that needs `excess` bytes more than there are."""
+    return "painting", f"does NOT fit: {too_much(excess)}: paint fewer at once (class_batch_size)"
 
 
 def lines_of(lines: Sequence[tuple[str, str]]) -> str:

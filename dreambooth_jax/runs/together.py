@@ -224,7 +224,7 @@ def describe(found: Together, config: ConfigDict, price: float) -> str:
     points = " and ".join(str(n) for n in sorted((found.each, found.other[0])))
     most = "" if found.most is None else f"; about {found.most} a {device} fit, by a line through {points}"
     if cost is None:
-        return slices.lines_of([*lines, ("fits", f"NO: {found.missing / GIB:.2f} GiB too much{most}")])
+        return slices.lines_of([*lines, ("fits", f"NO: {slices.too_much(found.missing)}{most}")])
     painted = (
         f"{sum(found.batches) * found.at_once} class images and pictures of sheets" if found.painting else "no pictures"
     )
@@ -244,9 +244,7 @@ def describe(found: Together, config: ConfigDict, price: float) -> str:
         ("a subject", _cost(hours / crowd.subjects, price)),
     ]
     if found.painting_missing or found.sheets_peak > chip.hbm:
-        excess = found.painting_missing or found.sheets_peak - chip.hbm
-        too_much = f"does NOT fit: {excess / GIB:.2f} GiB too much: paint fewer at once (class_batch_size)"
-        lines.append(("painting", too_much))
+        lines.append(slices.painting_does_not_fit(found.painting_missing or found.sheets_peak - chip.hbm))
     return slices.lines_of(lines)
 
 

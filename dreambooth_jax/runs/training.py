@@ -102,7 +102,8 @@ def train(
             record["fingerprints"] |= found
             check_same(config.workdir, earlier, record["fingerprints"])
 
-        say(plan_text(run, done, compared=bool(earlier)))
+        if runtime.is_first_process():
+            print(plan_text(run, done, compared=bool(earlier)), flush=True)
         compare({})
         rows = read_rows(run.workdir, done) if done else {}
         missing = sheet_is_missing(run, done) or (done > 0 and is_due(config, rows, done))
@@ -114,9 +115,10 @@ def train(
             with open_best(run.workdir, config, done, record) as best:
                 take_steps(run, guard, manager, ready, best, reporter)
             reached = ready.progress.step
-    say(farewell(run, reached))
-    if config.keep_best:
-        say(says_best(config, read_rows(run.workdir, reached)))
+    if runtime.is_first_process():
+        print(farewell(run, reached), flush=True)
+        if config.keep_best:
+            print(says_best(config, read_rows(run.workdir, reached)), flush=True)
 
 
 def prepare(
