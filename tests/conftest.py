@@ -48,7 +48,7 @@ class Base:
 @pytest.fixture(scope="session")
 def sd15(tmp_path_factory):
     """Like Stable Diffusion 1.x: convolutional projections, quick_gelu, predicts the noise."""
-    return Base(tmp_path_factory.mktemp("sd15"))
+    yield from unchanged_base(Base(tmp_path_factory.mktemp("sd15")))
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,14 @@ def sd21(tmp_path_factory):
     from support.torch_folders import SCHEDULE, TEXT_21, UNET_21
 
     scheduler = DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **SCHEDULE)
-    return Base(tmp_path_factory.mktemp("sd21"), unet=UNET_21, text=TEXT_21, scheduler=scheduler)
+    yield from unchanged_base(Base(tmp_path_factory.mktemp("sd21"), unet=UNET_21, text=TEXT_21, scheduler=scheduler))
+
+
+def unchanged_base(base: Base):
+    from support.torch_folders import unchanged
+
+    with unchanged(base.torch):
+        yield base
 
 
 def made_once(tmp_path_factory, name: str, make) -> Path:

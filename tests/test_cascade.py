@@ -15,6 +15,7 @@ from diffusers.schedulers import scheduling_ddpm
 from PIL import Image
 from support.cascade_folders import write_stage_i, write_stage_ii, write_upscaler
 from support.runs import assert_same_state, config_of, finish, read_state
+from support.torch_folders import unchanged
 
 from dreambooth_jax import export, sample
 from dreambooth_jax.data.encode import make_encoder
@@ -45,7 +46,8 @@ def stages(tmp_path_factory):
         reference = write(folder)
         pipeline = load_pipeline(str(folder))
         found[name] = folder, reference, pipeline, read_params(pipeline)
-    return found
+    with unchanged(*(reference for _, reference, _, _ in found.values())):
+        yield found
 
 
 def photo(side: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Stable Diffusion XL against PyTorch diffusers, and whole runs with it."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from support.runs import assert_same_state, checkpoints, config_of, read_state
 from support.sdxl_folders import write_sdxl
+from support.torch_folders import unchanged
 
 from dreambooth_jax import export
 from dreambooth_jax.adapters.lora import lora
@@ -49,7 +52,8 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdxl")
     reference = write_sdxl(folder)
     pipeline = load_pipeline(str(folder))
-    return reference, pipeline, read_params(pipeline)
+    with unchanged(reference):
+        yield reference, pipeline, read_params(pipeline)
 
 
 def nchw(x) -> torch.Tensor:
@@ -208,6 +212,7 @@ def test_gradients_and_training_are_those_of_pytorch(base):
     """Loss, the gradient of every parameter of UNet and both towers, and five AdamW steps. Layers that no result
     depends on have no gradient and do not move; the key biases of the towers have none but rounding."""
     reference, pipeline, params = base
+    reference = copy.deepcopy(reference)  # the other tests compare with the one that is not trained
     rng = np.random.default_rng(0)
     x0, eps = (rng.standard_normal((3, 8, 8, 4), np.float32) for _ in range(2))
     cond = pipeline.tokenize(PROMPTS) | pipeline.of_example(SIZES)

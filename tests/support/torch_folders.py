@@ -1,10 +1,18 @@
 """Folders that PyTorch diffusers writes, with random weights: the reference that parity tests compare with."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -99,3 +107,19 @@ def write_folder(
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder, **save)
     return pipe
+
+
+@contextlib.contextmanager
+def unchanged(*references: DiffusionPipeline) -> Iterator[None]:
+    """Raises AssertionError at the end if a test has trained a model that other tests compare with."""
+    tensors = {
+        (number, part, name): value
+        for number, reference in enumerate(references)
+        for part, model in reference.components.items()
+        if isinstance(model, torch.nn.Module)
+        for name, value in model.state_dict().items()
+    }
+    before = {key: value.clone() for key, value in tensors.items()}
+    yield
+    changed = [key for key, value in tensors.items() if not torch.equal(value, before[key])]
+    assert not changed, changed[:3]
