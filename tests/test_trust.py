@@ -117,6 +117,35 @@ def test_what_a_killed_process_was_deleting_is_deleted(folder, gone):
     assert checkpoint.steps_of(folder) == [2]
 
 
+def test_what_a_killed_process_was_about_to_delete_is_deleted(folder):
+    """It saved step 3 with keep_last=2 and was killed before it deleted step 1. Other numbers delete nothing whole."""
+    shutil.copytree(folder / "1", folder.parent / "1")
+    manager = checkpoint.open_checkpoints(folder, keep_last=2, record={"config": {"a": 1}})
+    checkpoint.save(manager, 3, state(3))
+    with checkpoint.closing(manager):
+        pass
+    assert checkpoint.steps_of(folder) == [2, 3]
+    shutil.copytree(folder.parent / "1", folder / "1")
+    for other in ({"keep_last": 1}, {"keep_last": 2, "keep_every": 2}, {"keep_last": 3}):
+        checkpoint.finish_deletions(folder, **other)
+        assert checkpoint.steps_of(folder) == [1, 2, 3]
+    checkpoint.finish_deletions(folder, keep_last=2)
+    assert checkpoint.steps_of(folder) == [2, 3]
+
+
+def test_nothing_whole_is_deleted_beside_a_damaged_newest_checkpoint(folder):
+    manager = checkpoint.open_checkpoints(folder, keep_last=1)
+    checkpoint.save(manager, 3, state(3))
+    shutil.copytree(folder / "2", folder.parent / "2")
+    with checkpoint.closing(manager):
+        pass
+    shutil.copytree(folder.parent / "2", folder / "2", dirs_exist_ok=True)
+    victim = max(files_of(folder / "3" / "trainable"), key=lambda path: path.stat().st_size)
+    os.truncate(victim, 10)
+    checkpoint.finish_deletions(folder, keep_last=1)
+    assert checkpoint.steps_of(folder) == [2, 3]
+
+
 def test_reading_damaged_weights_says_which_step_is_there(folder):
     victim = max(files_of(folder / "2" / "ema"), key=lambda path: path.stat().st_size)
     os.truncate(victim, 10)

@@ -56,6 +56,7 @@ def open_best(
     folder = epath.Path(workdir) / BEST
     if not done and runtime.is_first_process() and folder.exists():  # of a run that ended before its first checkpoint
         folder.rmtree()
+    checkpoint.finish_deletions(folder, keep_last=1)
     runtime.wait_for_all("the best checkpoint of another run is gone")
     manager = checkpoint.open_checkpoints(folder, keep_last=1, record=record)
     with checkpoint.closing(manager):

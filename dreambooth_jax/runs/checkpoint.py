@@ -1,9 +1,9 @@
 """Train states on disk, with Orbax: asynchronous, atomic, restorable on another mesh.
 
 A checkpoint has one item for the trained weights, one for their average if there is one, and one for the optimizer, so
-that sampling and export read no optimizer state. Beside the items lies `run.json`: a digest of each item, and the
-record of the run that saved it (its config, fingerprints of its data). It is written before the checkpoint becomes
-visible: every checkpoint has it, except those of versions before it.
+that sampling and export read no optimizer state. Beside the items lies `run.json`: a digest of each item, how many
+checkpoints were kept, and the record of the run that saved it (its config, fingerprints of its data). It is written
+before the checkpoint becomes visible: every checkpoint has it, except those of versions before it.
 """
 
 import contextlib
@@ -28,6 +28,8 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.files.atomic import is_remote, sync, write_atomic
 from dreambooth_jax.runs.records import RECORD, DamagedCheckpoint, is_complete, read_record, steps_of
+
+KEPT = "kept"  # in run.json: how many checkpoints the process kept that saved this one
 
 
 def open_checkpoints(
@@ -57,7 +59,8 @@ def open_checkpoints(
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
         sys.unraisablehook = _ignore_late_callbacks
-        seal = functools.partial(_seal, path, {} if record is None else record)
+        kept = {KEPT: [keep_last, keep_every]}
+        seal = functools.partial(_seal, path, kept | dict(record or {}))
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
@@ -133,19 +136,27 @@ def verify(folder: str | os.PathLike, step: int, items: tuple[str, ...] = ()) ->
 
 
 def finish_deletions(folder: str | os.PathLike, *, keep_last: int, keep_every: int | None = None) -> None:
-    """Completes the deletions of checkpoints that a kill interrupted.
+    """Completes the deletions of checkpoints that a kill interrupted. Call it after `set_aside_damaged`.
 
-    Deleted are incomplete checkpoints that `open_checkpoints` with the same arguments would not keep.
+    Deleted are checkpoints that `open_checkpoints` with the same arguments would not keep: those that are not whole;
+    and the others where the newest was saved with these arguments, whose process was about to delete them.
     """
     if not runtime.is_first_process() or is_remote(folder):
         return
-    for step in steps_of(folder)[:-keep_last]:
-        if keep_every is None or step % keep_every:
-            with contextlib.suppress(DamagedCheckpoint, OSError):
-                verify(folder, step)
-                if read_record(folder, step):
-                    continue
+    steps = steps_of(folder)
+    surplus = [step for step in steps[:-keep_last] if keep_every is None or step % keep_every]
+    was_due = bool(surplus) and _record_of_whole(folder, steps[-1]).get(KEPT) == [keep_last, keep_every]
+    for step in surplus:
+        if was_due or not _record_of_whole(folder, step):
             shutil.rmtree(Path(folder) / str(step))
+
+
+def _record_of_whole(folder: str | os.PathLike, step: int) -> dict[str, Any]:
+    """The record of a checkpoint; empty where its bytes are not those that were saved."""
+    with contextlib.suppress(DamagedCheckpoint, OSError):
+        verify(folder, step)
+        return read_record(folder, step)
+    return {}
 
 
 def set_aside_damaged(folder: str | os.PathLike) -> list[str]:

@@ -206,10 +206,10 @@ def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
         if runtime.is_first_process():
             for folder in (".", "class_images", "samples", "samples/before"):
                 removed += remove_partial(workdir / folder)
+        notes = checkpoint.set_aside_damaged(workdir / "checkpoints")
         checkpoint.finish_deletions(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None
         )
-        notes = checkpoint.set_aside_damaged(workdir / "checkpoints")
         if removed:
             notes.append(f"removed, half written by a process that was killed: {', '.join(removed)}")
         if steps := checkpoint.steps_of(workdir / "checkpoints"):
