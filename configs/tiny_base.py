@@ -1,7 +1,7 @@
 """The embedded base: Stable Diffusion's recipe at 1/100 of its size, on a picture world of openly licensed sprites.
 
 python -m dreambooth_jax.pretrain --config configs/tiny_base.py       # from random weights, a CPU, many hours
-python -m dreambooth_jax.pretrain --config configs/tiny_base.py:gpu   # the same, one accelerator, ten minutes
+python -m dreambooth_jax.pretrain --config configs/tiny_base.py:gpu   # larger batches, bfloat16, for one accelerator
 python -m dreambooth_jax.pretrain --config configs/tiny_base.py:more  # the shipped base further on this world, a CPU
 
 The perceptual loss reads LPIPS weights: python benchmarks/convert_weights.py lpips-alex
@@ -23,7 +23,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     config.lpips = "~/.cache/dreambooth_jax/lpips-alex"  # folder of LPIPS weights; "" for none
     config.start = ""  # base whose weights the parts begin with; "" for random ones
     config.seed = 0
-    config.vocabulary = "core"  # or "all": 78 or 581 class nouns
+    config.vocabulary = "core"  # or "all": 77 or 581 class nouns
     config.resolution = 64
     config.max_length = 24  # tokens of a prompt
     config.unconditional = 0.1  # share of examples without caption, for classifier-free guidance

@@ -1,6 +1,6 @@
 """DreamBooth (arXiv 2208.12242) on JAX and Flax: fine-tune a text-to-image model on a few photos of one subject.
 
-Commands: python -m dreambooth_jax.{train,sample,export,plan,identifier,pretrain}.
+Commands: python -m dreambooth_jax.{train,sample,export,evaluate,plan,identifier,pretrain}.
 
 The names below are the library's public interface; where they are defined may change. They are imported when they are
 first used, so that `import dreambooth_jax` costs nothing.

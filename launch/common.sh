@@ -23,6 +23,7 @@ ARGS=${ARGS-${DEFAULTS[1]}}               # more --config.FIELD=VALUE; quotes ke
 POLL=${POLL:-20}                          # seconds between two looks at the state of a slice
 DRY_RUN=${DRY_RUN:-}                      # 1: print the commands instead of running them
 
+PROJECT_FILES=(setup.py pyproject.toml README.md LICENSE dreambooth_jax configs examples) # what an installation needs
 where=(--project="$PROJECT" --zone="$ZONE")
 # shellcheck disable=SC2034 # used by the scripts that source this one
 spot=(${SPOT:+--spot})
@@ -87,7 +88,7 @@ copy_to_hosts() (
         run cp -RL -- "$PHOTOS" "$stage/photos" || exit
         photos=(-C "$stage" photos)
     fi
-    run tar -czf "$stage/job.tgz" --exclude=__pycache__ setup.py README.md dreambooth_jax configs "${photos[@]}" || exit
+    run tar -czf "$stage/job.tgz" --exclude=__pycache__ "${PROJECT_FILES[@]}" "${photos[@]}" || exit
     run gcloud compute tpus tpu-vm scp "$stage/job.tgz" "$NAME:job.tgz" "${where[@]}" --worker=all
 )
 

@@ -21,7 +21,7 @@ protocol) export COMMAND=evaluate IMAGES=dataset FIELDS=train. CONFIG=${CONFIG:-
 esac
 export PHOTOS=${PHOTOS:-gs://my-bucket/photos}
 export WORKDIR=${WORKDIR:-gs://my-bucket/$NAME}
-export BATCH=${BATCH:-8}                                    # images a step, over all chips
+export BATCH=${BATCH:-8}                                    # the subject's images a step, over all chips
 export FSDP=${FSDP:-8}
 export RESTARTS=${RESTARTS:-20}                             # after preemptions
 DRY_RUN=${DRY_RUN:-}

@@ -1,5 +1,7 @@
 """New tokens: only their rows move, they start as the words that are asked for, and other tools paint with the file."""
 
+import contextlib
+import json
 import shlex
 import sys
 
@@ -22,7 +24,7 @@ from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.embeddings import read_embeddings, write_embeddings
 from dreambooth_jax.files.lora_kohya import write_kohya
 from dreambooth_jax.files.weight_files import WeightsError
-from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.config import ConfigError, check_resumable
 from dreambooth_jax.runs.exports import about_adapter
 from dreambooth_jax.runs.job import make_job, open_base
 from dreambooth_jax.runs.setup import begin, parameters_to_continue, with_templates
@@ -116,6 +118,16 @@ def test_pivotal_tuning_has_rows_and_factors_and_its_rows_stop(micro, tmp_path):
     assert rows[0] in file and len(file) == len(trainable)
     stopped, _ = stop_after(0, is_row).update({"a.new": jnp.ones(2), "b": jnp.ones(2)}, jnp.zeros((), jnp.int32))
     assert not stopped["a.new"].any() and stopped["b"].all()
+
+
+def test_a_longer_run_of_pivotal_tuning_is_another_one(tmp_path):
+    """Its token stays after a share of the steps; a longer LoRA has the same first steps."""
+    for method in ("lora", "pivotal"):
+        config = config_of(tmp_path, **FIELDS | {"method": method, "steps": 10})
+        earlier = json.loads(config.to_json())
+        config.steps = 20
+        with pytest.raises(ConfigError, match="steps: 10") if method == "pivotal" else contextlib.nullcontext():
+            check_resumable(config, earlier)
 
 
 @pytest.mark.slow

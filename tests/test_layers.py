@@ -10,7 +10,6 @@ from dreambooth_jax.families import FAMILIES
 PACKAGE = Path(__file__).parent.parent / "dreambooth_jax"
 # Above to below: a folder imports from those below it alone. The commands stand above all.
 ORDER = (
-    "web",
     "tiny",
     "runs",
     "evaluation",

@@ -1,6 +1,7 @@
 """The package outside of a checkout: a wheel brings configs and example subjects and trains in an empty folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,13 @@ def test_a_wheel_trains_from_an_empty_folder(installed, tmp_path):
     printed = run(installed, tmp_path, "-m", "dreambooth_jax.train", "--config", "dog.py", *fields)
     assert "5 images" in printed
     assert (tmp_path / "runs" / "dog" / "samples" / "step_000002.png").is_file()
+
+
+def test_launch_copies_what_an_installation_needs():
+    listed = re.search(r"PROJECT_FILES=\((.*?)\)", (ROOT / "launch" / "common.sh").read_text())[1].split()
+    lines = (ROOT / "launch" / "Dockerfile").read_text().splitlines()
+    copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+    assert set(listed) == set(copied) == set(PARTS)
 
 
 def test_a_wheel_finds_its_configs_and_says_where_it_is(installed, tmp_path):

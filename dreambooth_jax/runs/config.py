@@ -348,7 +348,7 @@ def check_resumable(config: ConfigDict, earlier: Mapping[str, Any]) -> None:
         fields -= {*_PAINTING, "prior_weight", "prior_target"}
     if config.method not in ADAPTERS:
         fields -= {name for name in fields if name.startswith("lora_") and config.method != "pivotal"}
-    if config.lr_schedule == "constant":
+    if config.lr_schedule == "constant" and config.method != "pivotal":
         fields -= {"steps"}  # a longer run has the same first steps
     changed = sorted(name for name in fields if now[name] != earlier.get(name))
     if changed:
