@@ -33,13 +33,18 @@ TESTS = {
     "data/captions": (
         "test_sources test_images test_masks_and_captions::test_tags_change_places_and_the_first_one_stays"
     ),
+    "data/class_folders": "test_prior::test_a_named_folder_must_hold_images_or_be_made_on_purpose",
     "data/class_images": (
         "test_prior test_masks_and_captions::test_a_run_with_all_of_them_has_the_shapes_that_plans_have"
     ),
     "data/contradictions": "test_contradictions",
     "data/encode": "test_encode test_masks_and_captions",
+    "data/held_out": (
+        "test_watch::test_held_out_photos_do_not_train test_buckets::test_held_out_photos_keep_their_shapes"
+    ),
     "data/identifiers": "test_identifier",
     "data/images": "test_images test_masks_and_captions",
+    "data/latents": "test_latents",
     "data/low_resolution": "test_low_resolution",
     "data/paths": "test_sources test_images",
     "data/sources": "test_sources test_images test_hub_data test_sources_fuzz",
@@ -49,6 +54,8 @@ TESTS = {
     "adapters/lora": "test_lora_forms test_lora::test_targets_that_match_nothing_are_an_error",
     "adapters/many": "test_many",
     "adapters/method": "test_lora::test_it_starts_at_the_base_with_the_shapes_it_promised",
+    "adapters/quantised": "test_quantised",
+    "diffusion/adam": "test_adam",
     "diffusion/buckets": "test_buckets",
     "diffusion/examples": (
         "test_examples test_step::test_every_example_is_used_once_per_epoch test_step::test_what_is_drawn "
@@ -71,6 +78,9 @@ TESTS = {
     "ops/barriers": "test_recompute",
     "ops/convolve": "test_models::test_convolution",
     "ops/flash": "test_flash",
+    "ops/group_norm": "test_group_norm",
+    "ops/pixels": "test_low_resolution test_pipeline",
+    "ops/quantise": "test_quantised",
     "ops/recompute": "test_recompute",
 }
 # Operators left out: they change names, cannot change `except a.B`, or make errors of type that any call would find.
@@ -252,6 +262,14 @@ def table(known: dict[str, dict]) -> None:
             print(f"survived: {key}")
 
 
+def check_that_all_are_listed() -> None:
+    """Raises ValueError: a module of the folders has no entry in `TESTS`."""
+    paths = (path for folder in FOLDERS for path in (ROOT / "dreambooth_jax" / folder).glob("*.py"))
+    modules = {f"{path.parent.name}/{path.stem}" for path in paths if path.stem != "__init__"}
+    if modules != TESTS.keys():
+        raise ValueError(f"TESTS of {__file__}: missing or without a module: {sorted(modules ^ TESTS.keys())}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=10, help="mutants per module (default: 10)")
@@ -262,6 +280,7 @@ def main() -> None:
     known = json.loads(LOG.read_text()) if LOG.exists() else {}
     if options.table:
         return table(known)
+    check_that_all_are_listed()
     COPY.mkdir(parents=True, exist_ok=True)
     copy_project()
     import_what_tests_import()
