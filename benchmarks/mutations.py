@@ -43,7 +43,7 @@ TESTS = {
         "test_watch::test_held_out_photos_do_not_train test_buckets::test_held_out_photos_keep_their_shapes"
     ),
     "data/identifiers": "test_identifier",
-    "data/images": "test_images test_masks_and_captions",
+    "data/images": "test_images test_masks_and_captions test_sources",
     "data/latents": "test_latents",
     "data/low_resolution": "test_low_resolution",
     "data/paths": "test_sources test_images",

@@ -85,6 +85,11 @@ def test_shapes_have_about_the_area_of_the_square(resolution, multiple):
         assert height * width <= resolution**2 < (height + 2 * resolution / 16 + multiple) * (width + resolution)
 
 
+def test_shapes_are_no_finer_than_a_sixteenth_of_the_square():
+    """264 / 16 = 16.5 pixels: the next multiple of 8 is 24."""
+    assert {side % 24 for size in bucket_sizes(264, 8)[1:] for side in size} == {0}
+
+
 def test_the_nearest_shape_is_the_one_that_cuts_least():
     sizes = bucket_sizes(512, 64)
     for height, width in [(3000, 4000), (4000, 3000), (1080, 1920), (500, 500), (510, 500), (100, 1000), (667, 1000)]:

@@ -183,7 +183,11 @@ def test_a_named_folder_must_hold_images_or_be_made_on_purpose(tmp_path):
     assert folders() == (painted,)
     (tmp_path / "empty").mkdir()
     own(tmp_path / "reg", "notes.md.png").rename(tmp_path / "empty" / "1_dog")
-    for name, state in [("nowhere", "does not exist"), ("empty", "holds no images itself, but its subfolders.*1_dog")]:
+    (tmp_path / "empty" / "0_nothing").mkdir()
+    for name, state in [
+        ("nowhere", "does not exist"),
+        ("empty", r"holds no images itself, but its subfolders do: 1_dog\."),
+    ]:
         with pytest.raises(ValueError, match=rf"{name}.*{state}.*create_class_images"):
             folders(class_images=str(tmp_path / name))
         shared = tmp_path / name
