@@ -149,6 +149,12 @@ def data(*counts):
     return [TrainingData(half(count), None) for count in counts]
 
 
+def test_a_bucket_may_have_no_turn():
+    ordered, bucket = in_turns(data(3, 1, 4), 2, jax.random.key(5), 1)
+    assert len(ordered) == 3 and len(bucket) == 1
+    assert all(part.order.shape == (1, 2) for part in ordered)
+
+
 def test_every_photo_is_drawn_equally_often():
     ordered, bucket = in_turns(data(3, 1, 4), 2, jax.random.key(5), 80)
     for begin in range(0, 80, 8):

@@ -15,7 +15,7 @@ from dreambooth_jax.tiny.muon import make_muon
 NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("warmup", [0, 1, 10])
 @pytest.mark.parametrize("kind", NAMES)
 def test_learning_rates(kind, warmup):
     """Those of diffusers after the warm-up, during which theirs starts with an update of 0 and ours with a step."""

@@ -33,7 +33,7 @@ def in_turns(
     turned = []
     for number, (data, count) in enumerate(zip(buckets, counts, strict=True)):
         turns, order = np.flatnonzero(bucket == number), np.array(rows[number])
-        order[turns, :batch_size] = picks(count, batch_size, key, max(1, len(turns)))[: len(turns)]
+        order[turns, :batch_size] = picks(count, batch_size, key, len(turns))
         turned.append(_with_order(data, order))
     return tuple(turned), bucket
 
