@@ -37,7 +37,13 @@ def test_value_and_gradients_are_those_of_plain_attention(length, width):
 
 @pytest.mark.parametrize(
     ("queries", "keys", "width", "pays"),
-    [(4096, 4096, 40, True), (4096, 77, 40, False), (256, 256, 40, False), (4096, 4096, 512, False)],
+    [
+        (4096, 4096, 40, True),
+        (4096, 77, 40, False),
+        (256, 256, 40, False),
+        (1536, 1536, 40, False),
+        (4096, 4096, 512, False),
+    ],
 )
 def test_only_large_scores_of_narrow_heads_go_to_the_kernel(queries, keys, width, pays):
     """The autoencoder's head is 512 wide: tiles of it exceed a TPU's own memory, and its compiler refuses them."""
