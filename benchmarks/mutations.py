@@ -128,7 +128,8 @@ def untouched(source: str) -> set[int]:
 
 
 def sample(module: str, count: int) -> list[Mutant]:
-    """Mutants of up to `count` lines of a module, one for each, the same for the same source."""
+    """Mutants of up to `count` lines of a module, one for each, the same for the same source; more lines are further
+    ones."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.operators.provider import OperatorProvider
@@ -143,9 +144,9 @@ def sample(module: str, count: int) -> list[Mutant]:
             is_strict = lines[line - 1][:column].endswith("strict=")  # lengths that always agree
             if line not in skipped and not is_strict:
                 found.setdefault(line, {}).setdefault(column, []).append((operator, occurrence))
-    draw = random.Random(module)
     chosen = []
-    for line in draw.sample(sorted(found), min(count, len(found))):
+    for line in random.Random(module).sample(sorted(found), len(found))[:count]:
+        draw = random.Random(f"{module}:{line}")
         operator, occurrence = draw.choice(found[line][draw.choice(sorted(found[line]))])
         changed = mutate_code(source, operator, occurrence)
         pairs = zip(lines, changed.splitlines(), strict=True)
