@@ -102,6 +102,8 @@ def test_the_nearest_shape_is_the_one_that_cuts_least():
         assert lost(chosen) <= min(map(lost, sizes)) + 1e-9
         assert nearest(sizes, width, height) == chosen[::-1]
     assert nearest(sizes, 500, 500) == (512, 512)
+    for small, large in [((16, 32), (32, 64)), ((32, 16), (64, 32))]:
+        assert nearest([small, large], *small) == nearest([large, small], *small) == large
 
 
 def test_photos_are_resized_and_cropped_to_their_shape(photos, tmp_path):
