@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import unicodedata
 from collections import Counter
 
@@ -166,6 +167,61 @@ def test_names_match_in_either_unicode_form(tmp_path, picture, caption):
     row = {"file_name": unicodedata.normalize(caption, name) + ".jpg", "text": "sks dog"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     assert captions_of(tmp_path) == {f"{name}.jpg": "sks dog"}
+
+
+def test_names_that_look_the_same_are_named(tmp_path):
+    """Two photos, of which one would vanish; the same in a folder that metadata names, and of kohya's folders."""
+    names = [unicodedata.normalize(form, "été.jpg") for form in ("NFC", "NFD")]
+    alike = rf"(?s)look the same.*{re.escape(ascii(names[0]))} and {re.escape(ascii(names[1]))}|look the same.*u0301"
+    photos(tmp_path / "a", *names)
+    photos(tmp_path / "b", *(f"train/{name}" for name in names))
+    (tmp_path / "b" / "metadata.json").write_text(json.dumps({f"train/{names[0]}": "sks dog"}))
+    photos(tmp_path / "c", *(f"10_{name}/0.jpg" for name in names))
+    for folder in "abc":
+        with pytest.raises(ValueError, match=alike):
+            list_source(tmp_path / folder)
+
+
+@pytest.mark.parametrize(("picture", "mask"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_masks_match_in_either_unicode_form_and_one_picture_has_one(tmp_path, picture, mask):
+    photos(tmp_path, unicodedata.normalize(picture, "été") + ".jpg")
+    photos(tmp_path, unicodedata.normalize(mask, "été") + "-masklabel.png")
+    listing = list_source(tmp_path)
+    assert listing.items[0].mask is not None and not listing.unused
+    photos(tmp_path, unicodedata.normalize(mask, "été") + "-masklabel.jpg")
+    with pytest.raises(ValueError, match=r"(?s)masks twice.*été"):
+        list_source(tmp_path)
+
+
+def test_in_a_subfolder_that_metadata_names_every_file_is_used_or_named(tmp_path):
+    photos(tmp_path, "train/0.jpg", "train/1.jpg", "train/0-masklabel.png", "train/1-masklabel.png", "train/x/y/2.jpg")
+    photos(tmp_path, "0-masklabel.png", "train/deep/3.jpg", "train/deep/4.jpg", "spare/5.jpg")
+    for name in ("train/1.txt", "train/raw.heic", "train/deep/notes.md"):
+        (tmp_path / name).write_bytes(b"?")
+    rows = [{"file_name": f"train/{name}.jpg", "text": "sks dog"} for name in ("0", "./deep//3")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    listing = list_source(tmp_path)
+    assert {item.name: item.mask is not None for item in listing.items} == {
+        "train/0.jpg": True,
+        "train/deep/3.jpg": False,
+    }
+    assert listing.unused.keys() == {
+        *("train/1.jpg", "train/1-masklabel.png", "train/1.txt", "train/raw.heic", "train/x/", "spare/"),
+        *("train/deep/4.jpg", "train/deep/notes.md", "0-masklabel.png"),
+    }
+    (tmp_path / "train" / "0-masklabel.png").unlink()
+    assert list_source(tmp_path).items[0].mask is None  # that of the folder above is another picture's
+
+
+def test_dates_are_no_repeats(tmp_path):
+    photos(tmp_path, "20240101_rex/0.jpg", "20240315_rex/1.jpg")
+    with pytest.raises(ValueError, match=r"20240101_rex/, 20240315_rex/: .*such as 1_rex and 2_rex"):
+        list_source(tmp_path)
+
+
+def test_images_below_a_folder_of_kohya_are_named(tmp_path):
+    photos(tmp_path, "10_sks/0.jpg", "10_sks/more/1.jpg")
+    assert "1 images" in list_source(tmp_path).unused["10_sks/more/"]
 
 
 def test_the_folders_of_kohya(tmp_path):

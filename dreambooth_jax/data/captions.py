@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from dreambooth_jax.data.paths import printable, read_file
+from dreambooth_jax.data.paths import find, printable, read_file
 
 CAPTION_FIELDS = ("identifier", "class_noun")
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -127,10 +127,12 @@ class Metadata(NamedTuple):
 
     Attributes:
         texts: printable name of a picture, maybe in a subfolder -> its caption.
+        inner: printable name -> path, of the pictures in subfolders.
         remarks: lines for the plan.
     """
 
     texts: dict[str, str]
+    inner: dict[str, epath.Path]
     remarks: list[str]
 
 
@@ -148,12 +150,13 @@ def read_metadata(path: epath.Path, pictures: Mapping[str, epath.Path]) -> Metad
     if rows and column is None and not bad:
         found = ", ".join(sorted({name for row in rows.values() for name in row}))
         expected = ", ".join(TEXT_COLUMNS)
-        return Metadata({}, [f"{path.name} is not used: it holds no captions ({expected}), only {found}"])
+        return Metadata({}, {}, [f"{path.name} is not used: it holds no captions ({expected}), only {found}"])
     texts: dict[str, str] = {}
+    inner: dict[str, epath.Path] = {}
     remarks = [f"captions: {column!r} of {path.name}"]
     for line, row in rows.items():
         try:
-            name, text = _entry(row, column or TEXT_COLUMNS[0], path, pictures)
+            name, place, text = _entry(row, column or TEXT_COLUMNS[0], path, pictures)
         except ValueError as error:
             bad[line] = str(error)
             continue
@@ -162,10 +165,12 @@ def read_metadata(path: epath.Path, pictures: Mapping[str, epath.Path]) -> Metad
                 bad[line] = f"another caption of {name} than before"
             remarks.append(f"{path.name}, {line}: repeats {name}")
         texts[name] = text
+        if name not in pictures:
+            inner[name] = place
     if bad:
         example = '{"file_name": "dog.jpg", "text": "a caption"}'
         raise_listing(f"{path} has unusable lines", bad, f"Each line must be {example}, or its like in CSV or JSON.")
-    return Metadata(texts, remarks)
+    return Metadata(texts, inner, remarks)
 
 
 def _rows(path: epath.Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
@@ -202,19 +207,19 @@ def _json_rows(whole: Any) -> dict[str, Any]:
 
 def _entry(
     row: Mapping[str, Any], column: str, path: epath.Path, pictures: Mapping[str, epath.Path]
-) -> tuple[str, str]:
-    """(picture, caption) of a row. Raises ValueError if it names no picture or has no text."""
+) -> tuple[str, epath.Path, str]:
+    """(picture, its path, caption) of a row. Raises ValueError if it names no picture or has no text."""
     given = next((row[c] for c in NAME_COLUMNS if c in row), None)
     if not isinstance(given, str):
         raise ValueError(f"no {NAME_COLUMNS[0]!r}")
-    name = printable(given)
+    name = str(PurePosixPath(printable(given)))  # ./0.jpg is 0.jpg
     if name not in pictures and path.suffix.lower() == ".json":  # kohya's keys: whole paths, or without suffix
         last = PurePosixPath(name).name
         name = next((known for known in pictures if last in (known, known.rpartition(".")[0])), name)
-    if name not in pictures:
-        inside = "/" in name and not name.startswith("/") and ".." not in PurePosixPath(name).parts
-        if not inside or not (path.parent / name).is_file():
-            raise ValueError(f"there is no image {name!r} in this folder")
+    inside = "/" in name and not name.startswith("/") and ".." not in PurePosixPath(name).parts
+    place = pictures.get(name) or (find(path.parent, name) if inside else None)
+    if place is None:
+        raise ValueError(f"there is no image {name!r} in this folder")
     if not isinstance(row.get(column), str):
         raise ValueError(f"{column} is {row.get(column)!r}, not a string")
-    return name, row[column]
+    return name, place, row[column]

@@ -12,6 +12,19 @@ def printable(name: str) -> str:
     return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode())
 
 
+def find(folder: epath.Path, name: str) -> epath.Path | None:
+    """The file in `folder` whose relative printable name is `name`, or None."""
+    if (folder / name).is_file():
+        return folder / name
+    place = folder
+    for part in name.split("/"):
+        inside = place.iterdir() if place.is_dir() else ()
+        place = next((path for path in inside if printable(path.name) == part), None)
+        if place is None:
+            return None
+    return place if place.is_file() else None
+
+
 def read_file(path: epath.Path) -> bytes:
     """The bytes of a regular file.
 

@@ -12,14 +12,22 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from huggingface_hub import snapshot_download
 
-from dreambooth_jax.data.captions import CAPTION_SUFFIXES, METADATA, match_sidecars, read_metadata, read_text
+from dreambooth_jax.data.captions import (
+    CAPTION_SUFFIXES,
+    METADATA,
+    match_sidecars,
+    raise_listing,
+    read_metadata,
+    read_text,
+)
 from dreambooth_jax.data.paths import printable, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".png", ".webp")
@@ -39,6 +47,7 @@ _SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 _MAGIC = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _LONGEST_LIST = 20  # names per reason
+_MOST_REPEATS = 1000  # of a picture in kohya's layout; larger numbers are dates
 
 
 class Item(NamedTuple):
@@ -108,10 +117,11 @@ class _Files(NamedTuple):
     """The visible entries of one folder, sorted by name."""
 
     pictures: tuple[epath.Path, ...]
-    masks: Mapping[str, epath.Path]  # stem of the picture -> its mask
+    masks: Mapping[str, epath.Path]  # printable stem of the picture -> its mask
     captions: tuple[epath.Path, ...]
     metadata: tuple[epath.Path, ...]
     folders: tuple[epath.Path, ...]
+    foreign: tuple[str, ...]  # printable names of pictures that are not read, without a readable one of that name
     unused: Mapping[str, str]
 
 
@@ -121,36 +131,36 @@ def list_images(folder: str | os.PathLike) -> list[epath.Path]:
     Hidden files, masks and files that are no images are skipped.
 
     Raises:
-        ValueError: the folder holds pictures of a kind that is not read (HEIC, TIFF, ...); all of them are listed.
+        ValueError: the folder holds pictures of a kind that is not read (HEIC, TIFF, ...), or names that are printed
+            alike; all of them are listed.
     """
-    folder = epath.Path(folder).expanduser()
-    return list(_sort_files(folder).pictures) if folder.is_dir() else []
+    folder = epath.Path(os.path.expanduser(folder))
+    return list(_sort_readable(folder).pictures) if folder.is_dir() else []
 
 
 def list_folder(source: str | os.PathLike, captions: str = "auto") -> Listing:
     """Lists a folder; arguments and errors are `list_source`'s."""
-    folder = epath.Path(source).expanduser()
+    folder = epath.Path(os.path.expanduser(source))
     if not folder.is_dir():
         raise FileNotFoundError(
             f"No image folder {printable(str(folder))}. Give an existing folder with 3-5 JPEG, PNG or WebP photos, "
             "hub:OWNER/NAME or tfds:NAME:SPLIT."
         )
-    files = _sort_files(folder)
+    files = _sort_readable(folder)
     listing = _list_flat(folder, files, captions)
     repeated = [sub for sub in files.folders if _KOHYA.fullmatch(sub.name) and _count_images(sub)]
     if not listing.items and repeated:
+        _check_different(folder, repeated)
         listing = _list_repeated(repeated, listing, captions)
-    used = {item.name.split("/")[0] for item in listing.items if "/" in item.name}
-    others = {f"{printable(sub.name)}/": n for sub in files.folders if (n := _count_images(sub))}
-    others = {name: n for name, n in others.items() if name.rstrip("/") not in used}
     if not listing.items:
-        where = f" The subfolders {_few(list(others))} hold some: give one of them." if others else ""
+        others = [name for name in listing.unused if name.endswith("/")]
+        listing = listing._replace(unused={name: why for name, why in listing.unused.items() if name not in others})
+        where = f" The subfolders {_few(others)} hold some: give one of them." if others else ""
         raise ValueError(
             f"{printable(str(folder))} holds no images. Put JPEG, PNG or WebP files directly in it (subfolders are not "
             f"searched).{where}{_hints(listing)}"
         )
-    nested = {name: f"a subfolder with {n} images; subfolders are not searched" for name, n in others.items()}
-    return listing._replace(unused={**nested, **listing.unused})
+    return listing
 
 
 def _hints(listing: Listing) -> str:
@@ -176,24 +186,61 @@ def _sort_files(folder: epath.Path) -> _Files:
             unused[printable(name)] = "a video"
         elif name.lower() not in _SYSTEM_FILES:
             unused[printable(name)] = _why_unused(path)
-    stems = {path.stem for path in kinds["pictures"]}
-    masks = {p.stem.removesuffix(MASK_ENDING): p for p in kinds["pictures"] if p.stem.endswith(MASK_ENDING)}
+    _check_different(folder, kinds["pictures"])
     pictures = [path for path in kinds["pictures"] if not path.stem.endswith(MASK_ENDING)]
+    stems = {printable(path.stem) for path in pictures}
+    masks = _masks(folder, [path for path in kinds["pictures"] if path.stem.endswith(MASK_ENDING)])
     unused |= {
         printable(path.name): "a mask; no picture of that name" for stem, path in masks.items() if stem not in stems
     }
-    lost = [printable(path.name) for path in foreign if path.stem not in stems]
-    if lost:
+    for path in foreign:
+        twin = "the JPEG, PNG or WebP of that name is read" if printable(path.stem) in stems else "not read"
+        unused[printable(path.name)] = f"{path.suffix[1:].upper()}; {twin}"
+    return _Files(
+        tuple(pictures),
+        masks,
+        tuple(kinds["captions"]),
+        tuple(kinds["metadata"]),
+        tuple(kinds["folders"]),
+        tuple(printable(path.name) for path in foreign if printable(path.stem) not in stems),
+        unused,
+    )
+
+
+def _sort_readable(folder: epath.Path) -> _Files:
+    """`_sort_files` of a folder without pictures that are not read; raises ValueError that lists them."""
+    files = _sort_files(folder)
+    if files.foreign:
         raise ValueError(
             f"{printable(str(folder))}: these pictures are not JPEG, PNG or WebP; convert or remove them: "
-            f"{', '.join(lost)}"
+            f"{', '.join(files.foreign)}"
         )
-    unused |= {
-        printable(p.name): f"{p.suffix[1:].upper()}; the JPEG, PNG or WebP of that name is read" for p in foreign
-    }
-    return _Files(
-        tuple(pictures), masks, tuple(kinds["captions"]), tuple(kinds["metadata"]), tuple(kinds["folders"]), unused
-    )
+    return files
+
+
+def _grouped(paths: Iterable[epath.Path], key: Callable[[epath.Path], str]) -> dict[str, list[epath.Path]]:
+    groups = defaultdict(list)
+    for path in paths:
+        groups[key(path)].append(path)
+    return groups
+
+
+def _check_different(folder: epath.Path, paths: Sequence[epath.Path]) -> None:
+    """Raises ValueError that lists different names, of which printing makes one: an e with its accent is one character
+    or two."""
+    groups = _grouped(paths, lambda path: printable(path.name))
+    alike = {name: " and ".join(ascii(p.name) for p in same) for name, same in groups.items() if len(same) > 1}
+    if alike:
+        raise_listing(f"{printable(str(folder))}: names that look the same", alike, "Rename or remove all but one.")
+
+
+def _masks(folder: epath.Path, paths: Sequence[epath.Path]) -> dict[str, epath.Path]:
+    """Printable stem of a picture -> its mask. Raises ValueError that lists pictures with several."""
+    groups = _grouped(paths, lambda path: printable(path.stem.removesuffix(MASK_ENDING)))
+    several = {stem: ", ".join(printable(p.name) for p in found) for stem, found in groups.items() if len(found) > 1}
+    if several:
+        raise_listing(f"{printable(str(folder))}: pictures have masks twice", several, "Keep one mask for each.")
+    return {stem: path for stem, (path,) in groups.items()}
 
 
 def _why_unused(path: epath.Path) -> str:
@@ -226,58 +273,120 @@ def _list_flat(
         default: caption of pictures without their own.
     """
     paths = {printable(path.name): path for path in files.pictures}
-    unused = {prefix + name: reason for name, reason in files.unused.items()}
+    unused: dict[str, str] = {}
     texts: dict[str, str] = {}
     remarks: list[str] = []
     if captions == "template":
-        unused |= {prefix + printable(p.name): "captions = 'template'" for p in (*files.metadata, *files.captions)}
+        unused |= {printable(p.name): "captions = 'template'" for p in (*files.metadata, *files.captions)}
     else:
         sidecars, strays = match_sidecars(paths, files.captions)
-        if len(files.metadata) + bool(sidecars) > 1:
-            kinds = [
-                *(path.name for path in files.metadata),
-                *(["caption files such as " + sidecars[0][1].name] if sidecars else []),
-            ]
-            raise ValueError(
-                f"{printable(str(folder))} has captions twice, in {' and in '.join(kinds)}: remove one of them, or set "
-                "captions='template'"
-            )
+        _check_one_kind(folder, files.metadata, sidecars)
         for path in files.metadata:
             found = read_metadata(path, paths)
             texts |= found.texts
-            paths |= {name: folder / name for name in found.texts if name not in paths}
+            paths |= found.inner
             remarks += found.remarks
-        for name, path in sidecars:
-            texts[name] = read_text(path)
-        unused |= {prefix + name: reason for name, reason in strays.items()}
+        texts |= {name: read_text(path) for name, path in sidecars}
+        unused |= strays
+    within = _subfolders(folder, files, paths)
+    masks = {f"{room}{stem}": mask for room, there in within.items() for stem, mask in there.masks.items()}
     items = [
         Item(
             prefix + name,
             lambda path=path: read_file(path),
             texts.get(name, default),
-            (lambda path=mask: read_file(path)) if (mask := files.masks.get(path.stem)) else None,
+            (lambda path=mask: read_file(path)) if (mask := masks.get(_stem(name))) else None,
         )
         for name, path in sorted(paths.items())
     ]
-    return Listing(tuple(items), unused, tuple(remarks))
+    unused = _unsearched(within) | dict(files.unused) | unused | _unnamed(within, paths)
+    return Listing(tuple(items), {prefix + name: reason for name, reason in unused.items()}, tuple(remarks))
+
+
+def _check_one_kind(
+    folder: epath.Path, metadata: Sequence[epath.Path], sidecars: Sequence[tuple[str, epath.Path]]
+) -> None:
+    """Raises ValueError that names the kinds of captions of a folder if they are several."""
+    kinds = [path.name for path in metadata]
+    kinds += ["caption files such as " + sidecars[0][1].name] if sidecars else []
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{printable(str(folder))} has captions twice, in {' and in '.join(kinds)}: remove one of them, or set "
+            "captions='template'"
+        )
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _subfolders(folder: epath.Path, files: _Files, paths: Mapping[str, epath.Path]) -> dict[str, _Files]:
+    """The files of `folder`, and of its subfolders that hold used pictures: printable name with a slash -> files.
+
+    Args:
+        files: of `folder`, whose name is "".
+        paths: printable name -> path of the used pictures.
+    """
+    within = {"": files}
+    for name, path in paths.items():
+        for above, place in zip(PurePosixPath(name).parents, path.parents, strict=False):
+            if place == folder:
+                break
+            if f"{above}/" not in within:
+                within[f"{above}/"] = _sort_files(place)
+    return within
+
+
+def _unsearched(within: Mapping[str, _Files]) -> dict[str, str]:
+    """Name -> reason of the subfolders with images in which no picture is used."""
+    names = {f"{room}{printable(sub.name)}/": sub for room, files in within.items() for sub in files.folders}
+    counts = {name: _count_images(sub) for name, sub in names.items() if name not in within}
+    return {name: f"a subfolder with {n} images; subfolders are not searched" for name, n in counts.items() if n}
+
+
+def _unnamed(within: Mapping[str, _Files], used: Mapping[str, epath.Path]) -> dict[str, str]:
+    """Name -> reason of the unused files in subfolders whose pictures a metadata file names.
+
+    Args:
+        used: printable name -> path of the used pictures.
+    """
+    unused: dict[str, str] = {}
+    stems = {_stem(name) for name in used}
+    for room, files in within.items():
+        if room:
+            masks = [path for stem, path in files.masks.items() if f"{room}{stem}" not in stems]
+            others = [*files.pictures, *masks, *files.captions, *files.metadata]
+            unused |= {f"{room}{printable(path.name)}": "the metadata file does not name it" for path in others}
+            unused |= {f"{room}{name}": reason for name, reason in files.unused.items()}
+    return {name: reason for name, reason in unused.items() if name not in used}
 
 
 def _list_repeated(folders: Sequence[epath.Path], outer: Listing, captions: str) -> Listing:
-    """kohya's layout. The repeats of several folders count by their proportion: steps are counted, not epochs."""
-    items, unused, remarks = [], dict(outer.unused), list(outer.remarks)
-    repeats = {folder: int(_KOHYA.fullmatch(folder.name)[1]) for folder in folders}
-    unused |= {f"{printable(folder.name)}/": "0 repeats" for folder, number in repeats.items() if not number}
-    common = math.gcd(*repeats.values()) or 1
-    for folder, number in repeats.items():
-        name = printable(folder.name)
-        listing = _list_flat(
-            folder, _sort_files(folder), captions, prefix=f"{name}/", default=_KOHYA.fullmatch(name)[2]
+    """kohya's layout. The repeats of several folders count by their proportion: steps are counted, not epochs.
+
+    Raises:
+        ValueError: numbers so different that they are dates, or see `list_source`.
+    """
+    names = [f"{printable(folder.name)}/" for folder in folders]
+    items, remarks = [], list(outer.remarks)
+    unused = {name: reason for name, reason in outer.unused.items() if name not in names}
+    repeats = [int(_KOHYA.fullmatch(folder.name)[1]) for folder in folders]
+    unused |= {name: "0 repeats" for name, number in zip(names, repeats, strict=True) if not number}
+    common = math.gcd(*repeats) or 1
+    if max(repeats) // common > _MOST_REPEATS:
+        raise ValueError(
+            f"{_few(names)}: the number before _ is that of an image's repeats in kohya's layout, and these differ by "
+            f"more than {_MOST_REPEATS} to 1. Give small numbers, such as 1_rex and 2_rex, or put all images into one "
+            "folder."
         )
+    for folder, name, number in zip(folders, names, repeats, strict=True):
+        default = _KOHYA.fullmatch(printable(folder.name))[2]
+        listing = _list_flat(folder, _sort_readable(folder), captions, prefix=name, default=default)
         items += [item for item in listing.items for _ in range(number // common)]
         unused |= listing.unused
         remarks += [
-            f"{name}/: {len(listing.items)} images, {_times(number // common)}; caption of those without their own: "
-            f"{_KOHYA.fullmatch(name)[2]!r}",
+            f"{name}: {len(listing.items)} images, {_times(number // common)}; caption of those without their own: "
+            f"{default!r}",
             *listing.remarks,
         ]
     return Listing(tuple(items), unused, tuple(remarks))
