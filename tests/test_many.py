@@ -314,6 +314,9 @@ def test_errors(tmp_path):
     (tmp_path / "latin.csv").write_bytes("photos\nédouard\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.csv is not UTF-8 text"):
         read_subjects(config_of(tmp_path, subjects=str(tmp_path / "latin.csv")))
+    (tmp_path / "long.csv").write_bytes(b"photos,steps\rrex,3\rtom,3,4\r")
+    with pytest.raises(ValueError, match=r"long\.csv, line 3: more cells than the columns photos, steps"):
+        read_subjects(config_of(tmp_path, subjects=str(tmp_path / "long.csv")))
     (tmp_path / "negative.csv").write_text("photos,lora_rank\nrex,-1\n")
     (tmp_path / "ranks.csv").write_text("name,photos,lora_rank\na,rex,1\nb,rex,2\n")
     for subjects, message in (

@@ -107,6 +107,15 @@ def test_lines_that_a_spreadsheet_leaves_do_not_end_a_resume(tmp_path, capsys):
     assert (tmp_path / "metrics_before_3.csv").read_bytes() == data
 
 
+def test_lines_of_any_system_are_read_and_what_is_no_csv_is_named(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"step,loss\r1,2,3,4,5\r2,3,4,5,6\r")
+    Reporter(epath.Path(tmp_path), first_step=2, steps=9).close()
+    assert [row[0] for row in rows(epath.Path(tmp_path))] == [1, 2]
+    (tmp_path / "metrics.csv").write_text("1" * 200_000)
+    with pytest.raises(ValueError, match=r"metrics\.csv, line 1: not readable as CSV"):
+        Reporter(epath.Path(tmp_path), first_step=2, steps=9)
+
+
 def test_blank_lines_are_no_reason_to_keep_a_second_file(tmp_path):
     (tmp_path / "metrics.csv").write_text("\ufeffstep,loss,instance_loss,prior_loss,grad_norm\n1,1,1,0,1\n,,,,\n\n")
     Reporter(epath.Path(tmp_path), first_step=1, steps=9).close()

@@ -45,6 +45,7 @@ def test_a_caption_file_for_each_picture(tmp_path, name):
         ("metadata.jsonl", '{"file_name": "1.jpg", "text": "one"}\n\n{"file_name": "0.jpg", "text": "zero"}\n'),
         ("metadata.csv", "file_name,text\n0.jpg,zero\n1.jpg,one\n"),
         ("metadata.csv", "\ufefffile_name,n,caption\r\n0.jpg,3,zero\r\n1.jpg,4,one\r\n"),
+        ("metadata.csv", 'file_name,text\r0.jpg,"zero",,\r1.jpg,one\r'),
         ("metadata.json", '{"0.jpg": {"caption": "zero"}, "1.jpg": {"caption": "one"}}'),
         ("metadata.json", '{"/home/me/train/0": {"tags": "zero"}, "/home/me/train/1": {"tags": "one"}}'),
         ("metadata.json", '[{"file_name": "0.jpg", "text": "zero"}, {"file_name": "1.jpg", "text": "one"}]'),
@@ -63,6 +64,9 @@ def test_one_file_of_captions_for_all(tmp_path, name, text):
     [
         ("metadata.csv", "file_name,text\n0.jpg,zero\n9.jpg,nine\n", r"line 3: there is no image '9\.jpg'"),
         ("metadata.csv", "file_name,text\n0.jpg,zero\n0.jpg,other\n", r"line 3: another caption of 0\.jpg"),
+        ("metadata.csv", "file_name,label\n\n0.jpg,dog,5\n", r"metadata\.csv, line 3: more cells than the columns"),
+        ("metadata.csv", "file_name,text\n0.jpg,a dog, sitting\n", r"line 2: more cells .* double quotes"),
+        ("metadata.csv", f"file_name,text\n0.jpg,{'a' * 200_000}\n", r"metadata\.csv, line 2: not readable as CSV"),
         ("metadata.json", "{broken", r"metadata\.json is not JSON"),
         ("metadata.jsonl", '{"file_name": "../0.jpg", "text": "x"}', r"no image '\.\./0\.jpg'"),
         ("metadata.jsonl", '{"text": "x"}', "no 'file_name'"),

@@ -4,8 +4,6 @@
 metadata.jsonl, .csv, .json     one file for all: the layouts of Hugging Face's imagefolder and of kohya's scripts
 """
 
-import csv
-import io
 import json
 import string
 import zlib
@@ -17,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from dreambooth_jax.data.paths import find, printable, read_file
+from dreambooth_jax.files.tables import read_table
 
 CAPTION_FIELDS = ("identifier", "class_noun")
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -177,8 +176,7 @@ def _rows(path: epath.Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str
     """Rows by their place in the file, and place -> problem of those that cannot be parsed."""
     text, rows, bad = read_text(path), {}, {}
     if path.suffix.lower() == ".csv":
-        table = csv.DictReader(io.StringIO(text))
-        rows = {f"line {number}": dict(row) for number, row in enumerate(table, 2)}
+        rows = {f"line {number}": row for number, row in read_table(text, path).rows.items()}
     elif path.suffix.lower() == ".json":
         try:
             whole = json.loads(text)

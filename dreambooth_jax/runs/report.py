@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.step import Metrics
 from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.files.tables import read_lines
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs.events import Events
 
@@ -108,11 +109,15 @@ class Reporter:
 
 def _read_rows(path: epath.Path, last_step: int) -> list[tuple[str, ...]]:
     """The rows of steps up to `last_step`. A file with other lines, such as a spreadsheet's with semicolons, is kept
-    under another name, since it is written anew; blank lines are left out."""
+    under another name, since it is written anew; blank lines are left out.
+
+    Raises:
+        ValueError: it is no CSV; see `read_lines`.
+    """
     if not path.exists():
         return []
     data = path.read_bytes()
-    lines = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig", errors="replace"))) if any(row)]
+    lines = [row for row in read_lines(data.decode("utf-8-sig", errors="replace"), path).values() if any(row)]
     rows = [tuple(row) for row in lines if _is_row(row)]
     if len(rows) < len([row for row in lines if tuple(row) != COLUMNS]) and runtime.is_first_process():
         kept = path.with_name(f"metrics_before_{last_step}.csv")

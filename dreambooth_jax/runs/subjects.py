@@ -1,7 +1,6 @@
 """The table of the subjects of a run of many, and the subjects' files."""
 
-import csv
-import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.data.captions import read_text
 from dreambooth_jax.evaluation.dataset import CLASSES_FILE, read_dataset
 from dreambooth_jax.files.shipped import shipped
+from dreambooth_jax.files.tables import read_table
 from dreambooth_jax.runs.config import ConfigError
 
 
@@ -43,20 +43,20 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
     Raises:
         ConfigError: no such folder or table, no subjects in it, an unknown column, a name twice, a row without photos,
             a value that is no number, or ranks that differ where the method or the optimizer cannot fill them up.
-        ValueError: the table is not text in UTF-8.
+        ValueError: the table is not text in UTF-8, or no CSV; see `read_table`.
     """
     path = Path(shipped(config.subjects)).expanduser()
     if path.suffix == ".csv" and path.is_file():
-        table = csv.DictReader(io.StringIO(read_text(epath.Path(path))))
-        rows = list(table)
-        if unknown := sorted({*(table.fieldnames or ())} - {*Subject._fields}):
+        columns, table = read_table(read_text(epath.Path(path)), path)
+        rows = list(table.values())
+        if unknown := sorted({*columns} - {*Subject._fields}):
             raise ConfigError(
                 f"{path}: unknown columns {', '.join(unknown)}; expected some of {', '.join(Subject._fields)}"
             )
-        wrong = [str(number) for number, row in enumerate(rows, 2) if not row.get("photos")]
+        wrong = [str(number) for number, row in table.items() if not row.get("photos")]
         if wrong:
             raise ConfigError(f"{path}, line {', '.join(wrong)}: no photos; columns: {', '.join(Subject._fields)}")
-        rows = [row | {"photos": str(path.parent / row["photos"])} for row in rows]
+        rows = [row | {"photos": str(path.parent / (row["photos"] or ""))} for row in rows]
     elif (path / CLASSES_FILE).is_file():
         rows = [{"photos": str(one.folder), "class_noun": one.class_noun} for one in read_dataset(path)]
     elif path.is_dir():
@@ -85,7 +85,7 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
     return subjects
 
 
-def _subject(row: dict[str, str], config: ConfigDict, where: str) -> Subject:
+def _subject(row: Mapping[str, str | None], config: ConfigDict, where: str) -> Subject:
     own = {}
     for name, read in _OWN.items():
         try:

@@ -25,6 +25,7 @@ from dreambooth_jax.evaluation.scores import copy_limit, fidelity
 from dreambooth_jax.evaluation.transforms import Picture
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.hub import EMBEDDED
+from dreambooth_jax.files.tables import read_table
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs.best import Rows, best_step, keep
 from dreambooth_jax.runs.config import ConfigError
@@ -213,18 +214,19 @@ def read_rows(workdir: epath.Path, last_step: int) -> dict[int, dict[str, float]
     path, rows = workdir / FILE, {}
     if not path.exists():
         return {}
-    lines = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig", errors="replace")))
-    for row in lines:
+    remedy = "Restore the file, or remove it: the base and the newest step are then scored again"
+    try:
+        table = read_table(path.read_bytes().decode("utf-8-sig", errors="replace"), path)
+    except ValueError as error:
+        raise ConfigError(f"{error}. {remedy}") from error
+    for number, row in table.rows.items():
         if not any(row.values()):
             continue
         try:
-            step = int(row.pop("step"))
+            step = int(row.pop("step") or "")
             rows[step] = {name: float(text) for name, text in row.items() if text}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{path}, line {lines.line_num}: no scores of a step ({error!r}). Restore the file, or remove it: the "
-                "base and the newest step are then scored again"
-            ) from error
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{path}, line {number}: no scores of a step ({error!r}). {remedy}") from error
     return {step: row for step, row in rows.items() if step <= last_step}
 
 
