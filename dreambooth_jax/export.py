@@ -12,25 +12,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth_jax.files.hub import resolve_base
-from dreambooth_jax.files.layouts import split_base
+from dreambooth_jax.files.layouts import SUFFIX, split_weight
 from dreambooth_jax.runs.command import not_negative, one_line_errors, step_of
 from dreambooth_jax.runs.config_file import read_config
+from dreambooth_jax.runs.export_checks import (
+    FORMATS,
+    check_components,
+    check_format,
+    check_output,
+    check_repository,
+    default_formats,
+    written_by,
+)
 from dreambooth_jax.runs.places import check_base, check_files_given
-
-FORMATS = ("folder", "single", "kohya", "peft", "embedding")
-
-
-def check_output(output: str, base: str) -> None:
-    """Raises ValueError if an export to `output` would write over the base of the run, its folder or single file."""
-    file, _ = split_base(base)
-    place = Path(output).resolve()
-    for own in (resolve_base(base).resolve(), *([file.resolve()] if file else [])):
-        if place == own or own in place.parents:
-            raise ValueError(
-                f"--output {output} lies in the run's own base, {own}: the export would overwrite it. Give another "
-                "place."
-            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,19 +64,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Checks that the run, or the base and the adapters, are there, and that the export writes over no base.
+    """Checks that the run, or the base and the adapters, are there, that the format holds it, and that the export
+    overwrites nothing that it reads.
 
     Raises:
-        ValueError, OSError: they are not; says what was expected.
+        ValueError, OSError: a check fails; says what was expected.
     """
-    base = options.base
+    path, kind = Path(options.output), options.format
     if options.workdir:
         options.workdir = os.path.expanduser(options.workdir)
-        base = read_config(options.workdir).base
+        config = read_config(options.workdir)
+        base, files = config.base, [file for file in (config.init_adapter, config.init_embedding) if file]
+        check_format(config, path, kind, options.rank, options.variant)
+        written = written_by(config, path, kind, options.rank)
+        is_folder = (kind or default_formats(config, path, options.rank)[0]) == "folder"
     else:
-        check_base(base)
+        check_base(options.base)
         check_files_given(options.lora, ())
-    check_output(options.output, base)
+        base, files, written = options.base, [split_weight(entry)[0] for entry in options.lora], []
+        is_folder = path.suffix != SUFFIX
+    check_output(options.output, base, files, written)
+    if is_folder:
+        check_components(path, base, options.variant)
+    if options.push_to_hub:
+        check_repository(options.push_to_hub)
 
 
 def _export(options: argparse.Namespace) -> str:

@@ -109,6 +109,7 @@ def test_numbers_must_be_finite(tmp_path, value):
         check_config(config_of(tmp_path, learning_rate=value))
 
 
+EXPORT = ["export", "--workdir=CASCADE/stage1", "--output=/no/out"]
 WRONG = {
     "no config": (["train"], "--config is missing"),
     "no file": (["train", "--config", "nowhere.py"], "no such file"),
@@ -143,6 +144,20 @@ WRONG = {
     "no file of a word": (["sample", "--base=tiny", "--prompt=a", "--embedding=sks"], "expected WORD=FILE"),
     "no run to export": (["export", "--workdir=/no/run", "--output=/no/out"], "/no/run/config.json: no such file"),
     "no one stage": (["export", "--workdir=CASCADE", "--output=/no/out"], "one stage of this cascade, CASCADE/stage1"),
+    "no LoRA": ([*EXPORT, "--rank=4", "--format=folder"], "--rank makes a LoRA of a full fine-tuning"),
+    "no variant": ([*EXPORT, "--variant=fp16", "--format=kohya"], "--variant fp16 names the files of a folder"),
+    "no folder": ([*EXPORT, "--output=a.safetensors", "--format=folder"], "the format folder needs a folder"),
+    "no token": ([*EXPORT, "--format=embedding"], "method = 'full' trains no token"),
+    "no factors": ([*EXPORT, "--format=peft"], "PEFT files hold LoRA and DoRA, not what method = 'full' trains: give"),
+    "no repository": ([*EXPORT, "--push_to_hub=dog"], "--push_to_hub dog: expected OWNER/NAME"),
+    "other weights": (
+        [*EXPORT, "--output=BROKEN", "--variant=fp16"],
+        "BROKEN/text_encoder holds weights of an earlier",
+    ),
+    "over itself": (
+        ["export", "--base=tiny", "--lora=FILE:0.5", "--output=FILE"],
+        "the export would overwrite model.safetensors, an adapter",
+    ),
     "no run to score": (["evaluate", "--workdir=/no/run"], "/no/run/config.json: no such file"),
     "no protocol": (["evaluate", "--config=nowhere.py"], "nowhere.py: no such file"),
     "no limit": (["evaluate", "--workdir=RUN", "--max_copy=nan"], "argument --max_copy: nan: expected a finite number"),

@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support.painting import painted_by_diffusers, painted_by_sample
+from support.runs import config_of
 
 from dreambooth_jax import export
 from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
+from dreambooth_jax.files.safetensors import save_tensors
+from dreambooth_jax.files.stream import as_tensor, write_tensors
+from dreambooth_jax.files.weight_files import WeightsError
+from dreambooth_jax.runs.export_checks import check_output, written_by
+from dreambooth_jax.runs.exports import check_reopened
 from dreambooth_jax.runs.workdir import open_run
 
 
@@ -68,9 +74,54 @@ def test_the_runs_own_base_is_not_overwritten(micro, tmp_path):
     (tmp_path / "link").symlink_to(micro)
     for output in (micro, f"{micro}/unet", tmp_path / "link" / "new"):
         with pytest.raises(ValueError, match="lies in the run's own base"):
-            export.check_output(str(output), micro)
+            check_output(output, micro)
     file = tmp_path / "one.safetensors"
     save_file({"model.diffusion_model.x": np.zeros(1, np.float32)}, file)
     with pytest.raises(ValueError, match="lies in the run's own base"):
-        export.check_output(str(file), f"{file}@{micro}")
-    export.check_output(str(tmp_path / "out"), micro)
+        check_output(file, f"{file}@{micro}")
+    check_output(tmp_path / "out", micro)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "peft", "embedding", None])
+def test_the_files_that_a_run_began_with_are_not_overwritten(micro, tmp_path, kind):
+    """Whether --output names them, or the folder that the export's file of that name lies in."""
+    config = config_of(tmp_path, base=micro, method="pivotal")
+    token = tmp_path / "sks_dog_token.safetensors"
+    for output in (tmp_path, tmp_path / "sks_dog.safetensors"):
+        for own in {*written_by(config, output, kind, 0), *([token] if kind is None else [])}:
+            with pytest.raises(ValueError, match=f"would overwrite {own}, an adapter or embedding"):
+                check_output(output, micro, [str(own)], written_by(config, output, kind, 0))
+    check_output(tmp_path, micro, [str(tmp_path / "sks_cat.safetensors")], written_by(config, tmp_path, kind, 0))
+
+
+def test_weights_of_an_earlier_export_are_not_left_beside_new_ones(sd15, tmp_path):
+    """A plain set hides a variant, and an index its file: readers would take the old weights."""
+    names = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    for part, name in (("unet", ".fp16"), ("unet", "-00001-of-00002"), ("text_encoder", ".bf16")):
+        folder = tmp_path / name
+        other = folder / part / f"{names[part]}{name}.safetensors"
+        other.parent.mkdir(parents=True)
+        other.touch()
+        with pytest.raises(WeightsError, match=f"{part} holds weights of an earlier model, {other.name}: .* Remove"):
+            save_pipeline(sd15.pipeline, sd15.params, folder)
+        assert [path for path in folder.rglob("*") if path.is_file()] == [other]
+
+
+def test_numbers_too_large_for_a_file_are_not_written(tmp_path):
+    for write in (save_tensors, lambda path, x, dtype: write_tensors(path, {"a": as_tensor(x["a"])}, dtype=dtype)):
+        with pytest.raises(WeightsError, match=r"a has numbers up to 7e\+04, too large for float16"):
+            write(tmp_path / "a.safetensors", {"a": np.float32([1, -7e4])}, dtype="float16")
+        assert not (tmp_path / "a.safetensors").exists()
+        write(tmp_path / "b.safetensors", {"a": np.float32([1, -6e4])}, dtype="float16")
+
+
+def test_an_export_with_other_numbers_is_no_export(tmp_path):
+    value = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    half = value.astype(np.float16)
+    assert 0 < check_reopened({"a": half}, {"a": value}, "float16", tmp_path) < 1e-3
+    assert check_reopened({"a": value + 1}, {"a": value}, None, tmp_path) == pytest.approx(1)
+    base = {"a": value - 0.1}  # of an adapter the change must be there
+    assert check_reopened({"a": value + 1e-3}, {"a": value}, "float32", tmp_path, base) < 2e-3
+    for found, dtype, of in ((half, "float32", None), (base["a"], "float32", base), (value * np.inf, None, None)):
+        with pytest.raises(ValueError, match=r"opened again, a differs by up to .* do not use this export"):
+            check_reopened({"a": found}, {"a": value}, dtype, tmp_path, of)

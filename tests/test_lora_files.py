@@ -15,7 +15,7 @@ from safetensors.torch import save_file as save_torch
 from dreambooth_jax.adapters.factors import add, by_module
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.files import bases, lora_kohya, lora_peft
+from dreambooth_jax.files import bases, lora_kohya
 from dreambooth_jax.files.lora_kohya import About, write_kohya
 from dreambooth_jax.files.lora_peft import write_peft
 from dreambooth_jax.files.lora_read import from_file, read_adapter
@@ -277,4 +277,3 @@ def test_bad_files(tmp_path):
     ):
         with pytest.raises(WeightsError, match=message):
             read_adapter(tmp_path / file, Tiny.shapes)
-    assert lora_peft.FILE.endswith(".safetensors")

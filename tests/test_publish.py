@@ -7,6 +7,7 @@ from support.fake_hub import hub
 from support.runs import config_of
 
 from dreambooth_jax.families.pipeline import load_pipeline
+from dreambooth_jax.files.diffusers_folder import folder_files
 from dreambooth_jax.runs.exports import Subject, Written
 from dreambooth_jax.runs.publish import model_card, publish
 
@@ -23,14 +24,19 @@ def test_files_and_card_arrive(micro, tmp_path):
     folder = tmp_path / "model"
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "config.json").write_bytes(b"{}")
-    written = [Written(path, dict, "a LoRA for ComfyUI"), Written(folder, dict, "a folder for diffusers", "all of it")]
+    (folder / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    for name in ("checkpoints/60/state", "unet/.cache/page", "photo.png", ".git/config"):  # a workdir's own
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"private")
+    whole = Written(folder, dict, "a folder for diffusers", "all of it", files=tuple(folder_files(folder)))
+    written = [Written(path, dict, "a LoRA for ComfyUI"), whole]
     with hub() as (address, uploaded):
         api = HfApi(endpoint=address, token="hf_none")
         url = publish("me/dog", subject, written, tmp_path, api)
         assert url.endswith("me/dog")
         publish("me/dog", subject, written[:1], tmp_path, api)  # once more: the repository is there already
     files = uploaded["me/dog"]
-    assert files.keys() == {"README.md", "samples.png", "sks_dog.safetensors", "unet/config.json"}
+    assert files.keys() == {"README.md", "samples.png", "sks_dog.safetensors", "model_index.json", "unet/config.json"}
     assert files["sks_dog.safetensors"] == b"weights" and files["samples.png"] == b"new"
     card = files["README.md"].decode()
     parts = ["on micro, 60 steps", 'instance_prompt: "sks dog"', "- lora", "license: creativeml-openrail-m"]

@@ -35,7 +35,7 @@ from dreambooth_jax.files.hub import resolve_base
 from dreambooth_jax.files.layouts import split_base
 from dreambooth_jax.files.safetensors import read_model, save_model
 from dreambooth_jax.files.tokenizer import Tokenizer, WithToken, load_tokenizer
-from dreambooth_jax.files.weight_files import variant_of
+from dreambooth_jax.files.weight_files import check_alone, variant_of
 from dreambooth_jax.models.params import Functional, Params, Shapes, Tensors, functional, under_prefix, with_prefix
 from dreambooth_jax.models.spec import UnsupportedConfig
 
@@ -292,11 +292,16 @@ def save_pipeline(
         folder: made if absent; files in it are replaced. Its scheduler is that of a trained model.
         dtype: stored precision; default float32.
         variant: of the weight files' names, such as "fp16" (`variant=` of diffusers); "" for plain names.
+
+    Raises:
+        WeightsError: the folder holds weights of other names, or a number is too large for `dtype`.
     """
     folder = Path(folder)
-    for name, part in pipeline.family.parts.items():
+    files = {name: variant_of(part.file, variant) for name, part in pipeline.family.parts.items()}
+    for name, file in files.items():
+        check_alone(folder / name, [file])
+    for name, file in files.items():
         config = opens_in_float32(pipeline.models.configs[name], dtype)
-        file = variant_of(part.file, variant)
         save_model(folder / name, under_prefix(f"{name}.", params), config, dtype=dtype, file=file)
     for name in (*pipeline.family.schedulers, *pipeline.family.tokenizers):
         copy_folder(pipeline.folder / name, folder / name)

@@ -23,6 +23,12 @@ def components(index: Mapping[str, Any]) -> list[str]:
     return [name for name in named if name not in _NOT_WRITTEN]
 
 
+def folder_files(folder: Path) -> list[Path]:
+    """The files of a pipeline folder: model_index.json and those in its components' folders, nothing else below it."""
+    inside = (folder / name for name in components(read_json(folder, INDEX)))
+    return [folder / INDEX, *(path for part in inside for path in sorted(part.glob("*")) if path.is_file())]
+
+
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of a pipeline folder.
 

@@ -13,6 +13,7 @@ from dreambooth_jax.files.sd2_config import is_of_velocity
 from dreambooth_jax.files.weight_files import WeightsError, converting_command
 
 SUFFIX = ".safetensors"
+PEFT_FILE = "pytorch_lora_weights.safetensors"  # name by which diffusers finds an adapter in a folder
 UNET = "model.diffusion_model."
 SD1, SD2, XL = "SD 1.x", "SD 2.x", "SDXL"
 # Layout -> published base whose configs and tokenizers open a file by default; SD 2.x that predicts the velocity has

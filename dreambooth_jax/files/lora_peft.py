@@ -15,8 +15,6 @@ from dreambooth_jax.adapters.factors import MAGNITUDE, by_module, parse, rank_of
 from dreambooth_jax.files.stream import as_tensor, write_tensors
 from dreambooth_jax.models.params import Tensors
 
-FILE = "pytorch_lora_weights.safetensors"
-
 
 def to_file(factors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(key -> tensor, metadata) of a file with the factors, which have their scale multiplied in.

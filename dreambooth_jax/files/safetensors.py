@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dreambooth_jax.files.atomic import replacing, write_atomic
+from dreambooth_jax.files.stream import as_stored
 from dreambooth_jax.files.weight_files import WeightsError, weight_files
 from dreambooth_jax.models.params import Params, Tensors
 
@@ -211,12 +212,15 @@ def save_tensors(path: str | os.PathLike, params: Tensors, *, dtype: DTypeLike |
     Args:
         path: its folder is made if absent.
         params, dtype: see `save_model`.
+
+    Raises:
+        WeightsError: see `as_stored`.
     """
     path = Path(path)
     tensors = {}
     for name, value in params.items():
         array = np.asarray(value)
         axes = to_file_axes(name, array.ndim)
-        tensors[file_name(name)] = np.array(array.transpose(axes), dtype=dtype or array.dtype, order="C")
+        tensors[file_name(name)] = as_stored(name, array.transpose(axes), dtype or array.dtype)
     with replacing(path) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})

@@ -220,10 +220,12 @@ def predicts_v(configs: Mapping[str, Mapping[str, Any]]) -> bool:
     return configs["scheduler"].get("prediction_type") == "v_prediction"
 
 
-def write_yaml(path: Path, layout: str, *, v_prediction: bool) -> None:
-    """Writes the .yaml beside a single file of SD 2.x that predicts the velocity; nothing for others."""
-    if layout == SD2 and v_prediction:
-        path.with_suffix(".yaml").write_text(V_YAML)
+def write_yaml(path: Path, layout: str, *, v_prediction: bool) -> list[Path]:
+    """Writes the .yaml beside a single file of SD 2.x that predicts the velocity; returns it, or [] for other files."""
+    if not (layout == SD2 and v_prediction):
+        return []
+    path.with_suffix(".yaml").write_text(V_YAML)
+    return [path.with_suffix(".yaml")]
 
 
 def describe(layout: str, *, v_prediction: bool, resolution: int, title: str, trigger: str) -> dict[str, str]:

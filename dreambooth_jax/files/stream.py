@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dreambooth_jax.files.atomic import replacing
+from dreambooth_jax.files.weight_files import WeightsError
 
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32"}
 
@@ -42,6 +43,9 @@ def write_tensors(
         tensors: key -> shape and value, in the order of the file.
         dtype: stored precision: float32, float16 or bfloat16.
         metadata: `__metadata__` of the file.
+
+    Raises:
+        WeightsError: a number is too large for `dtype`.
     """
     dtype = jnp.dtype(dtype)  # NumPy's own do not have bfloat16
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
@@ -53,5 +57,21 @@ def write_tensors(
     text += b" " * (-len(text) % 8)  # the data are aligned
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor.value(), dtype).tobytes())
+        for key, tensor in tensors.items():
+            file.write(as_stored(key, tensor.value(), dtype).tobytes())
+
+
+def as_stored(key: str, value: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """A tensor as a file holds it, in row-major order.
+
+    Raises:
+        WeightsError: a finite number of it is infinite in `dtype`.
+    """
+    with np.errstate(over="ignore"):
+        array = np.asarray(value, dtype, order="C")
+    if not np.isfinite(array).all() and np.isfinite(value).all():
+        raise WeightsError(
+            f"{key} has numbers up to {np.abs(value).max():.3g}, too large for {array.dtype.name}: store it in "
+            "bfloat16 or float32"
+        )
+    return array

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -75,6 +75,23 @@ def variant_of(name: str, variant: str) -> str:
     """ "model.safetensors" -> "model.fp16.safetensors" for the variant "fp16"; `name` itself for ""."""
     head, _, suffix = name.rpartition(".")
     return f"{head}.{variant}.{suffix}" if variant else name
+
+
+def check_alone(folder: Path, files: Collection[str]) -> None:
+    """Checks that a model's folder, if it is there, holds no weights but those that are to be written into it.
+
+    Args:
+        files: names of what is written.
+
+    Raises:
+        WeightsError: there are others, which a reader would take for the model's, or could not tell from them.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if others := [n for n in names if (n.endswith(".safetensors") or _INDEX.search(n)) and n not in files]:
+        raise WeightsError(
+            f"{folder} holds weights of an earlier model, {', '.join(others)}: what is written beside them would not "
+            "be read. Remove them, or write into another folder."
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -9,27 +9,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from dreambooth_jax.adapters.extract import differences, low_rank
-from dreambooth_jax.adapters.factors import FORMS, add, merge
+from dreambooth_jax.adapters.factors import add, merge
 from dreambooth_jax.adapters.inversion import is_row, rows_of, with_rows
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.family import NOISE_LEVEL
 from dreambooth_jax.families.pipeline import Pipeline, load_pipeline, read_params, save_pipeline
 from dreambooth_jax.files import embeddings, lora_kohya, lora_peft, single_file
+from dreambooth_jax.files.diffusers_folder import folder_files
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params, Tensors
 from dreambooth_jax.painting.sheets import paint_rows
 from dreambooth_jax.runs.cascade import enlarging
 from dreambooth_jax.runs.config import fill
+from dreambooth_jax.runs.export_checks import default_formats, file_of, title_of, token_file
 from dreambooth_jax.runs.job import painter_of
 from dreambooth_jax.runs.workdir import Trained, open_trained
 
-SUFFIX = ".safetensors"
+# Error of the change that an adapter makes: products of its factors are computed in another order, or in bfloat16.
+_ERROR_OF_CHANGE = 2**-6
 
 
 class Subject(NamedTuple):
@@ -52,7 +56,7 @@ class Subject(NamedTuple):
 
     @property
     def title(self) -> str:
-        return self.trigger.replace(" ", "_").strip("<>")
+        return title_of(self.run.config)
 
 
 class Written(NamedTuple):
@@ -62,12 +66,17 @@ class Written(NamedTuple):
         reopen: () -> plain parameters of the model, read from what was written.
         tools: programs that open it, and how.
         says: further remarks on the file.
+        files: what was written; default: `path` alone.
+        holds: "model" for all weights, "change" for what training changed, "part" for what approximates it or leaves
+            some of it out.
     """
 
     path: Path
     reopen: Callable[[], Tensors]
     tools: str
     says: str = ""
+    files: tuple[Path, ...] = ()
+    holds: str = "model"
 
 
 def to_folder(subject: Subject, path: Path, dtype: DTypeLike, rank: int, *, variant: str = "") -> Written:
@@ -78,7 +87,8 @@ def to_folder(subject: Subject, path: Path, dtype: DTypeLike, rank: int, *, vari
     save_pipeline(pipeline, subject.tuned, path, dtype=dtype, variant=variant)
     named = f', variant="{variant}"' * bool(variant)
     opened = f'{pipeline.family.name}.from_pretrained("{path}"{named})'
-    return Written(path, lambda: read_params(load_pipeline(str(path))), f"{opened} in diffusers; --base {path} here")
+    tools = f"{opened} in diffusers; --base {path} here"
+    return Written(path, lambda: read_params(load_pipeline(str(path))), tools, files=tuple(folder_files(path)))
 
 
 def to_single_file(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
@@ -93,11 +103,12 @@ def to_single_file(subject: Subject, path: Path, dtype: DTypeLike, rank: int) ->
         title=subject.title,
         trigger=subject.trigger,
     )
-    path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
+    path = file_of(path, "single", subject.title)
     single_file.write_single_file(path, subject.tuned, layout, dtype=dtype, metadata=metadata)
-    single_file.write_yaml(path, layout, v_prediction=v_prediction)
+    beside = single_file.write_yaml(path, layout, v_prediction=v_prediction)
     reopen = lambda: single_file.read_single_file(path, pipeline.shapes, layout)  # noqa: E731
-    return Written(path, reopen, _for_all_tools(subject, "a checkpoint", f"from_single_file({str(path)!r})"))
+    tools = _for_all_tools(subject, "a checkpoint", f"from_single_file({str(path)!r})")
+    return Written(path, reopen, tools, files=(path, *beside))
 
 
 def to_kohya(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
@@ -106,10 +117,11 @@ def to_kohya(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Writt
     pipeline = subject.run.pipeline
     factors, says = _factors(subject, rank)
     about = about_adapter(pipeline, subject.run.config, subject.title)
-    path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
+    path = file_of(path, "kohya", subject.title)
     lora_kohya.write_kohya(path, factors, about, dtype=dtype)
     how = f"load_lora_weights({str(path)!r})"
-    return Written(path, _reopened(subject, path), _for_all_tools(subject, "a LoRA", how), says)
+    tools, holds = _for_all_tools(subject, "a LoRA", how), "part" if rank else "change"
+    return Written(path, _reopened(subject, path), tools, says, holds=holds)
 
 
 def about_adapter(pipeline: Pipeline, config: ConfigDict, title: str) -> lora_kohya.About:
@@ -138,16 +150,15 @@ def about_adapter(pipeline: Pipeline, config: ConfigDict, title: str) -> lora_ko
 def to_peft(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """The adapter alone with PEFT's names: for diffusers."""
     factors, says = _factors(subject, rank)
-    path = path if path.suffix == SUFFIX else path / lora_peft.FILE
+    path = file_of(path, "peft", subject.title)
     lora_peft.write_peft(path, factors, dtype=dtype)
-    return Written(path, _reopened(subject, path), f"load_lora_weights({str(path)!r}) in diffusers", says)
+    tools, holds = f"load_lora_weights({str(path)!r}) in diffusers", "part" if rank else "change"
+    return Written(path, _reopened(subject, path), tools, says, holds=holds)
 
 
 def to_embedding(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """The rows of the new tokens alone: for all tools."""
-    if not subject.rows:
-        raise ValueError(f"method = {subject.run.config.method!r} trains no token: leave out --format embedding")
-    path = path if path.suffix == SUFFIX else path / f"{subject.title}{SUFFIX}"
+    path = file_of(path, "embedding", subject.title)
     word, layout = subject.run.config.identifier, layout_of_subject(subject)
     about = single_file.model_spec(
         layout,
@@ -159,7 +170,8 @@ def to_embedding(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> W
     embeddings.write_embeddings(path, list(subject.rows.values()), dtype=dtype, metadata={"format": "pt"} | about)
     how = f"load_textual_inversion({str(path)!r}, token={word!r})"
     says = f"in A1111 and ComfyUI the file's name, {path.stem}, is the word"
-    return Written(path, lambda: dict(subject.base), _for_all_tools(subject, "an embedding", how), says)
+    tools = _for_all_tools(subject, "an embedding", how)
+    return Written(path, lambda: dict(subject.base), tools, says, holds="part")
 
 
 FORMATS = {"folder": to_folder, "single": to_single_file, "kohya": to_kohya, "peft": to_peft, "embedding": to_embedding}
@@ -168,10 +180,7 @@ FORMATS = {"folder": to_folder, "single": to_single_file, "kohya": to_kohya, "pe
 def _factors(subject: Subject, rank: int) -> tuple[Tensors, str]:
     method = subject.run.method
     if method.adapter is not None:
-        factors = {name: x for name, x in method.adapter(subject.run.trainable).items() if not is_row(name)}
-        if not factors:
-            raise ValueError("this run trained a token alone: write it with --format embedding")
-        return factors, ""
+        return {name: x for name, x in method.adapter(subject.run.trainable).items() if not is_row(name)}, ""
     changes = differences(subject.base, subject.tuned)
     if not rank:
         return changes, "all differences of a full fine-tuning; --rank makes a smaller LoRA of them"
@@ -215,15 +224,10 @@ def open_subject(workdir: str | os.PathLike, step: int | str | None) -> Subject:
     return Subject(run, base, tuned, rows_of(run.trainable))
 
 
-def default_format(subject: Subject, path: Path) -> str:
-    """kohya for adapters, or peft where the model has no name in kohya's files; for whole models a single file if
-    `path` names one, else a folder."""
-    method = subject.run.config.method
-    if method == "inversion":
-        return "embedding"
-    if method in (*FORMS, "pivotal", "custom"):
-        return "kohya" if has_layout(subject) else "peft"
-    return "single" if path.suffix == SUFFIX else "folder"
+def default_format(subject: Subject, path: Path, rank: int) -> str:
+    """That of `default_formats` which the base has."""
+    first, *others = default_formats(subject.run.config, path, rank)
+    return others[0] if others and not has_layout(subject) else first
 
 
 def export(
@@ -249,24 +253,18 @@ def export(
         hub: OWNER/NAME of a repository to upload to; empty: none.
 
     Raises:
-        FileNotFoundError, ValueError: no run, or the format cannot hold it.
+        FileNotFoundError, ValueError: no run, the format cannot hold it, or the file does not hold its numbers.
     """
     subject, path = open_subject(workdir, step), Path(output)
-    kind = kind or ("kohya" if rank else default_format(subject, path))
-    if rank and (subject.run.method.adapter is not None or kind not in ("kohya", "peft")):
-        raise ValueError("--rank makes a LoRA of a full fine-tuning, in the formats kohya and peft")
-    if kind == "folder" and path.suffix == SUFFIX:
-        raise ValueError(f"--output {path}: the format folder needs a folder")
-    if variant and kind != "folder":
-        raise ValueError(f"--variant {variant} names the files of a folder, not those of --format {kind}")
+    kind = kind or default_format(subject, path, rank)
     write = functools.partial(to_folder, variant=variant) if variant else FORMATS[kind]
     written = write(subject, path, dtype, rank)
     token = None
     if subject.rows and kind != "embedding":  # beside it, in a file of its own
-        token = to_embedding(subject, written.path.with_name(f"{written.path.stem}_token{SUFFIX}"), dtype, 0)
+        token = to_embedding(subject, token_file(written.path), dtype, 0)
     parts = [part for part in (written, token) if part]
     about = [line for part in parts for line in (f"{part.path}: {part.tools}", part.says)]
-    lines = [*about, prove(subject, written, (token or written).path if subject.rows else None)]
+    lines = [*about, prove(subject, written, (token or written).path if subject.rows else None, dtype)]
     if hub:
         from dreambooth_jax.runs.publish import publish
 
@@ -274,23 +272,24 @@ def export(
     return "\n".join(line for line in lines if line)
 
 
-def prove(subject: Subject, written: Written, token: Path | None) -> str:
+def prove(subject: Subject, written: Written, token: Path | None, dtype: DTypeLike) -> str:
     """Opens the export again and compares it with the run: tensors, and pictures of the first prompt.
 
     Args:
         token: file of the new tokens' rows, if there are any.
+        dtype: stored precision.
 
     Raises:
-        ValueError: from the reader, if a tensor of the file has no place or is missing.
+        ValueError: from the reader, if a tensor of the file has no place or is missing; or its numbers are others.
     """
     found = written.reopen()
     rows = {}
     if token:
         widths = [value.shape[1] for value in subject.rows.values()]
         rows = dict(zip(subject.rows, embeddings.read_embeddings(token, widths), strict=True))
-    pairs = [(found[name], value) for name, value in subject.tuned.items()]
-    pairs += [(rows[part], value) for part, value in subject.rows.items()]
-    moved = max(largest_difference(one, other) for one, other in pairs)
+    base = subject.base if written.holds == "change" else None
+    errors = check_reopened(found, subject.tuned, None if written.holds == "part" else dtype, written.path, base)
+    moved = max([errors, *([check_reopened(rows, subject.rows, dtype, token)] if token else [])])
     config, mesh = subject.run.config, make_mesh()
     prompt = fill(next(iter(config.sample_prompts), config.instance_prompt), config)
     painter = painter_of(config, subject.run.pipeline, mesh, batch_size=2)
@@ -311,9 +310,35 @@ def prove(subject: Subject, written: Written, token: Path | None) -> str:
     )
 
 
-def largest_difference(found: jax.Array | np.ndarray, value: jax.Array | np.ndarray) -> float:
-    """The largest absolute difference of two tensors, in float32; 0.0 for empty ones."""
-    return float(np.abs(np.asarray(found, np.float32) - np.asarray(value, np.float32)).max(initial=0.0))
+def check_reopened(
+    found: Tensors, expected: Tensors, dtype: DTypeLike | None, path: Path, base: Tensors | None = None
+) -> float:
+    """Compares the tensors of a written file with those that it should hold; returns the largest difference.
+
+    Args:
+        dtype: stored precision, whose rounding is allowed; None: any finite difference is.
+        base: parameters of the base, if the file holds the change to them.
+
+    Raises:
+        ValueError: a tensor is not finite, or differs by more.
+    """
+    largest = 0.0
+    for name, value in expected.items():
+        value = np.asarray(value, np.float32)
+        error = np.abs(np.asarray(found[name], np.float32) - value)
+        allowed = np.inf
+        if dtype is not None:
+            steps = jnp.finfo(dtype)
+            allowed = float(steps.eps) * np.linalg.norm(value) + float(steps.smallest_subnormal) * value.size**0.5
+        if base is not None:  # factors are rounded, and their product
+            allowed = 4 * allowed + _ERROR_OF_CHANGE * np.linalg.norm(value - np.asarray(base[name], np.float32))
+        if not np.isfinite(error).all() or np.linalg.norm(error) > allowed:
+            raise ValueError(
+                f"{path}: opened again, {name} differs by up to {error.max(initial=0.0):.2g} from what was trained: do "
+                "not use this export. Export to another place, in float32."
+            )
+        largest = max(largest, float(error.max(initial=0.0)))
+    return largest
 
 
 def _like(found: jax.Array | np.ndarray, value: jax.Array) -> jax.Array:

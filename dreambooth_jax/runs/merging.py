@@ -11,7 +11,7 @@ from dreambooth_jax.files import single_file
 from dreambooth_jax.files.layouts import SUFFIX, split_weight
 from dreambooth_jax.files.lora_read import read_adapters, with_adapters
 from dreambooth_jax.models.params import Tensors
-from dreambooth_jax.runs.exports import largest_difference
+from dreambooth_jax.runs.exports import check_reopened
 
 
 def merge_files(
@@ -28,7 +28,8 @@ def merge_files(
         variant: of a folder's weight files, see `save_pipeline`.
 
     Raises:
-        ValueError: a file has no place in the base, or the base is not of the kind.
+        ValueError: a file has no place in the base, the base is not of the kind, or what was written is not what was
+            merged.
     """
     if not files:
         raise ValueError(f"--base {base}: nothing is merged into it; give --lora FILE:WEIGHT")
@@ -48,7 +49,7 @@ def merge_files(
     else:
         save_pipeline(pipeline, params, output, dtype=dtype, variant=variant)
         found = read_params(load_pipeline(str(output)))
-    moved = max(largest_difference(found[name], value) for name, value in params.items())
+    moved = check_reopened(found, params, dtype, output)
     changed = sum(len(factors) for factors, _ in adapters)
     return (
         f"{output}: {base} with {', '.join(files)}\nopened again: {len(found)} tensors, none left over; {changed} "

@@ -82,7 +82,7 @@ def publish(name: str, subject: Subject, written: Sequence[Written], workdir: Pa
 
     Args:
         name: OWNER/NAME.
-        written: files or folders.
+        written: the exports; of a folder, their own files alone.
         workdir: of the run, for its newest sheet.
         api: client of the hub; default: the one that the environment configures (HF_ENDPOINT, HF_TOKEN).
 
@@ -94,8 +94,8 @@ def publish(name: str, subject: Subject, written: Sequence[Written], workdir: Pa
     card = model_card(subject, written, bool(sheets)).encode()
     files = {"README.md": card} | ({SHEET: str(sheets[-1])} if sheets else {})
     for part in written:
-        inside = sorted(path for path in part.path.rglob("*") if path.is_file()) if part.path.is_dir() else [part.path]
-        files |= {str(path.relative_to(part.path)) if part.path.is_dir() else path.name: str(path) for path in inside}
+        folder = part.path if part.path.is_dir() else part.path.parent
+        files |= {path.relative_to(folder).as_posix(): str(path) for path in part.files or (part.path,)}
     url = api.create_repo(name, exist_ok=True)
     operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()]
     api.create_commit(name, operations, commit_message=f"{subject.trigger}, trained with dreambooth_jax")
