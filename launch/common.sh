@@ -75,7 +75,7 @@ install() {
         return 1
     fi
     copy_to_hosts || return 1
-    on_all_hosts "mkdir -p job && tar -xzf job.tgz -C job && rm job.tgz && cd job &&
+    on_all_hosts "mkdir -p job && (cd job && rm -rf photos ${PROJECT_FILES[*]}) && tar -xzf job.tgz -C job && rm job.tgz && cd job &&
         python3 -m pip install -q --user uv && python3 -m uv venv -q --allow-existing --python 3.11 env &&
         python3 -m uv pip install -q --python env -e '.[tpu]'"
 }

@@ -26,7 +26,7 @@ from dreambooth_jax.diffusion.low_resolution import LowResolution, make_augment
 from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
 from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Request, make_paint_batch, make_painter
-from dreambooth_jax.runs.cascade import stage_configs
+from dreambooth_jax.runs.cascade import _name, stage_configs
 from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.job import make_job, painting_settings
 
@@ -212,6 +212,13 @@ def test_a_stage_has_the_fields_that_are_given_for_it(tmp_path):
     assert [one.base for one in (second, third)] == ["b", "c"] and second.steps == 7
     with pytest.raises(ConfigError, match="stage_fields of stage 2: base, workdir: the cascade sets it"):
         stage_configs(config_of(tmp_path, **fields, stage_fields=((("base", "x"), ("workdir", "y")),)))
+
+
+def test_a_picture_of_the_stage_before_is_of_its_weights(finished):
+    """After stage I has trained on, its pictures are painted anew."""
+    request, config = Request("a dog", "", KEY), config_of(finished)
+    names = {_name(request, configs) for configs in ((), (config,), (config, config))}
+    assert len(names) == 3 and _name(request, (config_of(finished),)) in names
 
 
 def test_crops_show_parts_of_the_photo():

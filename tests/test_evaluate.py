@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+from etils import epath
 from support.runs import config_of
 
 from dreambooth_jax import evaluate
@@ -15,6 +16,7 @@ from dreambooth_jax.evaluation.scores import MEASURES
 from dreambooth_jax.runs import scoring, watch
 from dreambooth_jax.runs.config import ConfigError, check_config
 from dreambooth_jax.runs.preemption import Preemption
+from dreambooth_jax.runs.scoring import read_section, weights_of_step
 from dreambooth_jax.runs.setup import set_up
 from dreambooth_jax.runs.training import train
 
@@ -62,6 +64,17 @@ def test_what_is_scored_is_not_painted_again(scored, capsys, monkeypatch):
     monkeypatch.setattr(scoring, "open_run", lambda *_: pytest.fail("painted again"))
     evaluate.main(arguments(workdir))
     assert "| step 60 |" in capsys.readouterr().out
+
+
+def test_kept_scores_are_of_the_weights_that_are_there(finished, tmp_path):
+    """A run that was trained anew has checkpoints of the same steps."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    weights = weights_of_step(run, 60)
+    assert weights and weights == weights_of_step(finished, 60) and weights_of_step(run, 61) == ""
+    folder = epath.Path(tmp_path / "evaluation")
+    folder.mkdir()
+    (folder / "step_000060.json").write_text(json.dumps({"protocol": "p", "weights": "others"}))
+    assert read_section(folder, 60, "p", weights) is None
 
 
 @pytest.mark.slow

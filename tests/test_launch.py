@@ -136,6 +136,16 @@ def test_a_slice_that_exists_is_used_and_stays(cloud, script, tmp_path):
     assert (tmp_path / "cloud" / "state").exists()
 
 
+def test_photos_of_an_earlier_run_do_not_stay_on_the_hosts(cloud, tmp_path):
+    for step, subject in (("create", ""), ("install", "dog"), ("install", "cat")):
+        photos = {"PHOTOS": str(ROOT / "examples" / "subjects" / subject)} if subject else {}
+        subprocess.run([ROOT / "launch" / "tpu_vm.sh", step], env=cloud | photos, check=True, capture_output=True)
+    for host in (tmp_path / "cloud").glob("host*"):
+        found = {path.name: path.read_bytes() for path in (host / "job" / "photos").iterdir()}
+        assert found == {path.name: path.read_bytes() for path in (ROOT / "examples" / "subjects" / "cat").iterdir()}
+        assert (host / "job" / "env" / "bin" / "python").exists()
+
+
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "queued.sh"])
 def test_a_creation_that_fails_deletes_nothing(cloud, script, tmp_path):
     (tmp_path / "cloud" / "full").touch()

@@ -31,13 +31,16 @@ from dreambooth_jax.adapters.many import (
     stack,
     stacked_data,
 )
+from dreambooth_jax.data.images import read_examples
 from dreambooth_jax.devices import hlo
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.diffusion.examples import EncodedExamples, Numbers, TrainingData
 from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.lora_read import read_adapter
+from dreambooth_jax.runs import many
 from dreambooth_jax.runs.config import ConfigError, check_config
+from dreambooth_jax.runs.fingerprints import check_same
 from dreambooth_jax.runs.job import fresh_state, initial, lower_steps, make_job, numbers_of
 from dreambooth_jax.runs.lanes import lower_many, many_shapes, subjects_a_device
 from dreambooth_jax.runs.many import examples_of, plan_text
@@ -282,6 +285,37 @@ def test_the_plan_has_notes_of_the_workdir_and_warnings_of_every_subject(micro, 
     assert [
         line for line in other if line.startswith("    warning: class_prompt 'a photo of dog' holds the identifier")
     ]
+
+
+def test_other_rows_are_another_run(tmp_path):
+    """Another order or other values of a row are refused: states are told apart by their place alone. Those that train
+    longest may train longer."""
+    photos = ROOT / "examples" / "subjects" / "dog"
+    rows = [f"rex,{photos},4,0.1,2", f"tom,{photos},8,0.1,2", f"pia,{photos},8,0.1,2"]
+
+    def of(*rows):
+        (tmp_path / "rows.csv").write_text("\n".join(["name,photos,steps,learning_rate,lora_rank", *rows]))
+        subjects = read_subjects(config_of(tmp_path, subjects=str(tmp_path / "rows.csv"), **FIELDS))
+        examples = read_examples(photos, 16, template="a {class_noun}", identifier="sks", class_noun="dog")
+        return many.fingerprints(subjects, [examples] * len(rows))
+
+    before = of(*rows)
+    check_same("run", before, of(rows[0], *(row.replace(",8,", ",9,") for row in rows[1:])))
+    for other in (
+        (rows[1], rows[0], rows[2]),
+        (rows[0].replace(",4,", ",5,"), *rows[1:]),
+        (rows[0], rows[1].replace("0.1", "0.2"), rows[2]),
+        (*rows[:2], rows[2].replace(",2", ",1")),
+    ):
+        with pytest.raises(ConfigError, match=r"subjects \(place, identifier, noun, steps, rate, rank\): changed: "):
+            check_same("run", before, of(*other))
+
+
+def test_one_folder_holds_the_class_images_of_one_noun(tmp_path):
+    subjects = {"subjects": str(ROOT / "examples" / "subjects")}
+    with pytest.raises(ConfigError, match=r"class_images = 'mine': one folder cannot hold .* leave it empty"):
+        read_subjects(config_of(tmp_path, class_images="mine", **subjects))
+    assert read_subjects(config_of(tmp_path, class_images="mine", prior_preservation=False, **subjects))
 
 
 def test_a_classes_file_gives_the_nouns(tmp_path):

@@ -2,14 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from support.runs import SMALL
 
 from dreambooth_jax import evaluate
-from dreambooth_jax.runs import scoring, training
-from dreambooth_jax.runs.config import ConfigError
-from dreambooth_jax.runs.protocol import check_protocol, train_config
+from dreambooth_jax.runs import config_file, scoring, training
+from dreambooth_jax.runs.config import ConfigError, absolute_paths
+from dreambooth_jax.runs.protocol import check_protocol, check_training, train_config
 
 
 def overrides(workdir, dataset, base, **fields):
@@ -59,6 +60,20 @@ def test_scored_subjects_are_neither_trained_nor_painted_again(scored, monkeypat
     evaluate.main([*arguments, "--config.keep_checkpoints=False"])
     assert (workdir / "table.md").read_text() == before
     assert not (workdir / "dog" / "checkpoints").exists()
+
+
+def test_scores_of_another_training_are_not_shown(tmp_path, command):
+    """The pictures are of the same prompts, and the weights of another rate."""
+    config = config_file.load("configs/protocol.py")
+    config.update(workdir=str(tmp_path), dataset=str(command[0].parent / "photos"))
+    (subject, _) = check_protocol(config)
+    own = absolute_paths(train_config(config, subject))
+    Path(own.workdir).mkdir()
+    (Path(own.workdir) / "config.json").write_text(own.to_json())
+    check_training(own)
+    config.train.learning_rate = 3e-4
+    with pytest.raises(ConfigError, match=r"learning_rate: 0\.0002 in the checkpoint, 0\.0003 now"):
+        check_training(train_config(config, subject))
 
 
 def test_mistakes_are_named_before_anything_is_trained(command):

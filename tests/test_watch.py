@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from etils import epath
-from support.runs import config_of
+from support.runs import ROOT, config_of
 
 from dreambooth_jax import evaluate
 from dreambooth_jax.devices.sharding import make_mesh
@@ -15,8 +15,10 @@ from dreambooth_jax.runs import watch
 from dreambooth_jax.runs.best import best_step, folder_of, is_over
 from dreambooth_jax.runs.command import step_of
 from dreambooth_jax.runs.config import ConfigError, check_config
+from dreambooth_jax.runs.held_out import divide
+from dreambooth_jax.runs.places import check_places
 from dreambooth_jax.runs.preemption import Preemption
-from dreambooth_jax.runs.setup import set_up
+from dreambooth_jax.runs.setup import claim, set_up
 from dreambooth_jax.runs.training import train
 from dreambooth_jax.runs.workdir import open_trained
 
@@ -110,6 +112,27 @@ def test_held_out_photos_do_not_train(micro, tmp_path):
     assert f"held out: {photos[-1]}" in plan_text(run, 0)
     with pytest.raises(ConfigError, match="leaves none of"):
         set_up(config_of(tmp_path / "none", base=micro, **FIELDS | {"held_out_images": "99"}))
+
+
+def test_photos_that_train_are_not_held_out(tmp_path):
+    photos = ROOT / "examples" / "subjects" / "dog"
+    mine = shutil.copytree(photos, tmp_path / "mine")
+    (mine / "00.jpg").rename(mine / "other name.jpg")
+    config = config_of(tmp_path / "run", held_out_images=str(mine))
+    with pytest.raises(ConfigError, match=r"01\.jpg, .*other name\.jpg lie in .* too, and train"):
+        divide((), config, ())
+    config.held_out_images = str(tmp_path / "mistyped")
+    with pytest.raises(FileNotFoundError, match="mistyped"):
+        check_places(config)
+
+
+def test_the_best_of_a_run_without_checkpoints_is_set_aside(tmp_path):
+    """Its checkpoints were lost or deleted: the run begins anew, and what it had kept is not deleted."""
+    (tmp_path / "best" / "20").mkdir(parents=True)
+    config = config_of(tmp_path)
+    (note,) = claim(epath.Path(tmp_path), config)
+    assert "damaged_checkpoints/best; the run begins anew" in note and not (tmp_path / "best").exists()
+    assert (tmp_path / "damaged_checkpoints" / "best" / "20").is_dir() and claim(epath.Path(tmp_path), config) == []
 
 
 def test_scores_that_a_spreadsheet_has_saved_are_read_or_named(tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dreambooth_jax.data.images import Examples
+from dreambooth_jax.data.sources import list_images
 
 
 def last_names(names: Sequence[str], count: int) -> tuple[str, ...]:
@@ -20,6 +21,12 @@ def last_names(names: Sequence[str], count: int) -> tuple[str, ...]:
             "a folder of other photos"
         )
     return tuple(different[len(different) - count :])
+
+
+def shared_files(photos: str, held: str) -> list[str]:
+    """The files of the folder `held` whose very bytes lie in the folder `photos` too, whatever their names."""
+    known = {path.read_bytes() for path in list_images(photos)}
+    return [path.name for path in list_images(held) if path.read_bytes() in known]
 
 
 def without(examples: Examples, names: Sequence[str]) -> Examples:

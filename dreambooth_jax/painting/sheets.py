@@ -44,6 +44,15 @@ def paint_rows(
     return [[painted[row * len(seeds) + column] for column in range(len(seeds))] for row in range(len(prompts))]
 
 
+def text_chunks(path: epath.Path) -> dict[str, str]:
+    """The text chunks of a PNG that `save_png` wrote; empty for one that cannot be read."""
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return dict(getattr(image, "text", {}))
+    except OSError:
+        return {}
+
+
 def save_png(path: str | os.PathLike, image: np.ndarray, metadata: Mapping[str, str]) -> None:
     """Writes uint8[h w 3] as a PNG with text chunks, whole or not at all: a killed run leaves no half picture.
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.step import TrainState
+from dreambooth_jax.files.atomic import is_remote
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.command import BEST
 
@@ -54,7 +55,7 @@ def open_best(
         yield None
         return
     folder = epath.Path(workdir) / BEST
-    if not done and runtime.is_first_process() and folder.exists():  # of a run that ended before its first checkpoint
+    if not done and is_remote(folder) and runtime.is_first_process() and folder.exists():  # elsewhere it is set aside
         folder.rmtree()
     checkpoint.finish_deletions(folder, keep_last=1)
     runtime.wait_for_all("the best checkpoint of another run is gone")

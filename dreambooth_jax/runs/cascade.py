@@ -23,9 +23,11 @@ from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
+from dreambooth_jax.runs.checkpoint import weights_at
 from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.config_file import stage_folder
 from dreambooth_jax.runs.job import painter_of, pictures_at_once
+from dreambooth_jax.runs.records import steps_of
 from dreambooth_jax.runs.workdir import open_run
 
 Below = Callable[[Sequence[Request]], list[np.ndarray]]
@@ -102,7 +104,8 @@ def painted_below(configs: Sequence[ConfigDict], mesh: Mesh, folder: epath.Path)
     devices only while they paint."""
 
     def below(requests: Sequence[Request]) -> list[np.ndarray]:
-        paths = {_name(request): (folder / f"{_name(request)}.png", request) for request in requests}
+        names = [_name(request, configs) for request in requests]
+        paths = {name: (folder / f"{name}.png", request) for name, request in zip(names, requests, strict=True)}
         todo = {name: request for name, (path, request) in paths.items() if not path.exists()}
         found = {n: np.asarray(decode_image(path.read_bytes())) for n, (path, _) in paths.items() if n not in todo}
         if todo:
@@ -112,14 +115,18 @@ def painted_below(configs: Sequence[ConfigDict], mesh: Mesh, folder: epath.Path)
         for name, request in todo.items():
             if runtime.is_first_process():
                 save_png(paths[name][0], found[name], {"prompt": request.prompt})
-        return [found[_name(request)] for request in requests]
+        return [found[name] for name in names]
 
     return below
 
 
-def _name(request: Request) -> str:
+def _name(request: Request, configs: Sequence[ConfigDict]) -> str:
+    """Of the picture of a request by stages as they are trained now."""
     key = np.asarray(jax.random.key_data(request.key)).tobytes()
-    return hashlib.sha256(b"\0".join([request.prompt.encode(), request.negative.encode(), key])).hexdigest()[:24]
+    folders = [epath.Path(config.workdir) / "checkpoints" for config in configs]
+    trained = [f"{step} {weights_at(folder, step)}" for folder in folders for step in steps_of(folder)[-1:]]
+    pieces = [request.prompt.encode(), request.negative.encode(), key, *(text.encode() for text in trained)]
+    return hashlib.sha256(b"\0".join(pieces)).hexdigest()[:24]
 
 
 def photos_below(examples: Examples, factor: int) -> Below:

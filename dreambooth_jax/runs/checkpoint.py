@@ -59,8 +59,7 @@ def open_checkpoints(
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
         sys.unraisablehook = _ignore_late_callbacks
-        kept = {KEPT: [keep_last, keep_every]}
-        seal = functools.partial(_seal, path, kept | dict(record or {}))
+        seal = functools.partial(_seal, path, {} if record is None else record, [keep_last, keep_every])
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every,
@@ -91,13 +90,13 @@ def _is_unfinished(path: epath.Path) -> bool:
     return ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not is_complete(path))
 
 
-def _seal(folder: epath.Path, record: Mapping[str, Any]) -> None:
+def _seal(folder: epath.Path, record: Mapping[str, Any], kept: list[int | None]) -> None:
     """Writes digests and record into the checkpoint that is about to become visible."""
     for unfinished in filter(_is_unfinished, folder.iterdir()):
         items = sorted(path for path in unfinished.iterdir() if path.is_dir())
         # Buckets verify their contents themselves; reading them back would cost as much as the save.
         digests = {} if is_remote(folder) else {path.name: _digest(Path(path), to_disk=True) for path in items}
-        text = json.dumps({"digests": digests, **record}, indent=1)
+        text = json.dumps({"digests": digests, KEPT: kept, **record}, indent=1)
         write_atomic(unfinished / RECORD, text.encode())
 
 
@@ -185,6 +184,23 @@ def set_aside_damaged(folder: str | os.PathLike) -> list[str]:
             )
     runtime.wait_for_all("checkpoints are verified")
     return lines
+
+
+def weights_at(folder: str | os.PathLike, step: int) -> str:
+    """A digest of the trained weights of `step`; empty where the checkpoint is gone, or on a bucket."""
+    try:
+        digests = read_record(folder, step).get("digests", {})
+    except DamagedCheckpoint:
+        return ""
+    return " ".join(digests[name] for name in ("trainable", "ema") if name in digests)
+
+
+def set_aside(folder: str | os.PathLike, name: str) -> Path:
+    """Moves `folder`/name to a free name in `folder`/damaged_checkpoints; returns it."""
+    place = _free_name(Path(folder) / "damaged_checkpoints" / name)
+    place.parent.mkdir(exist_ok=True)
+    os.rename(Path(folder) / name, place)
+    return place
 
 
 def _free_name(path: Path) -> Path:

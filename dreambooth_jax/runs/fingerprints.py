@@ -5,7 +5,7 @@ it is refused, with the names of what changed.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dreambooth_jax.data.images import Examples
@@ -70,6 +70,23 @@ def check_same(workdir: str, earlier: Mapping[str, Mapping[str, str]], now: Fing
             f"{workdir} holds a run trained with other data; put the earlier ones back, or give another "
             "--config.workdir:\n  " + "\n  ".join(sorted(lines))
         )
+
+
+def comparing(
+    workdir: str, earlier: Mapping[str, Mapping[str, str]], record: dict[str, Any]
+) -> Callable[[Fingerprints], None]:
+    """Builds `compare(found)`: adds fingerprints to those of the checkpoints to come, and compares all of them with
+    `earlier`; errors are `check_same`'s.
+
+    Args:
+        record: of the checkpoints to come, with "fingerprints".
+    """
+
+    def compare(found: Fingerprints) -> None:
+        record["fingerprints"] |= found
+        check_same(workdir, earlier, record["fingerprints"])
+
+    return compare
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.data.buckets import Size
 from dreambooth_jax.data.encode import make_encoder
-from dreambooth_jax.data.held_out import last_names, once, without
+from dreambooth_jax.data.held_out import last_names, once, shared_files, without
 from dreambooth_jax.data.images import Examples, read_buckets
 from dreambooth_jax.data.low_resolution import cut
 from dreambooth_jax.devices.sharding import batch_sharding, replicated, unshard
@@ -35,7 +35,7 @@ def divide(
         sizes: heights and widths in pixels that photos may be cropped to.
 
     Raises:
-        ConfigError: nothing is left to train on.
+        ConfigError: nothing is left to train on, or a held-out photo trains.
         ValueError, OSError: see `read_buckets`.
     """
     held = config.held_out_images
@@ -46,6 +46,11 @@ def divide(
         aside = last_names([name for part in buckets for name in part.names], count) if count else ()
     except ValueError as error:
         raise ConfigError(f"{config.instance_images}: {error}") from error
+    if not count and (shared := shared_files(config.instance_images, held)):
+        raise ConfigError(
+            f"held_out_images = {held!r}: {', '.join(shared)} lie in {config.instance_images} too, and train; their "
+            "loss would say nothing. Take them out of one of the folders."
+        )
     found = read_buckets(
         config.instance_images if count else held,
         sizes,

@@ -32,7 +32,7 @@ from dreambooth_jax.data.class_images import (
     read_class_images,
 )
 from dreambooth_jax.data.contradictions import contradictions, too_long
-from dreambooth_jax.data.encode import Encoder, make_encoder
+from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.data.sources import list_images
@@ -40,33 +40,32 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh, replicated
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.step import Metrics, TrainState
-from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.files.lora_kohya import write_kohya
 from dreambooth_jax.models.params import Params, Shapes, count
-from dreambooth_jax.painting.sheets import paint_rows, save_sheet
+from dreambooth_jax.painting.sheets import paint_rows, save_sheet, text_chunks
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.ahead import compiling_of
 from dreambooth_jax.runs.config import absolute_paths, fill
 from dreambooth_jax.runs.exports import about_adapter
-from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_pixels
+from dreambooth_jax.runs.fingerprints import Fingerprints, comparing, of_captions, of_pixels
 from dreambooth_jax.runs.job import (
     Job,
-    held,
     initial,
     make_job,
     numbers_of,
     open_base,
     painter_of,
-    read_shapes,
     reads_tokens,
     split_shapes,
 )
 from dreambooth_jax.runs.lanes import lower_many, many_shapes, subject_sharding, subjects_a_device
 from dreambooth_jax.runs.preemption import Agreement, Preemption
 from dreambooth_jax.runs.report import check_finite
-from dreambooth_jax.runs.setup import begin, claim, read_subject, weights_of
+from dreambooth_jax.runs.setup import begin, claim, read_base, read_subject, weights_of
 from dreambooth_jax.runs.subjects import Subject, adapter_path, read_subjects
+
+ROWS = "subjects (place, identifier, noun, steps, rate, rank)"  # the fingerprint of their table
 
 
 class _Many(NamedTuple):
@@ -105,7 +104,8 @@ def train_many(config: ConfigDict, guard: Preemption) -> None:
     workdir = epath.Path(config.workdir)
     notes = claim(workdir, config)
     many = _set_up(config, subjects)
-    record = {"config": json.loads(config.to_json()), "fingerprints": _fingerprints(many)}
+    record = {"config": json.loads(config.to_json()), "fingerprints": fingerprints(subjects, many.examples)}
+    record["fingerprints"]["base"] = {"weights": many.digest}
     manager = checkpoint.open_checkpoints(
         workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None, record=record
     )
@@ -114,12 +114,12 @@ def train_many(config: ConfigDict, guard: Preemption) -> None:
         done = manager.latest_step() or 0
         if runtime.is_first_process():
             print(plan_text(many.job, many.subjects, many.examples, done, notes), flush=True)
-        if done:
-            earlier = checkpoint.read_record(workdir / "checkpoints", done).get("fingerprints", {})
-            check_same(config.workdir, earlier, record["fingerprints"])
+        earlier = checkpoint.read_record(workdir / "checkpoints", done).get("fingerprints", {}) if done else {}
+        compare = comparing(config.workdir, earlier, record)
+        compare({})
         lower = lambda _, *arguments: lower_many(many.job, *arguments)  # noqa: E731
         with compiling_of(1, lambda _: _expected(many), lower) as program:
-            states, frozen, lanes, keys = _prepare(many)
+            states, frozen, lanes, keys = _prepare(many, compare)
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
             states = checkpoint.restore(manager, like) or states
             run = program(0, states, frozen, lanes, keys)
@@ -157,15 +157,19 @@ def _expected(many: _Many) -> tuple[TrainState, Shapes, Lanes, jax.ShapeDtypeStr
     )
 
 
-def _prepare(many: _Many) -> tuple[TrainState, Params, Lanes, Array]:
-    """The arguments of the program before the first step: (states, frozen, lanes, keys)."""
+def _prepare(many: _Many, compare: Callable[[Fingerprints], None]) -> tuple[TrainState, Params, Lanes, Array]:
+    """The arguments of the program before the first step: (states, frozen, lanes, keys).
+
+    Args:
+        compare: compares fingerprints with those of the checkpoint, and raises.
+    """
     job, subjects, config = many.job, many.subjects, many.job.config
     power = 0.5 if config.lora_scaling == "stabilized" else 1.0
-    params = held(job, read_params(job.pipeline, job.mesh, read_shapes(job)))
+    params = read_base(job, compare)
     # Every subject begins as its own run would: from the config's seed.
     own = {rank: begin(one, params) for rank, one in many.jobs.items()}
     shapes, (_, frozen, key) = split_shapes(job)[0], own[config.lora_rank]
-    data = _data(many, params, key)
+    data = _data(many, params, key, compare)
     del params
     place = subject_sharding(job.mesh, len(subjects))
     starts = [padded_to(shapes, own[subject.lora_rank][0]) for subject in subjects]
@@ -177,12 +181,18 @@ def _prepare(many: _Many) -> tuple[TrainState, Params, Lanes, Array]:
     return states, frozen, lanes, keys
 
 
-def _fingerprints(many: _Many) -> Fingerprints:
-    found: Fingerprints = {"photos": {}, "captions": {}}
-    for subject, examples in zip(many.subjects, many.examples, strict=True):
-        for kind, digests in (("photos", of_pixels([examples])), ("captions", of_captions([examples]))):
+def fingerprints(subjects: Sequence[Subject], examples: Sequence[Examples]) -> Fingerprints:
+    """Photos, captions and rows of the table, whose order is that of the states."""
+    last = max(subject.steps for subject in subjects)
+    found: Fingerprints = {"photos": {}, "captions": {}, ROWS: {}}
+    for subject, photos in zip(subjects, examples, strict=True):
+        for kind, digests in (("photos", of_pixels([photos])), ("captions", of_captions([photos]))):
             found[kind] |= {f"{subject.name}/{name}": digest for name, digest in digests.items()}
-    return found | {"base": {"weights": many.digest}}
+        # A subject that stops before the others has missed their steps; the last ones may have more.
+        stop = "last" if subject.steps == last else subject.steps
+        own = (subject.identifier, subject.class_noun, stop, subject.learning_rate, subject.lora_rank)
+        found[ROWS][subject.name] = "; ".join(map(str, (len(found[ROWS]), *own)))
+    return found
 
 
 def plan_text(
@@ -283,12 +293,13 @@ def _write_file(many: _Many, states: TrainState, number: int) -> None:
 
 
 def _paint_sheets(many: _Many, frozen: Params, states: TrainState) -> None:
-    """Paints the config's sample prompts for every subject, its photos above them; existing sheets are kept."""
+    """Paints the config's sample prompts for every subject, its photos above them; sheets of these steps are kept."""
     config = many.job.config
     paint = painter_of(config, many.job.pipeline, many.job.mesh) if config.sample_prompts else None
     for number, subject in enumerate(many.subjects):
         path = epath.Path(config.workdir) / "samples" / f"{subject.name}.png"
-        if paint is None or path.exists():
+        about = {"model": config.base, "adapter": f"{subject.name}.safetensors", "steps": str(subject.steps)}
+        if paint is None or (path.exists() and about.items() <= text_chunks(path).items()):
             continue
         own, job = subject.config(config), many.jobs[subject.lora_rank]
         prompts = [fill(prompt, own) for prompt in config.sample_prompts]
@@ -296,7 +307,6 @@ def _paint_sheets(many: _Many, frozen: Params, states: TrainState) -> None:
         rows = paint_rows(paint, params, prompts, range(config.sample_count), negative=config.negative_prompt)
         if runtime.is_first_process():
             photos = list(many.examples[number].images[: config.sample_count])
-            about = {"model": config.base, "adapter": f"{subject.name}.safetensors", "steps": str(subject.steps)}
             save_sheet(path, [photos, *rows], ["training images", *prompts], about)
 
 
@@ -306,15 +316,22 @@ def examples_of(job: Job, subject: Subject) -> Examples:
     return examples
 
 
-def _data(many: _Many, params: Params, key: Key[Array, ""]) -> TrainingData:
+def _data(many: _Many, params: Params, key: Key[Array, ""], compare: Callable[[Fingerprints], None]) -> TrainingData:
     """Encoded examples of all subjects; the class images of a noun are painted and encoded once."""
     job, subjects = many.job, many.subjects
     config, pipeline, mesh = job.config, job.pipeline, job.mesh
     encode = make_encoder(pipeline, mesh, text_states=not reads_tokens(config))
     priors: dict[str, EncodedExamples | None] = {}
+    of_class: Fingerprints = {"class images": {}, "class captions": {}}
     for noun in dict.fromkeys(subject.class_noun for subject in subjects):
         own = ConfigDict(dict(config) | {"class_noun": noun, "workdir": str(Path(config.workdir) / "classes" / noun)})
-        priors[noun] = _class_examples(own, job, params, many.digest, encode) if config.prior_preservation else None
+        priors[noun] = None
+        if config.prior_preservation:
+            examples = _class_images(own, job, params, many.digest)
+            for kind, digests in zip(of_class, (of_pixels([examples]), of_captions([examples])), strict=True):
+                of_class[kind] |= {f"{noun}/{name}": digest for name, digest in digests.items()}
+            priors[noun] = encode(params, examples)
+    compare(of_class)
     data = stacked_data(
         [encode(params, x) for x in many.examples],
         [priors[subject.class_noun] for subject in subjects],
@@ -331,7 +348,8 @@ def _data(many: _Many, params: Params, key: Key[Array, ""]) -> TrainingData:
     return TrainingData(*encoded, *drawn)
 
 
-def _class_examples(config: ConfigDict, job: Job, params: Params, digest: str, encode: Encoder) -> EncodedExamples:
+def _class_images(config: ConfigDict, job: Job, params: Params, digest: str) -> Examples:
+    """The class images of one noun; those that are missing are painted."""
     if missing := agreed(class_images_to_paint(config, digest)):
         paint_missing(config, missing, painter_of(config, job.pipeline, job.mesh), params, digest)
-    return encode(params, read_class_images(config))
+    return read_class_images(config)

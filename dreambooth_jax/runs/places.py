@@ -29,6 +29,8 @@ def check_places(config: ConfigDict) -> None:
     """
     if not config.subjects:
         check_photos(config)
+        if config.held_out_images and not config.held_out_images.isdecimal():
+            check_photos(ConfigDict(dict(config) | {"instance_images": config.held_out_images}))
     if config.prior_preservation:
         class_folders(config)
     for base in (config.base, *config.stages):

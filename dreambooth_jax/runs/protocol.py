@@ -16,8 +16,9 @@ from dreambooth_jax.evaluation.protocol import PAPER, summary
 from dreambooth_jax.evaluation.scores import MEASURES
 from dreambooth_jax.evaluation.table import Row, as_json, markdown
 from dreambooth_jax.files.atomic import write_atomic
-from dreambooth_jax.runs.config import ConfigError, check_config
-from dreambooth_jax.runs.scoring import protocol_of, questions_of, read_section, score_run
+from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable
+from dreambooth_jax.runs.config_file import complete, read_json
+from dreambooth_jax.runs.scoring import protocol_of, questions_of, read_section, score_run, weights_of_step
 
 _KINDS = {
     "dataset": str,
@@ -108,17 +109,29 @@ def run_protocol(
 def score_subject(
     config: ConfigDict, subject: Subject, judge: Judge, mesh: Mesh, train: Callable[[ConfigDict], None]
 ) -> Section:
-    """The scores of a subject's last step: those that an earlier call has kept, or else trained and scored now."""
+    """The scores of a subject's last step: those that an earlier call has kept, or else trained and scored now.
+
+    Raises:
+        ConfigError: the scores are of a run with another config.
+    """
     own = train_config(config, subject)
     questions = questions_of(own, config.prompts, config.count, config.class_count)
     workdir = epath.Path(own.workdir)
-    known = read_section(workdir / "evaluation", own.steps, protocol_of(judge, questions))
-    if known is None:
+    weights = weights_of_step(workdir, own.steps)
+    known = read_section(workdir / "evaluation", own.steps, protocol_of(judge, questions), weights)
+    if known is not None:
+        check_training(own)
+    else:
         train(own)
         [known] = score_run(workdir, judge, questions, mesh, [own.steps])
     if not config.keep_checkpoints and runtime.is_first_process() and (workdir / "checkpoints").exists():
         (workdir / "checkpoints").rmtree()
     return known._replace(row=known.row._replace(label=subject.name))
+
+
+def check_training(own: ConfigDict) -> None:
+    """Raises ConfigError, naming the fields, if the run in `own.workdir` was trained with another config."""
+    check_resumable(absolute_paths(own), complete(read_json(epath.Path(own.workdir) / "config.json"))[0])
 
 
 def write_tables(config: ConfigDict, judge: Judge, sections: dict[str, Section], command: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ def score_run(
     """Scores the checkpoints of `steps`; what an earlier call of the same protocol has kept is read."""
     folder, sections, paint, before = epath.Path(workdir) / "evaluation", [], None, None
     for step in steps:
-        known = read_section(folder, step, protocol_of(judge, questions))
+        weights = weights_of_step(workdir, step)
+        known = read_section(folder, step, protocol_of(judge, questions), weights)
         if known is None:
             config, pipeline, params = open_run(workdir, mesh, step)
             paint = paint or painter_of(config, pipeline, mesh)
@@ -103,7 +105,7 @@ def score_run(
                 count = questions.class_count
                 before = paint_all(paint, read_params(pipeline, mesh), [CLASS_PROMPT], count, config)[0]
             painted = _painted(config, paint, params, questions, before)
-            known = _keep(folder, step, protocol_of(judge, questions), painted, score(judge, painted))
+            known = _keep(folder, step, protocol_of(judge, questions), weights, painted, score(judge, painted))
         sections.append(known)
     return sections
 
@@ -160,25 +162,32 @@ def _files(folder: epath.Path, step: int) -> tuple[epath.Path, epath.Path, epath
     return folder / f"{name}.json", folder / f"{name}.png", folder / f"{name}_copies.png"
 
 
-def _keep(folder: epath.Path, step: int, protocol: str, painted: Painted, scores: Scores) -> Section:
+def weights_of_step(workdir: str | os.PathLike, step: int) -> str:
+    """A digest of the weights that a step's scores are of; empty where no checkpoint says it."""
+    folders = (epath.Path(workdir) / name for name in ("checkpoints", BEST))
+    return next((digest for folder in folders if (digest := checkpoint.weights_at(folder, step))), "")
+
+
+def _keep(folder: epath.Path, step: int, protocol: str, weights: str, painted: Painted, scores: Scores) -> Section:
     """Writes scores and sheets; the scores last, as they say that all is there."""
     numbers, sheet, copies = _files(folder, step)
     section = _section(step, protocol, scores, sheet_of(painted), copies_sheet(painted, scores.copies))
     if runtime.is_first_process():
         save_png(sheet, section.sheet, {"protocol": protocol})
         save_png(copies, section.copies, {"protocol": protocol})
-        content: dict[str, Any] = {"protocol": protocol, "step": step, "prompts": list(painted.texts), **scores.json()}
+        about = {"protocol": protocol, "step": step, "weights": weights, "prompts": list(painted.texts)}
+        content: dict[str, Any] = about | scores.json()
         write_atomic(numbers, (json.dumps(content, indent=1) + "\n").encode())
     return section
 
 
-def read_section(folder: epath.Path, step: int, protocol: str) -> Section | None:
-    """What an earlier call has kept of a step, if it is of this protocol."""
+def read_section(folder: epath.Path, step: int, protocol: str, weights: str = "") -> Section | None:
+    """What an earlier call has kept of a step, if it is of this protocol and of these weights; "" for any."""
     numbers, sheet, copies = _files(folder, step)
     if not numbers.exists():
         return None
     content = json.loads(numbers.read_text())
-    if content["protocol"] != protocol:
+    if content["protocol"] != protocol or (weights and content.get("weights", weights) != weights):
         return None
     scores = read_scores({name: content[name] for name in Scores._fields})
     pictures = [np.asarray(decode_image(path.read_bytes())) for path in (sheet, copies)]

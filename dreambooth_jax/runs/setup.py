@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,26 +34,30 @@ from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.family import CODEC
 from dreambooth_jax.families.frozen_text import with_cached_text
-from dreambooth_jax.families.pipeline import Pipeline
-from dreambooth_jax.files.atomic import remove_partial, write_atomic
-from dreambooth_jax.files.digest import weights_digest
+from dreambooth_jax.families.pipeline import Pipeline, read_params
+from dreambooth_jax.files.atomic import is_remote, remove_partial, write_atomic
+from dreambooth_jax.files.digest import parts_digests, weights_digest
 from dreambooth_jax.files.embeddings import read_embeddings
 from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params, Shapes
 from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below
+from dreambooth_jax.runs.command import BEST
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
 from dreambooth_jax.runs.config_file import DOG, complete, load, stage_folder
+from dreambooth_jax.runs.fingerprints import Fingerprints
 from dreambooth_jax.runs.held_out import divide
 from dreambooth_jax.runs.job import (
     Job,
     fresh_state,
+    held,
     make_job,
     open_base,
     painter_of,
     pairs_prior,
     possible_sizes,
+    read_shapes,
     reads_tokens,
     state_shapes,
     training_size,
@@ -191,6 +196,14 @@ def with_templates(examples: Examples, config: ConfigDict) -> Examples:
     return examples._replace(**by_row, captions=everyone, names=examples.names * len(captions))
 
 
+def _best_of_another_run(workdir: epath.Path) -> list[str]:
+    """Sets best/ aside where no checkpoint is left beside it: the run begins anew, and it is not its own."""
+    if not (workdir / BEST).exists() or checkpoint.steps_of(workdir / "checkpoints") or is_remote(workdir):
+        return []
+    place = checkpoint.set_aside(workdir, BEST) if runtime.is_first_process() else workdir / BEST
+    return [f"{workdir / BEST} is of a run whose checkpoints are gone: it is set aside as {place}; the run begins anew"]
+
+
 def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
     """Makes the workdir, removes half-written files of a killed run, sets damaged checkpoints aside, writes the config.
 
@@ -210,6 +223,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
         checkpoint.finish_deletions(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every or None
         )
+        notes += _best_of_another_run(workdir)
         if removed:
             notes.append(f"removed, half written by a process that was killed: {', '.join(removed)}")
         if steps := checkpoint.steps_of(workdir / "checkpoints"):
@@ -228,6 +242,20 @@ def claim(workdir: epath.Path, config: ConfigDict) -> list[str]:
             f"workdir = {config.workdir!r} cannot be written ({error}); give another --config.workdir"
         ) from error
     return notes
+
+
+def read_base(job: Job, compare: Callable[[Fingerprints], None], read: Callable[..., Params] = read_params) -> Params:
+    """The base's parameters as the devices hold them. The files are read once, and digested meanwhile.
+
+    Args:
+        compare: given the digests of all bytes of every part; raises where another base was used before.
+        read: (pipeline, mesh, shapes) -> params.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        digests = beside.submit(parts_digests, *weights_of(job.pipeline))
+        params = held(job, read(job.pipeline, job.mesh, read_shapes(job)))
+        compare({"weights": digests.result()})
+    return params
 
 
 def prepare_data(

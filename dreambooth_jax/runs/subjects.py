@@ -73,6 +73,12 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
         raise ConfigError(
             f"subjects = {config.subjects!r}: expected subjects of different names, found {names or 'none'}"
         )
+    nouns = sorted({subject.class_noun for subject in subjects})
+    if config.class_images and config.prior_preservation and len(nouns) > 1:
+        raise ConfigError(
+            f"class_images = {config.class_images!r}: one folder cannot hold the class images of {', '.join(nouns)}; "
+            "leave it empty (workdir/classes has a folder per noun), or train once per noun"
+        )
     if config.lr_schedule != "constant" and {subject.steps for subject in subjects} != {config.steps}:
         raise ConfigError(f"lr_schedule = {config.lr_schedule!r} needs the config's steps for every subject")
     ranks = sorted({subject.lora_rank for subject in subjects})

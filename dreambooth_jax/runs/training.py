@@ -3,7 +3,6 @@
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +17,13 @@ from dreambooth_jax.diffusion.examples import TrainingData
 from dreambooth_jax.diffusion.optimizer import learning_rate
 from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.families.pipeline import read_params
-from dreambooth_jax.files.digest import parts_digests
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.ahead import compiling
 from dreambooth_jax.runs.best import is_over, open_best
-from dreambooth_jax.runs.fingerprints import Fingerprints, check_same, of_captions, of_masks, of_pixels
+from dreambooth_jax.runs.fingerprints import Fingerprints, comparing, of_captions, of_masks, of_pixels
 from dreambooth_jax.runs.held_out import held_out_data, mean_loss
-from dreambooth_jax.runs.job import held, pairs_prior, read_shapes, resident_data, tokens_held_from, training_size
+from dreambooth_jax.runs.job import pairs_prior, resident_data, tokens_held_from, training_size
 from dreambooth_jax.runs.loop import Progress, Store, loop
 from dreambooth_jax.runs.moved import NEW_TOKENS, check_moved, checksums
 from dreambooth_jax.runs.plan_text import check_space, farewell, plan_text
@@ -37,9 +35,9 @@ from dreambooth_jax.runs.setup import (
     begin,
     class_examples,
     prepare_data,
+    read_base,
     start_state,
     training_sizes,
-    weights_of,
 )
 from dreambooth_jax.runs.watch import (
     Watch,
@@ -97,11 +95,7 @@ def train(
         guard.before_leaving(functools.partial(checkpoint.wait, manager))
         done = manager.latest_step() or 0
         earlier = checkpoint.read_record(folder, done).get("fingerprints", {}) if done else {}
-
-        def compare(found: Fingerprints) -> None:
-            record["fingerprints"] |= found
-            check_same(config.workdir, earlier, record["fingerprints"])
-
+        compare = comparing(config.workdir, earlier, record)
         if runtime.is_first_process():
             print(plan_text(run, done, compared=bool(earlier)), flush=True)
         compare({})
@@ -138,10 +132,7 @@ def prepare(
     """
     job = run.job
     with compiling(run, compile_steps) as program:
-        with ThreadPoolExecutor(1) as beside:  # the files are read once, and digested meanwhile
-            digests = beside.submit(parts_digests, *weights_of(run.pipeline))
-            params = held(job, read(run.pipeline, run.mesh, read_shapes(job)))
-            compare({"weights": digests.result()})
+        params = read_base(job, compare, read)
         trainable, frozen, key = begin(job, params)
         del params
         # The base still, in the form that the samples' painter takes: painting compiles once.
