@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from kept import kept
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,8 @@ GIB = 2**30
 
 
 def train_one(arguments: list[str]) -> dict:
-    """Trains in this process: seconds of all, milliseconds per step between two looks of the host, peak memory."""
+    """Trains in this process: seconds of all; seconds of a step between two looks of the host, by the clock and summed
+    over all cores; peak memory in bytes."""
     from dreambooth_jax import train
     from dreambooth_jax.runs.report import Reporter
 
@@ -37,14 +39,15 @@ def train_one(arguments: list[str]) -> dict:
 
     def timed(self, first_step, metrics, count):
         record(self, first_step, metrics, count)  # waits for the call
-        seen.append((first_step + count, time.monotonic()))
+        seen.append(np.array([first_step + count, time.monotonic(), time.process_time()]))
 
     Reporter.record = timed
     train.main(arguments)
-    steps = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(seen)]
+    calls = [b - a for a, b in itertools.pairwise(seen)]
     return {
         "seconds": time.monotonic() - started,
-        "step": statistics.median(steps),
+        "step": statistics.median(seconds / steps for steps, seconds, _ in calls),
+        "core": statistics.median(seconds / steps for steps, _, seconds in calls),
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -79,7 +82,6 @@ def _mean(value) -> float:
 
 def paint(folder: Path, methods: list[str]) -> Path:
     """A sheet: photos, then a row of pictures per method, with the same noise in every row."""
-    import numpy as np
     from PIL import Image
 
     from dreambooth_jax.data.images import decode_image
@@ -118,7 +120,8 @@ def planned(method: str) -> dict:
 
 def line(method: str, row: dict) -> str:
     """A row of the table."""
-    own = f"{1e3 * row['step']:.0f} | {row['seconds'] / 60:.1f} | {row['memory'] / GIB:.2f} | {_size(row['size'])}"
+    own = f"{1e3 * row['step']:.0f} | {1e3 * row['core']:.0f} | {row['seconds'] / 60:.1f} | {row['memory'] / GIB:.2f}"
+    own = f"{own} | {_size(row['size'])}"
     return f"| `{method}` | {own} | {' | '.join(f'{row[name]:.3f}' for name in SCORES)} |"
 
 
@@ -149,7 +152,8 @@ def main() -> None:
         return
     (options.folder / "class_images").mkdir(parents=True, exist_ok=True)
     paint_class_images(options.folder)
-    print(f"| method | step, ms | run, minutes | memory, GiB | file | {' | '.join(SCORES)} |\n|---{'|---' * 7}|")
+    print(f"| method | step, ms | of all cores | run, minutes | memory, GiB | file | {' | '.join(SCORES)} |")
+    print(f"|---{'|---' * (5 + len(SCORES))}|")
     for method in options.only:
         make = lambda method=method: measured(method, options.folder.resolve(), options.steps)  # noqa: E731
         print(line(method, kept(options.folder / f"results_{options.steps}.jsonl", method, make)), flush=True)
