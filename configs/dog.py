@@ -195,6 +195,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         if method in ("inversion", "pivotal", "custom"):
             config.identifier = "<sks>"  # a new word
             config.templates = "object"
+            config.train_text_encoder = False  # apart from the word's vectors, which take the whole rate
             config.text_encoder_multiplier = 1.0
         if method == "inversion":  # the model itself, and with it the class, stays as it is
             config.prior_preservation = False
