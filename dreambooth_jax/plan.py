@@ -21,6 +21,7 @@ from dreambooth_jax.runs.command import finite, not_negative, one_line_errors
 from dreambooth_jax.runs.config import absolute_paths, check_config
 from dreambooth_jax.runs.effects import check_effects
 from dreambooth_jax.runs.places import check_base
+from dreambooth_jax.runs.stages import stage_configs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,7 +62,6 @@ def run(config: ConfigDict, options: argparse.Namespace) -> None:
     """Prints what the options ask for."""
     from dreambooth_jax.devices import runtime  # here, so that a wrong config is refused without JAX
     from dreambooth_jax.runs import slices, together
-    from dreambooth_jax.runs.cascade import stage_configs
 
     runtime.start()
     if options.protocol:

@@ -20,6 +20,7 @@ from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import absolute_paths, check_config
 from dreambooth_jax.runs.effects import check_effects
 from dreambooth_jax.runs.places import check_places
+from dreambooth_jax.runs.stages import stage_configs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_config(config)
         check_effects(config, preset)
         config = absolute_paths(config)
-        check_places(config)
+        for own in stage_configs(config):
+            check_places(own)
         run(config)
 
 
@@ -41,7 +43,6 @@ def run(config: ConfigDict) -> None:
 
     from dreambooth_jax.devices import runtime
     from dreambooth_jax.runs import lease
-    from dreambooth_jax.runs.cascade import stage_configs
     from dreambooth_jax.runs.many import train_many
     from dreambooth_jax.runs.preemption import Preemption
     from dreambooth_jax.runs.setup import set_up

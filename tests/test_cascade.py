@@ -26,9 +26,10 @@ from dreambooth_jax.diffusion.low_resolution import LowResolution, make_augment
 from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
 from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Request, make_paint_batch, make_painter
-from dreambooth_jax.runs.cascade import _name, stage_configs
+from dreambooth_jax.runs.cascade import _name
 from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.job import make_job, painting_settings
+from dreambooth_jax.runs.stages import stage_configs
 
 PROMPT, NEGATIVE, STEPS = "A photo of a sks dog", "a cat", 3
 KEY = jax.random.key(7)
@@ -205,10 +206,10 @@ def test_a_picture_to_enlarge_is_asked_for(stages):
 
 def test_a_stage_has_the_fields_that_are_given_for_it(tmp_path):
     """Among them a folder of class images of its own size; what the cascade sets itself is refused."""
-    fields = {"stages": ("b", "c"), "class_images": "small"}
-    own = (("class_images", "large"), ("steps", 7))
+    fields = {"stages": ("b", "c"), "class_images": "/small"}
+    own = (("class_images", "/large"), ("steps", 7))
     first, second, third = stage_configs(config_of(tmp_path, **fields, stage_fields=(own,)))
-    assert [one.class_images for one in (first, second, third)] == ["small", "large", ""]
+    assert [one.class_images for one in (first, second, third)] == ["/small", "/large", ""]
     assert [one.base for one in (second, third)] == ["b", "c"] and second.steps == 7
     with pytest.raises(ConfigError, match="stage_fields of stage 2: base, workdir: the cascade sets it"):
         stage_configs(config_of(tmp_path, **fields, stage_fields=((("base", "x"), ("workdir", "y")),)))

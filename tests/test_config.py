@@ -18,6 +18,7 @@ from dreambooth_jax.models.unet import REMAT
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.config import FIELDS, ConfigError, absolute_paths, check_config
 from dreambooth_jax.runs.effects import check_effects
+from dreambooth_jax.runs.stages import stage_configs
 
 DOG = str(ROOT / "configs" / "dog.py")
 
@@ -121,6 +122,20 @@ WRONG = {
     "no class images": (["train", "--config", DOG, "--config.class_images=/no/dogs"], "'/no/dogs' does not exist"),
     "no base": (["train", "--config", DOG, "--config.base=/no/base"], "/no/base"),
     "no stage": (["train", "--config", DOG, "--config.stages=('/no/base',)"], "/no/base"),
+    "a wrong stage": (
+        ["train", "--config", DOG, "--config.stages=('tiny',)", "--config.stage_fields=((('steps', 'a'),),)"],
+        "stage_fields of stage 2: the config cannot be used:\n  steps = 'a': expected int",
+    ),
+    "a stage's photos": (
+        [
+            "train",
+            "--config",
+            DOG,
+            "--config.stages=('tiny',)",
+            "--config.stage_fields=((('instance_images', '/no/dogs'),),)",
+        ],
+        "/no/dogs",
+    ),
     "no adapter": (
         ["train", "--config", DOG, "--config.method=lora", "--config.init_adapter=/no/a.safetensors"],
         "/no/a.safetensors: no such file",
@@ -285,6 +300,33 @@ def test_paths_become_absolute_and_names_do_not(tmp_path, monkeypatch):
         assert absolute_paths(config_of(tmp_path, instance_images=name)).instance_images == name
     monkeypatch.chdir(tmp_path)
     assert Path(absolute_paths(config_of(tmp_path, instance_images="examples/subjects/dog")).instance_images).is_dir()
+
+
+STAGE_FIELDS = {
+    "kinds": (
+        (("steps", "abc"), ("learning_rate", -1)),
+        ("steps = 'abc': expected int", "learning_rate = -1: expected"),
+    ),
+    "idle": ((("lora_rank", 9),), ("lora_rank = 9 has no effect with method = 'full'",)),
+    "contradiction": ((("lr_warmup_steps", 99),), ("lr_warmup_steps = 99 leaves nothing of steps",)),
+    "twice": ((("steps", 9), ("steps", 8)), ("steps: given twice",)),
+    "cascade": ((("stages", ("d",)), ("workdir", "e")), ("stages, workdir: the cascade sets it",)),
+}
+
+
+@pytest.mark.parametrize("kind", STAGE_FIELDS)
+def test_a_later_stage_is_checked_before_the_first_one_trains(tmp_path, kind):
+    own, messages = STAGE_FIELDS[kind]
+    with pytest.raises(ConfigError, match="stage_fields of stage 3") as error:
+        stage_configs(config_of(tmp_path, stages=("b", "c"), stage_fields=((), own)))
+    assert all(message in str(error.value) for message in messages)
+
+
+def test_fields_of_a_stage_that_the_cascade_has_too_are_no_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = (("lora_rank", 9), ("method", "lora"), ("instance_images", "photos"))
+    _, second, third = stage_configs(config_of(tmp_path, stages=("b", "c"), stage_fields=(own,)))
+    assert (second.lora_rank, second.instance_images) == (9, f"{tmp_path}/photos") and third.method == "full"
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**70, -1])

@@ -24,38 +24,11 @@ from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
 from dreambooth_jax.runs.checkpoint import weights_at
-from dreambooth_jax.runs.config import ConfigError
-from dreambooth_jax.runs.config_file import stage_folder
 from dreambooth_jax.runs.job import painter_of, pictures_at_once
 from dreambooth_jax.runs.records import steps_of
 from dreambooth_jax.runs.workdir import open_run
 
 Below = Callable[[Sequence[Request]], list[np.ndarray]]
-
-
-def stage_configs(config: ConfigDict) -> list[ConfigDict]:
-    """The config of every stage's own run; that of `config` itself where it names no further stages.
-
-    Raises:
-        ConfigError: there is no such stage, fields for more stages, or fields that it sets itself.
-    """
-    if not config.stages:
-        return [config]
-    count = 1 + len(config.stages)
-    if config.stage > count or len(config.stage_fields) > len(config.stages):
-        raise ConfigError(
-            f"stage = {config.stage}, {len(config.stage_fields)} entries of stage_fields: this cascade has {count} "
-            "stages, and stage_fields holds one entry per stage after the first"
-        )
-    configs = [ConfigDict(dict(config) | {"stage": 1, "workdir": stage_folder(config.workdir, 1)})]
-    for number, base in enumerate(config.stages, 2):
-        given = dict(config.stage_fields[number - 2]) if number - 2 < len(config.stage_fields) else {}
-        own = {"base": base, "stage": number, "workdir": stage_folder(config.workdir, number)}
-        if idle := sorted(given.keys() & own.keys()):
-            raise ConfigError(f"stage_fields of stage {number}: {', '.join(idle)}: the cascade sets it; leave it out")
-        # Class images of its own size, or those that the stage before painted.
-        configs.append(ConfigDict(dict(config) | {"class_images": ""} | given | own))
-    return configs
 
 
 def open_stages(configs: Sequence[ConfigDict], mesh: Mesh) -> list[Stage]:

@@ -22,7 +22,7 @@ def check_places(config: ConfigDict) -> None:
     """Checks what a training run reads: photos, folder of class images, bases, adapters, and an earlier run's config.
 
     Args:
-        config: with absolute paths.
+        config: with absolute paths; of a cascade, that of one stage.
 
     Raises:
         ValueError, OSError: something is not there, damaged, or of another run; says what was expected.
@@ -37,7 +37,7 @@ def check_places(config: ConfigDict) -> None:
         check_base(base)
     for file in filter(None, (config.init_adapter, config.init_embedding)):
         check_path(file)
-    if not (config.subjects or config.stages):  # whose workdirs hold several runs
+    if not config.subjects:  # whose workdir holds several runs
         check_earlier(config)
 
 
