@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         example = "configs/tiny_base.py"
         _, config, _ = config_file.parse(parser, arguments, example, default=example)
+        config_file.check_fields(config, config_file.load(example), example)
         pretrain(config)
 
 

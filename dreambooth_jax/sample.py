@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dreambooth_jax.data.captions import is_text
 from dreambooth_jax.runs.command import finite, one_line_errors, positive, seed_of, step_of
-from dreambooth_jax.runs.config import SAMPLERS, is_text
+from dreambooth_jax.runs.config import SAMPLERS
 from dreambooth_jax.runs.places import check_base, check_files_given, check_run
 
 if TYPE_CHECKING:

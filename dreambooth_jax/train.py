@@ -60,13 +60,7 @@ def run(config: ConfigDict) -> None:
                     train(set_up(own, before=configs[: number - 1]), guard)
         except jax.errors.JaxRuntimeError as error:
             if runtime.is_alone():
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                sys.exit(
-                    f"error: the device has too little memory ({str(error).splitlines()[0]}). Lower batch_size, raise "
-                    "accumulate, set remat='layers', or split the model with mesh_fsdp; for TPUs, "
-                    "python -m dreambooth_jax.plan says what fits."
-                )
+                raise
             print(
                 f"error: process {jax.process_index()} cannot go on without the others ({str(error).splitlines()[0]}). "
                 "See the log of the one that stopped first; the same command on all hosts goes on from the checkpoint.",

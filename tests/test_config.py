@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 from support.runs import ROOT, config_of
 
 from dreambooth_jax.adapters.factors import FORMS
@@ -16,8 +17,10 @@ from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
 from dreambooth_jax.diffusion.sampler import SAMPLERS
 from dreambooth_jax.models.unet import REMAT
 from dreambooth_jax.runs import config_file
+from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import FIELDS, ConfigError, absolute_paths, check_config
 from dreambooth_jax.runs.effects import check_effects
+from dreambooth_jax.runs.records import DamagedCheckpoint, earlier_config, read_record
 from dreambooth_jax.runs.stages import stage_configs
 
 DOG = str(ROOT / "configs" / "dog.py")
@@ -104,6 +107,43 @@ def test_a_broken_config_file_is_named_with_its_line(tmp_path, kind):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["None", "3", "['a']"])
+def test_photos_of_another_type_are_refused_by_name(tmp_path, value):
+    text = f"""
+import runpy
+def get_config():
+    config = runpy.run_path({DOG!r})["get_config"]()
+    with config.ignore_type():
+        config.instance_images = {value}
+    return config
+"""
+    (tmp_path / "config.py").write_text(text)
+    with pytest.raises(ConfigError, match=r"instance_images = .*: expected str"):
+        check_config(config_file.load(str(tmp_path / "config.py")))
+
+
+@pytest.mark.parametrize("config", [[1], {"workdir": 5}, {"stages": "ab"}, "text"])
+def test_a_record_with_values_of_other_types_is_named(tmp_path, config):
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "6" / "run.json").write_text(json.dumps({"digests": {}, "config": config}))
+    with pytest.raises(DamagedCheckpoint, match=r"6/run\.json: (workdir = 5|stages = 'ab'|config is no)"):
+        read_record(tmp_path / "checkpoints", 6)
+    (tmp_path / "checkpoints" / "6" / "run.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="Restore config"):
+        earlier_config(epath.Path(tmp_path), 6)
+
+
+def test_a_device_without_memory_is_said_in_one_line():
+    with (
+        pytest.raises(SystemExit, match=r"too little memory \(RESOURCE_EXHAUSTED: 3 GiB\).*--batch_size"),
+        one_line_errors(),
+    ):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 3 GiB\nmore")
+    with pytest.raises(RuntimeError, match="INTERNAL"), one_line_errors():
+        raise RuntimeError("INTERNAL")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_must_be_finite(tmp_path, value):
     with pytest.raises(ConfigError, match=r"learning_rate = .*finite"):
@@ -114,6 +154,19 @@ EXPORT = ["export", "--workdir=CASCADE/stage1", "--output=/no/out"]
 WRONG = {
     "no config": (["train"], "--config is missing"),
     "no file": (["train", "--config", "nowhere.py"], "no such file"),
+    "no home": (["train", "--config", "~nosuchuser/dog.py"], "~nosuchuser/dog.py: no such file"),
+    "no base at home": (["train", "--config", DOG, "--config.base=~nosuchuser/sd"], "base = '~nosuchuser/sd': no such"),
+    "no field": (["train", "--config", DOG, "--config.stage_fields=((([1],2),),)"], "stage_fields = ((([1], 2),),)"),
+    "deep": (["train", "--config", DOG, "--config.stages=" + "-" * 9999 + "1"], "stages = '---"),
+    "half an emoji": (
+        ["train", "--config", DOG, r"--config.sample_prompts=('a \ud83d dog',)"],
+        r"sample_prompts = ('a \ud83d dog',): expected text in UTF-8",
+    ),
+    "half a value": (
+        ["train", "--config", DOG, r"--config.stage_fields=((('class_noun','\ud83d'),),)"],
+        "expected text in UTF-8",
+    ),
+    "another command's": (["pretrain", "--config", DOG], "the config lacks clip, lpips, max_length"),
     "a folder": (["train", "--config", "configs"], "not a regular file"),
     "unknown field": (["train", "--config", DOG, "--config.stepz=3"], "stepz: unknown field"),
     "unknown preset": (["train", "--config", DOG + ":sd99"], "sd99"),
@@ -145,6 +198,7 @@ WRONG = {
     "no value": (["train", "--config", DOG, "--config.steps"], "expected a value"),
     "another run": (["train", "--config", DOG, "--config.workdir=RUN"], "learning_rate: 0.3 in the checkpoint"),
     "broken JSON": (["train", "--config", DOG, "--config.base=BROKEN"], "vae/config.json: not readable JSON"),
+    "nested JSON": (["train", "--config", DOG, "--config.base=DEEP"], "vae/config.json: not readable JSON (nested too"),
     "pickle": (["train", "--config", DOG, "--config.base=PICKLE"], "unet: only pickled weights"),
     "cut off": (["train", "--config", DOG, "--config.base=CUT"], "model.safetensors: not a readable safetensors file"),
     "no single file": (["train", "--config", DOG, "--config.base=FILE"], "model.safetensors: not a readable"),
@@ -200,9 +254,10 @@ print('"seconds":', time.process_time(), "}")
 def refused(micro, tmp_path_factory):
     """What each command says of its `WRONG` arguments, in one process that cannot import JAX; and its CPU seconds."""
     folder = tmp_path_factory.mktemp("wrong")
-    for name in ("BROKEN", "PICKLE", "CUT"):
+    for name in ("BROKEN", "DEEP", "PICKLE", "CUT"):
         shutil.copytree(micro, folder / name)
     (folder / "BROKEN" / "vae" / "config.json").write_text("{,}")
+    (folder / "DEEP" / "vae" / "config.json").write_text("[" * 100_000)
     weights = "unet/diffusion_pytorch_model.safetensors"
     (folder / "PICKLE" / weights).rename((folder / "PICKLE" / weights).with_suffix(".bin"))
     (folder / "CUT" / weights).write_bytes((folder / "CUT" / weights).read_bytes()[:-1])
@@ -215,7 +270,7 @@ def refused(micro, tmp_path_factory):
     ):
         (folder / name / file).parent.mkdir(parents=True)
         (folder / name / file).write_text(json.dumps(content))
-    places = {name: str(folder / name) for name in ("BROKEN", "PICKLE", "CUT", "RUN", "DAMAGED", "CASCADE")}
+    places = {name: str(folder / name) for name in ("BROKEN", "DEEP", "PICKLE", "CUT", "RUN", "DAMAGED", "CASCADE")}
     places["FILE"] = str(folder / "model.safetensors")
     arguments = {
         kind: [re.sub("|".join(places), lambda found: places[found[0]], text) for text in given]

@@ -98,6 +98,12 @@ def test_sample_pictures_are_scored_while_a_run_trains(micro, tmp_path, monkeypa
     assert all(-1 <= float(value) <= 1.0001 for line in lines[1:] for value in line.split(",")[1:])
 
 
+@pytest.mark.parametrize("text", ["", '{"protocol": "a"}', '{"protocol": "a", "values": 3}', "[]", '{"proto'])
+def test_half_a_file_of_scores_counts_as_none(tmp_path, text):
+    (tmp_path / "step_000060.json").write_text(text)
+    assert scoring.read_section(epath.Path(tmp_path), 60, "a") is None
+
+
 def test_scores_need_pictures_to_score(tmp_path):
     with pytest.raises(ConfigError, match="no multiple of sample_every"):
         check_config(config_of(tmp_path, evaluate_every=30))

@@ -13,6 +13,7 @@ from support.model_hub import serve
 
 from dreambooth_jax import identifier
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.diffusers_folder import components
 from dreambooth_jax.files.hub import EMBEDDED_FOLDER, resolve_base
 from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.models.spec import UnsupportedConfig
@@ -170,6 +171,10 @@ def test_broken_json_names_its_file(copy, file):
     (copy / file).write_text('{"sample_size": 16,}')
     with pytest.raises(UnsupportedConfig, match=file):
         load_pipeline(str(copy))
+
+
+def test_an_index_with_an_empty_entry_names_no_component():
+    assert components({"unet": [], "vae": ["diffusers", "AutoencoderKL"], "image_encoder": [None, None]}) == ["vae"]
 
 
 def test_an_index_may_not_leave_its_folder(copy, tmp_path):

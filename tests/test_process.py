@@ -194,6 +194,12 @@ def test_every_scheduler_writes_a_file_that_is_read(writer, tmp_path):
         ),
         ({"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr"]),
         (FLOW | {"invert_sigmas": True}, ["invert_sigmas"]),
+        (
+            {"beta_start": "0.00085", "beta_end": None},
+            ["beta_start = '0.00085' (expected a number)", "beta_end = None"],
+        ),
+        ({"num_train_timesteps": 1e3, "steps_offset": True}, ["1000.0 (expected a whole number)", "steps_offset"]),
+        (FLOW | {"shift": None, "num_train_timesteps": []}, ["shift = None", "num_train_timesteps = []"]),
     ],
 )
 def test_what_would_change_training_and_is_not_implemented_is_named(config, names):

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 from huggingface_hub import HfApi
 from support.fake_hub import hub
 from support.runs import config_of
@@ -44,6 +45,15 @@ def test_files_and_card_arrive(micro, tmp_path):
     for part in parts:
         assert part in card, part
     assert str(tmp_path) not in card and "base_model" not in card  # a hub knows no places of this machine
+
+
+def test_without_a_network_the_export_is_named(micro, tmp_path):
+    method = SimpleNamespace(adapter=dict, says="LoRA of rank 8 on unet")
+    run = SimpleNamespace(config=config_of(tmp_path, base=micro), method=method, pipeline=load_pipeline(micro))
+    (tmp_path / "dog.safetensors").write_bytes(b"weights")
+    written = [Written(tmp_path / "dog.safetensors", dict, "a LoRA")]
+    with pytest.raises(OSError, match=rf"me/dog: the model hub .*complete, at {tmp_path}/dog\.safetensors"):
+        publish("me/dog", Subject(run, {}, {}, {}), written, tmp_path, HfApi(endpoint="http://localhost:9"))
 
 
 def test_a_card_names_the_base_and_its_licence(micro, tmp_path):

@@ -73,6 +73,9 @@ def test_one_file_of_captions_for_all(tmp_path, name, text):
         ("metadata.jsonl", "7", "7 is not an object"),
         ("metadata.jsonl", '{"file_name": "0.jpg"}\n7', "text is None, not a string"),
         ("metadata.json", "3", "3 is not an object"),
+        ("metadata.json", "[" * 100_000, r"metadata\.json is not JSON: nested too deeply"),
+        ("metadata.jsonl", "[" * 100_000, "line 1: nested too deeply"),
+        ("metadata.jsonl", r'{"file_name": "0.jpg", "text": "a \ud83d dog"}', "line 1: text is .* half a character"),
     ],
 )
 def test_what_metadata_contradicts_is_named(tmp_path, name, text, message):

@@ -4,7 +4,6 @@
 metadata.jsonl, .csv, .json     one file for all: the layouts of Hugging Face's imagefolder and of kohya's scripts
 """
 
-import json
 import string
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from dreambooth_jax.data.paths import find, printable, read_file
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.files.tables import read_table
 
 CAPTION_FIELDS = ("identifier", "class_noun")
@@ -48,6 +48,14 @@ def fill(caption: str, identifier: str, class_noun: str, where: str) -> str:
     if empty := sorted(field for field in fields if not values[field]):
         raise ValueError(f"{where}: {caption!r} uses {{{empty[0]}}}, which is empty: set {empty[0]} or leave it out")
     return caption.format(**values)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written to files: no null characters, no bytes that are not UTF-8 (as surrogates)."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def shuffled_tags(caption: str, count: int, seed: int) -> list[str]:
@@ -179,7 +187,7 @@ def _rows(path: epath.Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str
         rows = {f"line {number}": row for number, row in read_table(text, path).rows.items()}
     elif path.suffix.lower() == ".json":
         try:
-            whole = json.loads(text)
+            whole = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         rows = _json_rows(whole)
@@ -187,7 +195,7 @@ def _rows(path: epath.Path) -> tuple[dict[str, Mapping[str, Any]], dict[str, str
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
                 try:
-                    rows[f"line {number}"] = json.loads(line)
+                    rows[f"line {number}"] = parse_json(line)
                 except ValueError as error:
                     bad[f"line {number}"] = str(error)
     bad |= {line: f"{row!r} is not an object" for line, row in rows.items() if not isinstance(row, Mapping)}
@@ -220,4 +228,6 @@ def _entry(
         raise ValueError(f"there is no image {name!r} in this folder")
     if not isinstance(row.get(column), str):
         raise ValueError(f"{column} is {row.get(column)!r}, not a string")
+    if not is_text(row[column]):
+        raise ValueError(f"{column} is {row[column]!r}: half a character, or a null character")
     return name, place, row[column]

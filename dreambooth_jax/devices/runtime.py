@@ -5,7 +5,6 @@ import glob
 import importlib.metadata
 import importlib.util
 import os
-from pathlib import Path
 
 import fsspec.config
 import jax
@@ -41,7 +40,7 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     elif _has_tpu():
         jax.distributed.initialize()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

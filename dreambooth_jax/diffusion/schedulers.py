@@ -65,7 +65,12 @@ def clip_from_scheduler(config: Mapping[str, Any]) -> Callable[[Array], Array] |
     2205.11487, section 2.3), clipping, or nothing.
 
     Dynamic thresholding divides by s, the quantile of |x0| of each picture, where that lies in [1, sample_max_value].
+
+    Raises:
+        UnsupportedConfig: a bound is no number.
     """
+    if problems := _no_numbers(config, "sample_max_value", "dynamic_thresholding_ratio", "clip_sample_range"):
+        raise UnsupportedConfig("scheduler_config.json: not supported: " + "; ".join(problems))
     most, ratio = config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
     if config.get("thresholding", False):
         return lambda x0: _threshold(x0, ratio, most)
@@ -79,6 +84,12 @@ def _threshold(x0: Float[Array, "b h w c"], ratio: float, most: float) -> Float[
     return jnp.clip(x0, -s, s) / s
 
 
+def _no_numbers(config: Mapping[str, Any], *names: str, kinds: tuple[type, ...] = (int, float)) -> list[str]:
+    """The fields of these names whose values are no numbers, in words."""
+    words = "a number" if float in kinds else "a whole number"
+    return [f"{n} = {config[n]!r} (expected {words})" for n in names if n in config and type(config[n]) not in kinds]
+
+
 def _table_problems(config: Mapping[str, Any]) -> list[str]:
     known = _TRAINING | {"beta_schedule": tuple(_BETAS)}
     problems = [
@@ -86,13 +97,16 @@ def _table_problems(config: Mapping[str, Any]) -> list[str]:
         for name, values in known.items()
         if name in config and config[name] not in values
     ]
+    problems += _no_numbers(config, "beta_start", "beta_end")
+    problems += _no_numbers(config, "num_train_timesteps", "steps_offset", kinds=(int,))
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
         problems.append("rescale_betas_zero_snr with epsilon (noise alone does not determine x0: use v_prediction)")
     return problems
 
 
 def _flow_problems(config: Mapping[str, Any]) -> list[str]:
-    return ["invert_sigmas = True (implemented: False)"] if config.get("invert_sigmas") else []
+    problems = ["invert_sigmas = True (implemented: False)"] if config.get("invert_sigmas") else []
+    return problems + _no_numbers(config, "shift") + _no_numbers(config, "num_train_timesteps", kinds=(int,))
 
 
 _BETAS: dict[str, Callable[[float, float, int], np.ndarray]] = {

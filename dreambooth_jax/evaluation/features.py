@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float
 from dreambooth_jax.devices.sharding import batch_sharding, replicated
 from dreambooth_jax.evaluation import transforms
 from dreambooth_jax.evaluation.transforms import Picture, Transform
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.files.tokenizer import Tokenizer
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
@@ -206,7 +206,10 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: give a model's folder as transformers saves it, or a hub name")
-    return json.loads(path.read_text())
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable JSON ({error}). Download the file again.") from error
 
 
 def _name(folder: Path) -> str:

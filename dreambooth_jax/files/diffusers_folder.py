@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.models.spec import UnsupportedConfig
 
 if TYPE_CHECKING:  # the help of commands needs no JAX
@@ -19,7 +20,7 @@ _NOT_WRITTEN = ("safety_checker", "feature_extractor", "image_encoder", "waterma
 
 def components(index: Mapping[str, Any]) -> list[str]:
     """The folders that a model_index.json names and this library reads."""
-    named = [name for name, value in index.items() if isinstance(value, list) and value[-1] is not None]
+    named = [name for name, value in index.items() if isinstance(value, list) and value and value[-1] is not None]
     return [name for name in named if name not in _NOT_WRITTEN]
 
 
@@ -40,7 +41,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: {folder} is no diffusers pipeline folder")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnsupportedConfig(f"{path}: not readable JSON ({error}). Download the file again.") from error
     if not isinstance(config, dict):

@@ -1,12 +1,12 @@
 """A digest that tells one base's weights from another's, whatever the folder is called."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from dreambooth_jax.files.diffusers_folder import INDEX, components, read_json
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.files.weight_files import WeightsError, weight_files
 
 _BLOCK = 4096  # bytes
@@ -103,7 +103,7 @@ def _tensors(paths: Iterable[Path]) -> dict[str, _Tensor]:
             start = file.read(8)
             size = int.from_bytes(start, "little")
             try:
-                header = json.loads(file.read(size)) if size < path.stat().st_size else None
+                header = parse_json(file.read(size)) if size < path.stat().st_size else None
                 places = {name: about for name, about in header.items() if name != "__metadata__"}
                 for name, about in places.items():
                     ends = (8 + size + offset for offset in about["data_offsets"])

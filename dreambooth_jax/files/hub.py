@@ -1,12 +1,13 @@
 """From the name of a base to its folder on this machine: the one resolver of every command."""
 
-import json
+import os
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_jax.files.diffusers_folder import INDEX, components
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.files.layouts import split_base
 from dreambooth_jax.files.weight_files import WEIGHT_FILES, WeightsError, choose, converting_command
 
@@ -27,8 +28,8 @@ def resolve_base(base: str) -> Path:
     file, base = split_base(base)
     if base == EMBEDDED:
         return EMBEDDED_FOLDER
-    if Path(base).expanduser().is_dir():
-        return _readable(Path(base).expanduser())
+    if (local := Path(os.path.expanduser(base))).is_dir():
+        return _readable(local)
     if not is_hub_name(base):
         raise FileNotFoundError(
             f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
@@ -76,7 +77,7 @@ def resolve_model(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    folder, fetch = Path(name).expanduser(), ""
+    folder, fetch = Path(os.path.expanduser(name)), ""
     if not folder.is_dir():
         fetch = f"hf download {shlex.quote(name)} {PICKLE} && "
         try:
@@ -99,7 +100,7 @@ def _fetch(base: str, weights: bool) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     names = HfApi().list_repo_files(base)
-    index = json.loads(Path(hf_hub_download(base, INDEX)).read_text(encoding="utf-8"))
+    index = parse_json(Path(hf_hub_download(base, INDEX)).read_text(encoding="utf-8"))
     return Path(snapshot_download(base, allow_patterns=[INDEX, *wanted_files(names, components(index), base, weights)]))
 
 

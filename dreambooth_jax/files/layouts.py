@@ -32,7 +32,7 @@ def check_path(path: str | os.PathLike) -> Path:
     Raises:
         WeightsError: it is a pickle (with the command that converts it), or does not exist.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.suffix in (".ckpt", ".pt", ".bin", ".pth"):
         raise WeightsError(
             f"{path}: a pickle, which can run code when opened and is refused. Convert it once, where PyTorch is:\n"

@@ -4,7 +4,6 @@ A key is a head, the module, and a leaf, the tensor; heads are found in tables m
 the underscores of kohya's names cannot be divided without it.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dreambooth_jax.adapters.factors import FORMS, INPUT_MAGNITUDE, MAGNITUDE, add, difference, merge, rank_of
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.files.layouts import check_path, split_weight
 from dreambooth_jax.files.ldm_names import unet_names
 from dreambooth_jax.files.lora_kohya import heads
@@ -130,7 +130,7 @@ def _peft_alphas(metadata: Mapping[str, str], path: str) -> Callable[[str], Alph
         WeightsError: the metadata are no JSON object; in the function, alphas that are no numbers.
     """
     try:
-        stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        stated = parse_json(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError as error:
         raise WeightsError(f"{path}: its lora_adapter_metadata are not JSON: {error}") from error
     if not isinstance(stated, dict):

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import json
 import logging
 import os
 import pathlib
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.models.spec import UnsupportedConfig
 
 
@@ -103,7 +103,7 @@ def _class_named(folder: pathlib.Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class")
+        return parse_json(path.read_text(encoding="utf-8")).get("tokenizer_class")
     except (ValueError, AttributeError) as error:
         raise UnsupportedConfig(f"{path}: not readable JSON ({error}). Download the file again.") from error
 

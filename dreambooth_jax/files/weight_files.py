@@ -1,11 +1,12 @@
 """Which of a model's weight files is read: one rule for folders and for the listings of a model hub."""
 
-import json
 import os
 import re
 import shlex
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
+
+from dreambooth_jax.files.json_text import parse_json
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -119,7 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _named_in(index: Path) -> list[str]:
     """The files that an index names."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
         return sorted(map(str, names))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{index}: not a readable index of weights ({error!r}). Download it again.") from error

@@ -24,6 +24,15 @@ def one_line_errors() -> Iterator[None]:
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         remedy = ". Make room on that disk." if getattr(error, "errno", None) == errno.ENOSPC else ""
         sys.exit(f"error: {str(error).encode(errors='backslashreplace').decode()}{remedy}")
+    except RuntimeError as error:  # JAX's, which is not imported here
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"error: the device has too little memory ({str(error).splitlines()[0]}). To train: lower batch_size, "
+            "raise accumulate, set remat='layers', or split the model with mesh_fsdp; for TPUs, "
+            "python -m dreambooth_jax.plan says what fits. To paint: lower --batch_size, class_batch_size or the "
+            "resolution."
+        )
 
 
 def positive(text: str) -> int:

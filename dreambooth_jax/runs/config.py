@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data import captions
+from dreambooth_jax.data.captions import is_text
 from dreambooth_jax.files.layouts import at_template
 from dreambooth_jax.files.shipped import shipped
 
@@ -86,7 +87,8 @@ def _is_noise(text: str) -> bool:
 
 def _are_values(pairs: Any) -> bool:
     return isinstance(pairs, (tuple, list)) and all(
-        isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] in FIELDS for pair in pairs
+        isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) and pair[0] in FIELDS
+        for pair in pairs
     )
 
 
@@ -212,7 +214,7 @@ def check_config(config: ConfigDict) -> None:
         raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))
 
 
-def wrong_kinds(config: ConfigDict) -> list[str]:
+def wrong_kinds(config: ConfigDict | Mapping[str, Any]) -> list[str]:
     """Fields whose values are of another type than theirs, each with the expected one."""
     return [
         f"{name} = {config[name]!r}: expected {field.kind.__name__}"
@@ -229,19 +231,18 @@ def _is_of_kind(field: Field, value: Any) -> bool:
 def _problem(field: Field, value: Any) -> str | None:
     if not _is_of_kind(field, value):
         return f"expected {field.kind.__name__}"
-    if isinstance(value, str) and not is_text(value):
+    if not all(map(is_text, _strings(value))):
         return "expected text in UTF-8 without null characters"
     if isinstance(value, float) and not math.isfinite(value):
         return "expected a finite number"
     return None if field.check(value) else f"expected {field.expected}"
 
 
-def is_text(value: str) -> bool:
-    """Whether a string can be written to files: no null characters, no bytes that are not UTF-8 (as surrogates)."""
-    try:
-        return b"\0" not in value.encode()
-    except UnicodeEncodeError:
-        return False
+def _strings(value: Any) -> list[str]:
+    """The strings in a value, also those inside of tuples."""
+    if isinstance(value, (tuple, list)):
+        return [text for member in value for text in _strings(member)]
+    return [value] if isinstance(value, str) else []
 
 
 def _contradictions(config: ConfigDict) -> list[str]:

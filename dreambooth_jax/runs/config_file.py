@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from etils import epath
 from ml_collections import ConfigDict
 
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.files.shipped import HOMES, shipped
 from dreambooth_jax.runs.config import ConfigError, wrong_kinds
 
@@ -74,7 +75,7 @@ def find(name: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path = Path(shipped(str(Path(name).expanduser()), "configs"))
+    path = Path(shipped(os.path.expanduser(name), "configs"))
     if path.is_file():
         return path
     if path.exists():
@@ -96,7 +97,7 @@ def load(spec: str) -> ConfigDict:
     config = _in_file(path, lambda: get_config(preset) if colon else get_config())
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config {path}: get_config() returned {type(config).__name__}, expected a ConfigDict")
-    if "instance_images" in config:
+    if isinstance(config.get("instance_images"), str):  # check_config refuses others
         config.instance_images = shipped(config.instance_images)
     return config
 
@@ -109,12 +110,26 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         FileNotFoundError: it is not there.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no JSON object")
     return found
+
+
+def check_fields(config: ConfigDict, like: ConfigDict, file: str) -> None:
+    """Raises ConfigError, naming the fields, if a config or its sections lack fields that `like` has, of `file`."""
+    there = _names(config)
+    lacking = [name for name in _names(like) if name not in there and name.partition(".")[0] in {*there, name}]
+    if lacking:
+        raise ConfigError(f"the config lacks {', '.join(lacking)}: give one with the fields of {file}")
+
+
+def _names(config: ConfigDict) -> list[str]:
+    """The fields, and SECTION.FIELD for those of sections; diffusers' own configs have defaults."""
+    inner = [(name, own) for name, own in config.items() if isinstance(own, ConfigDict) and "_class_name" not in own]
+    return [*config, *(f"{section}.{name}" for section, own in inner for name in own)]
 
 
 def stage_folder(workdir: str, number: int) -> str:
@@ -152,9 +167,14 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
 def as_config(values: Mapping[str, Any]) -> ConfigDict:
     """A config of JSON values, whose lists are tuples."""
     config = ConfigDict()
-    for name, value in values.items():
-        config[name] = tuple(value) if isinstance(value, list) else value
+    for name, value in with_tuples(values).items():
+        config[name] = value
     return config
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with tuples in place of lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def complete(earlier: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -199,7 +219,7 @@ def override(config: ConfigDict, pairs: Sequence[tuple[str, str]]) -> ConfigDict
             continue
         try:
             inner[last] = _value(text, inner[last])
-        except (ValueError, SyntaxError, TypeError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of nested brackets
             problems.append(f"{name} = {text!r}: expected {_KINDS.get(type(inner[last]), 'another value')}")
     if problems:
         raise ConfigError("the config cannot be used:\n  " + "\n  ".join(problems))

@@ -87,7 +87,7 @@ def publish(name: str, subject: Subject, written: Sequence[Written], workdir: Pa
         api: client of the hub; default: the one that the environment configures (HF_ENDPOINT, HF_TOKEN).
 
     Raises:
-        OSError: the hub refuses (from its client, naming the reason).
+        OSError: the hub refuses, or is not reached; names the repository and where the export lies.
     """
     api = api or HfApi()
     sheets = sorted((workdir / "samples").glob("step_*.png"))
@@ -96,7 +96,14 @@ def publish(name: str, subject: Subject, written: Sequence[Written], workdir: Pa
     for part in written:
         folder = part.path if part.path.is_dir() else part.path.parent
         files |= {path.relative_to(folder).as_posix(): str(path) for path in part.files or (part.path,)}
-    url = api.create_repo(name, exist_ok=True)
-    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()]
-    api.create_commit(name, operations, commit_message=f"{subject.trigger}, trained with dreambooth_jax")
+    try:
+        url = api.create_repo(name, exist_ok=True)
+        operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()]
+        api.create_commit(name, operations, commit_message=f"{subject.trigger}, trained with dreambooth_jax")
+    except Exception as error:  # offline, unknown or forbidden: the hub client has a type for each
+        places = ", ".join(str(part.path) for part in written)
+        raise OSError(
+            f"{name}: the model hub did not take the export ({error}). The export is complete, at {places}. Check the "
+            "name, the network and `hf auth login`, and upload it with the same command."
+        ) from error
     return str(url)

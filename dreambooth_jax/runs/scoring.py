@@ -23,6 +23,7 @@ from dreambooth_jax.evaluation.table import Row
 from dreambooth_jax.evaluation.transforms import Picture
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.files.atomic import write_atomic
+from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.painting.sheets import contact_sheet, paint_rows, save_png
@@ -182,15 +183,18 @@ def _keep(folder: epath.Path, step: int, protocol: str, weights: str, painted: P
 
 
 def read_section(folder: epath.Path, step: int, protocol: str, weights: str = "") -> Section | None:
-    """What an earlier call has kept of a step, if it is of this protocol and of these weights; "" for any."""
+    """What an earlier call has kept of a step, if it is whole, of this protocol and of these weights; "" for any."""
     numbers, sheet, copies = _files(folder, step)
     if not numbers.exists():
         return None
-    content = json.loads(numbers.read_text())
-    if content["protocol"] != protocol or (weights and content.get("weights", weights) != weights):
+    try:
+        content = parse_json(numbers.read_bytes())
+        if content["protocol"] != protocol or (weights and content.get("weights", weights) != weights):
+            return None
+        scores = read_scores({name: content[name] for name in Scores._fields})
+        pictures = [np.asarray(decode_image(path.read_bytes())) for path in (sheet, copies)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError):  # half a file, or of another hand
         return None
-    scores = read_scores({name: content[name] for name in Scores._fields})
-    pictures = [np.asarray(decode_image(path.read_bytes())) for path in (sheet, copies)]
     return _section(step, protocol, scores, *pictures)
 
 

@@ -1,5 +1,6 @@
 """The table of the subjects of a run of many, and the subjects' files."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
             a value that is no number, or ranks that differ where the method or the optimizer cannot fill them up.
         ValueError: the table is not text in UTF-8, or no CSV; see `read_table`.
     """
-    path = Path(shipped(config.subjects)).expanduser()
+    path = Path(os.path.expanduser(shipped(config.subjects)))
     if path.suffix == ".csv" and path.is_file():
         columns, table = read_table(read_text(epath.Path(path)), path)
         rows = list(table.values())

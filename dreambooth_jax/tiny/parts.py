@@ -1,6 +1,7 @@
 """The parts of the embedded base: autoencoder, CLIP, ViT, UNet with its text tower; each from random weights or from
 those of a finished base, `config.start`."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,7 @@ def train_vae(config: ConfigDict, atlas: Atlas, key: Array) -> Part:
     lpips = None
     if config.lpips:
         lpips = functional(lambda rngs: LPIPS("alex", dtype=dtype, rngs=rngs))
-        frozen |= with_prefix("lpips.", read_model(Path(config.lpips).expanduser(), lpips.shapes))
+        frozen |= with_prefix("lpips.", read_model(Path(os.path.expanduser(config.lpips)), lpips.shapes))
     optimizer = adam(part)
     loss = vae_loss(vae, lpips, kl_weight=part.kl_weight, lpips_weight=part.lpips_weight)
     step = make_step(loss, optimizer, draw_any(_view(config, part)), part.ema_decay)

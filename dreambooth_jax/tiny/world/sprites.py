@@ -98,7 +98,7 @@ def fetch(package: str, cache: os.PathLike | str = CACHE) -> pathlib.Path:
     Raises:
       RuntimeError: npm is not installed or fails; the message says how to go on without it.
     """
-    cache = pathlib.Path(cache).expanduser()
+    cache = pathlib.Path(os.path.expanduser(cache))
     target = cache / tarball_name(package)
     if target.exists():
         return target
@@ -128,7 +128,7 @@ def _read_tarball(path: pathlib.Path, prefixes: tuple[str, ...]) -> dict[str, by
 def _locate(package: str, source: os.PathLike | str | None, cache: os.PathLike | str) -> pathlib.Path:
     if source is None:
         return fetch(package, cache)
-    path = pathlib.Path(source).expanduser() / tarball_name(package)
+    path = pathlib.Path(os.path.expanduser(source)) / tarball_name(package)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing. `npm pack {package} --pack-destination {source}` makes it.")
     return path
