@@ -189,6 +189,10 @@ WRONG = {
         ],
         "/no/dogs",
     ),
+    "no table": (
+        ["train", "--config", DOG, "--config.method=lora", "--config.subjects=/no/table.csv"],
+        "/no/table.csv",
+    ),
     "no adapter": (
         ["train", "--config", DOG, "--config.method=lora", "--config.init_adapter=/no/a.safetensors"],
         "/no/a.safetensors: no such file",

@@ -355,12 +355,44 @@ def test_errors(tmp_path):
     (tmp_path / "ranks.csv").write_text("name,photos,lora_rank\na,rex,1\nb,rex,2\n")
     for subjects, message in (
         ("gone", "expected a folder of folders of images, or a .csv table"),
-        ("empty", "expected subjects of different names, found none"),
+        ("empty", "expected subjects of different names, .*found none"),
         ("table.csv", "line 2: no photos"),
         ("rate.csv", "learning_rate = 'fast', expected a number"),
         ("spelled.csv", "unknown columns learningrate; expected some of name, photos"),
-        ("negative.csv", "lora_rank = -1, expected a number above 0"),
+        (
+            "negative.csv",
+            "negative.csv, .*rex: the config cannot be used:\n  lora_rank = -1: expected a whole number above 0",
+        ),
         ("ranks.csv", "lora_rank = 1, 2 in one program needs method = lora or dora"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_subjects(config_of(tmp_path, subjects=str(tmp_path / subjects)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("../../x", r"name = '\.\./\.\./x': expected a file name"),
+        ("b/c", "name = 'b/c': expected a file name of at most 200 bytes without folders"),
+        ("é" * 101, "expected a file name of at most 200 bytes"),
+        ("Rex\nrex", r"different names, .*found \['Rex', 'rex'\]"),
+        ("e\u0301\n\u00e9", "different names"),
+        ("rex,nan", "learning_rate = nan: expected a finite number"),
+        ("rex,inf", "learning_rate = inf: expected a finite number"),
+        ("rex,, ", "identifier = ' ': expected not empty"),
+        ("rex,,,5", "lr_warmup_steps = 5 leaves nothing of steps = 5"),
+    ],
+)
+def test_a_row_is_checked_like_a_config(tmp_path, row, message):
+    rows = [f"dog,{line}" for line in row.split("\n")]
+    (tmp_path / "rows.csv").write_text("\n".join(["photos,name,learning_rate,identifier,steps", *rows]))
+    with pytest.raises(ConfigError, match=message):
+        read_subjects(config_of(tmp_path, subjects=str(tmp_path / "rows.csv"), lr_warmup_steps=5, method="lora"))
+
+
+def test_photos_of_a_table_lie_beside_it_at_home_or_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "rows.csv").write_text("photos,name\ndog,a\n~/cat,b\n/pictures,c\nhub:me/dog,d\ntfds:x:train,e\n")
+    found = read_subjects(config_of(tmp_path, subjects=str(tmp_path / "rows.csv"), method="lora"))
+    places = [f"{tmp_path}/dog", "/home/me/cat", "/pictures", "hub:me/dog", "tfds:x:train"]
+    assert [subject.photos for subject in found] == places

@@ -80,7 +80,7 @@ def check_output(output: str | os.PathLike, base: str, files: Sequence[str] = ()
     Raises:
         ValueError: it would.
     """
-    places = [Path(path).expanduser().resolve() for path in (output, *written)]
+    places = [Path(os.path.expanduser(path)).resolve() for path in (output, *written)]
     file, _ = split_base(base)
     for own in (resolve_base(base).resolve(), *([file.resolve()] if file else [])):
         if any(place == own or own in place.parents for place in places):
@@ -88,7 +88,7 @@ def check_output(output: str | os.PathLike, base: str, files: Sequence[str] = ()
                 f"--output {output} lies in the run's own base, {own}: the export would overwrite it. Give another "
                 "place."
             )
-    for own in (Path(name).expanduser().resolve() for name in files):
+    for own in (Path(os.path.expanduser(name)).resolve() for name in files):
         if own in places:
             raise ValueError(
                 f"--output {output}: the export would overwrite {own}, an adapter or embedding that it reads. Give "

@@ -16,6 +16,7 @@ from dreambooth_jax.files.layouts import check_path, split_base, split_weight
 from dreambooth_jax.runs.config import check_resumable
 from dreambooth_jax.runs.config_file import complete, read_config, stage_folders
 from dreambooth_jax.runs.records import DamagedCheckpoint, earlier_config, steps_of
+from dreambooth_jax.runs.subjects import read_subjects
 
 
 def check_places(config: ConfigDict) -> None:
@@ -27,8 +28,8 @@ def check_places(config: ConfigDict) -> None:
     Raises:
         ValueError, OSError: something is not there, damaged, or of another run; says what was expected.
     """
-    if not config.subjects:
-        check_photos(config)
+    for one in [subject.config(config) for subject in read_subjects(config)] if config.subjects else [config]:
+        check_photos(one)
         if config.held_out_images and not config.held_out_images.isdecimal():
             check_photos(ConfigDict(dict(config) | {"instance_images": config.held_out_images}))
     if config.prior_preservation:

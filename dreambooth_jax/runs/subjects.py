@@ -1,7 +1,8 @@
 """The table of the subjects of a run of many, and the subjects' files."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,10 +10,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data.captions import read_text
+from dreambooth_jax.data.paths import printable
 from dreambooth_jax.evaluation.dataset import CLASSES_FILE, read_dataset
 from dreambooth_jax.files.shipped import shipped
 from dreambooth_jax.files.tables import read_table
-from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.config import ConfigError, check_config, is_text
 
 
 class Subject(NamedTuple):
@@ -33,6 +35,7 @@ class Subject(NamedTuple):
         return ConfigDict(dict(config) | own | {"instance_images": self.photos})
 
 
+_LONGEST_NAME = 200  # bytes: file systems take 255, with ending and partial file
 # Config fields that a row may give -> reader of their text.
 _OWN = {"identifier": str, "class_noun": str, "steps": int, "learning_rate": float, "lora_rank": int}
 
@@ -42,8 +45,9 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
     classes file if it is there, or the rows of a .csv table.
 
     Raises:
-        ConfigError: no such folder or table, no subjects in it, an unknown column, a name twice, a row without photos,
-            a value that is no number, or ranks that differ where the method or the optimizer cannot fill them up.
+        ConfigError: no such folder or table, no subjects in it, an unknown column, names that are no file names or are
+            alike, a row without photos, a value that the config would not take, or ranks that differ where the method
+            or the optimizer cannot fill them up.
         ValueError: the table is not text in UTF-8, or no CSV; see `read_table`.
     """
     path = Path(os.path.expanduser(shipped(config.subjects)))
@@ -57,7 +61,7 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
         wrong = [str(number) for number, row in table.items() if not row.get("photos")]
         if wrong:
             raise ConfigError(f"{path}, line {', '.join(wrong)}: no photos; columns: {', '.join(Subject._fields)}")
-        rows = [row | {"photos": str(path.parent / (row["photos"] or ""))} for row in rows]
+        rows = [row | {"photos": _place(path.parent, row["photos"] or "")} for row in rows]
     elif (path / CLASSES_FILE).is_file():
         rows = [{"photos": str(one.folder), "class_noun": one.class_noun} for one in read_dataset(path)]
     elif path.is_dir():
@@ -69,11 +73,7 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
     else:
         raise ConfigError(f"subjects = {config.subjects!r}: expected a folder of folders of images, or a .csv table")
     subjects = [_subject(row, config, f"{path}, {row['photos']}") for row in rows]
-    names = [subject.name for subject in subjects]
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(
-            f"subjects = {config.subjects!r}: expected subjects of different names, found {names or 'none'}"
-        )
+    _check_names(config, [subject.name for subject in subjects])
     nouns = sorted({subject.class_noun for subject in subjects})
     if config.class_images and config.prior_preservation and len(nouns) > 1:
         raise ConfigError(
@@ -99,9 +99,34 @@ def _subject(row: Mapping[str, str | None], config: ConfigDict, where: str) -> S
             own[name] = read(row.get(name) or config[name])
         except ValueError:
             raise ConfigError(f"{where}: {name} = {row[name]!r}, expected a number") from None
-        if read is not str and own[name] <= 0:
-            raise ConfigError(f"{where}: {name} = {own[name]}, expected a number above 0")
-    return Subject(row.get("name") or Path(row["photos"]).name, row["photos"], **own)
+    subject = Subject(row.get("name") or Path(row["photos"]).name, row["photos"], **own)
+    try:
+        check_config(ConfigDict(dict(subject.config(config)) | {"subjects": ""}))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return subject
+
+
+def _place(folder: Path, photos: str) -> str:
+    """The photos that a table in `folder` names: a folder, or a source such as hub:OWNER/NAME as it is."""
+    return photos if re.match(r"[a-z]+:", photos) else str(folder / os.path.expanduser(photos))
+
+
+def _check_names(config: ConfigDict, names: Sequence[str]) -> None:
+    """Checks that every name can be that of a file in the workdir, of one subject alone on every system."""
+    where = f"subjects = {config.subjects!r}"
+    forms = [printable(name).casefold() for name in names]
+    if not names or len(set(forms)) < len(forms):
+        alike = [name for name, form in zip(names, forms, strict=True) if forms.count(form) > 1]
+        raise ConfigError(
+            f"{where}: expected subjects of different names, which differ in more than case, found {alike or 'none'}"
+        )
+    for name in names:
+        if name in ("..", ".") or "/" in name or not is_text(name) or len(os.fsencode(name)) > _LONGEST_NAME:
+            raise ConfigError(
+                f"{where}: name = {name!r}: expected a file name of at most {_LONGEST_NAME} bytes without folders, "
+                "since the adapter is written to workdir/NAME.safetensors"
+            )
 
 
 def adapter_path(config: ConfigDict, subject: Subject) -> epath.Path:
