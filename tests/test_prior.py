@@ -13,6 +13,8 @@ from support.runs import config_of
 
 from dreambooth_jax.data.class_folders import MARK, class_folders
 from dreambooth_jax.data.class_images import (
+    MOST,
+    agreed,
     class_images_to_paint,
     damaged_class_images,
     describe_class_images,
@@ -27,6 +29,7 @@ from dreambooth_jax.files.digest import parts_digests, weights_digest
 from dreambooth_jax.files.weight_files import WeightsError
 from dreambooth_jax.painting.painter import make_painter
 from dreambooth_jax.painting.sheets import save_png
+from dreambooth_jax.runs.config import FIELDS
 from dreambooth_jax.runs.plan_text import plan_text
 from dreambooth_jax.runs.setup import set_up
 
@@ -135,6 +138,15 @@ def test_a_persons_own_images_count(prior, complete, tmp_path):
     assert missing_class_images(folder, 6) == []
     assert (folder / "class_00001.png").read_bytes() == (complete / "class_00001.png").read_bytes()
     assert missing_class_images(tmp_path / "not there", 3) == [0, 1, 2]
+
+
+def test_numbers_of_class_images_have_five_digits(tmp_path):
+    """More than there are numbers for are refused, and a file of a higher number is a person's."""
+    assert agreed([0, MOST - 1]) == [0, MOST - 1]
+    assert FIELDS["num_class_images"].check(MOST) and not FIELDS["num_class_images"].check(MOST + 1)
+    (tmp_path / f"class_{MOST}.png").write_bytes(b"damaged")
+    assert damaged_class_images(tmp_path, "a dog", "digest") == []
+    assert missing_class_images(tmp_path, 3) == [0, 1]
 
 
 def test_more_than_were_asked_for_are_used(complete, tmp_path, micro):

@@ -121,7 +121,7 @@ def test_a_table_holds_one_protocol_and_rules_quoted_rows_off():
         table.markdown([*rows, Row("theirs", "B", {})], ["DINO"])
 
 
-def test_the_data_sets_layout(tmp_path):
+def test_the_data_sets_layout(tmp_path, monkeypatch):
     (tmp_path / "prompts_and_classes.txt").write_text(
         "Classes\n\nsubject_name,class\nduck_toy,toy\nwolf_plushie,stuffed animal\nvase,vase\n\nPrompts\n\n['x']\n"
     )
@@ -131,6 +131,15 @@ def test_the_data_sets_layout(tmp_path):
     found = [(subject.name, subject.class_noun) for subject in dataset.read_dataset(tmp_path)]
     assert found == [("wolf_plushie", "stuffed animal"), ("vase", "vase")]
     assert [photo.shape for photo in dataset.read_photos(tmp_path / "vase")] == [(6, 8, 3)]
+    data = (tmp_path / "vase" / "00.jpg").read_bytes()
+    (tmp_path / "vase" / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "vase" / "text.jpg").write_bytes(b"a text")
+    with monkeypatch.context() as limit:
+        limit.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        with pytest.raises(ValueError, match=r"(?s)3 of 3 images.*00\.jpg: Decompression.*cut\.jpg.*text\.jpg: not a"):
+            dataset.read_photos(tmp_path / "vase")
+    with pytest.raises(ValueError, match=r"(?s)2 of 3 images.*cut\.jpg.*text\.jpg: not a"):
+        dataset.read_photos(tmp_path / "vase")
     (tmp_path / "vase").rename(tmp_path / "jar")
     with pytest.raises(ValueError, match="no class for jar"):
         dataset.read_dataset(tmp_path)

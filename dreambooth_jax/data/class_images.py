@@ -27,7 +27,8 @@ from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter, Request
 from dreambooth_jax.painting.sheets import save_png
 
-_OURS = re.compile(r"class_(\d{5,})\.png")
+MOST = 100_000  # class images
+_OURS = re.compile(r"class_(\d{5})\.png")  # other names are a person's
 
 
 def read_class_images(config: ConfigDict, size: Size | None = None) -> Examples:
@@ -255,7 +256,7 @@ def paint_class_images(
         )
 
 
-def agreed(numbers: list[int], count: int = 100_000) -> list[int]:
+def agreed(numbers: list[int], count: int = MOST) -> list[int]:
     """`numbers` below `count` as the first process has them: one that looks later may already see new pictures."""
     chosen = np.zeros(count, bool)
     chosen[numbers] = True

@@ -226,9 +226,8 @@ def check_headers(items: Sequence[Item], source: str) -> None:
         try:
             Image.open(io.BytesIO(item.read())).close()
         except Exception as error:  # as in `_read_views`
-            bad[item.name] = _reason(error)
-    if bad:
-        raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
+            bad[item.name] = reason(error)
+    refuse_unreadable(bad, len(items), source)
 
 
 def _read_views(
@@ -251,7 +250,7 @@ def _read_views(
             mask = read_mask(item, data, image.size) if masked else None
             about = item.name, text, hashlib.blake2b(data).digest(), is_animated(data)
         except Exception as error:  # decoders' errors have no common type; the list takes all
-            bad[item.name] = _reason(error)
+            bad[item.name] = reason(error)
             continue
         size = nearest(sizes, image.height, image.width)
         if image.height < size[0] or image.width < size[1]:
@@ -265,8 +264,7 @@ def _read_views(
                 bad[item.name] = f"its mask is too small to be seen in {text_of(size)} pixels"
                 break
             rows.append(_View(*about, *_cropped(image, size, place, mirrored), own, outside))
-    if bad:
-        raise_listing(f"{len(bad)} of {len(items)} images in {source} cannot be read", bad, "Replace or remove them.")
+    refuse_unreadable(bad, len(items), source)
     if small:
         needed = f"{min(min(size) for size in sizes)} pixels" if len(sizes) == 1 else "their shapes"
         logging.warning("%d images are smaller than %s and were enlarged: %s", len(small), needed, ", ".join(small))
@@ -358,7 +356,19 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         return image  # a damaged or mismatched profile: show the stored values, as every viewer does
 
 
-def _reason(error: Exception) -> str:
+def refuse_unreadable(bad: Mapping[str, str], count: int, source: str | os.PathLike) -> None:
+    """Raises ValueError that lists the images of a source that cannot be read, if there are any.
+
+    Args:
+      bad: name -> reason.
+      count: number of images of the source.
+    """
+    if bad:
+        raise_listing(f"{len(bad)} of {count} images in {source} cannot be read", bad, "Replace or remove them.")
+
+
+def reason(error: Exception) -> str:
+    """An error of a decoder in words."""
     if isinstance(error, Image.UnidentifiedImageError):
         return "not a JPEG, PNG or WebP image"
     return f"{type(error).__name__}: {error}"

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from dreambooth_jax.data.images import decode_image
+from dreambooth_jax.data.captions import read_text
+from dreambooth_jax.data.images import decode_image, reason, refuse_unreadable
 from dreambooth_jax.data.sources import list_images, list_source
 from dreambooth_jax.evaluation.transforms import Picture
 
@@ -26,10 +27,17 @@ def read_photos(source: str | os.PathLike) -> list[Picture]:
     """Every photo of a source of `data.sources` once, upright, uint8[h w 3], whole.
 
     Raises:
-        FileNotFoundError, ValueError: see `list_source`.
+        FileNotFoundError, ValueError: see `list_source`; or photos cannot be read: all of them are listed.
     """
     items = {item.name: item for item in list_source(source, "template").items}  # kohya's folders repeat them
-    return [np.asarray(decode_image(item.read())) for item in items.values()]
+    photos, bad = [], {}
+    for name, item in items.items():
+        try:
+            photos.append(np.asarray(decode_image(item.read())))
+        except Exception as error:  # decoders' errors have no common type; the list takes all
+            bad[name] = reason(error)
+    refuse_unreadable(bad, len(items), source)
+    return photos
 
 
 def read_dataset(folder: str | os.PathLike) -> list[Subject]:
@@ -38,13 +46,13 @@ def read_dataset(folder: str | os.PathLike) -> list[Subject]:
 
     Raises:
         FileNotFoundError: no classes file, or no subject's folder.
-        ValueError: a folder of photos that the classes file does not name.
+        ValueError: a folder of photos that the classes file does not name, or a classes file that is not UTF-8 text.
     """
     path = epath.Path(folder).expanduser()
     classes = path / CLASSES_FILE
     if not classes.exists():
         raise FileNotFoundError(f"{classes} is not there: give the folder `dataset` of google/dreambooth")
-    pairs = re.findall(r"^(\w+),([a-z][a-z ]*)$", classes.read_bytes().decode("utf-8"), re.MULTILINE)
+    pairs = re.findall(r"^(\w+),([a-z][a-z ]*)$", read_text(classes), re.MULTILINE)
     named = {name: noun for name, noun in pairs if (name, noun) != ("subject_name", "class")}
     there = sorted(child.name for child in path.iterdir() if child.is_dir() and list_images(child))
     unnamed = [name for name in there if name not in named]

@@ -125,7 +125,7 @@ FIELDS: dict[str, Field] = {
     "class_prompt": _text(),
     "class_images": Field(str),
     "create_class_images": Field(bool, identity=False),
-    "num_class_images": _positive(),
+    "num_class_images": Field(int, lambda v: 0 < v <= 100_000, "a whole number from 1 to 100000"),
     "class_batch_size": _positive(identity=False),
     "steps": _positive(),
     "batch_size": _positive(),
