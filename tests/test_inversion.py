@@ -102,6 +102,7 @@ def test_pivotal_tuning_has_rows_and_factors_and_its_rows_stop(micro, tmp_path):
     job, params, trainable, frozen = job_of(micro, tmp_path, method="pivotal", steps=10, pivotal_fraction=0.5)
     rows = [name for name in trainable if is_row(name)]
     assert len(rows) == 1 and all(".lora_" in name for name in trainable if name not in rows)
+    assert [name for name in trainable if not job.method.decays(name)] == rows
     assert any(name.startswith("unet.") for name in trainable)
     ids, x = job.pipeline.tokenize(["a <sks> dog"]), jnp.ones((1, 8, 8, 4))
     combined = job.method.combine(frozen, trainable)
