@@ -22,12 +22,29 @@ from dreambooth_jax.evaluation.choices import BACKBONES, CLIP, DINO, JUDGES, PRO
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import finite, one_line_errors
+from dreambooth_jax.runs.flags import fill, refuse
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from dreambooth_jax.evaluation.judge import Judge
     from dreambooth_jax.evaluation.scores import Scores
+
+
+_PUBLISHED = ("dino", "clip", "transform", "lpips", "backbone")  # options of the published judge
+DEFAULTS = {
+    "prompts": "run",
+    "max_prompt_loss": 0.02,
+    "max_copy": 0.0,
+    "count": 4,
+    "class_count": 16,
+    "judge": "auto",
+    "dino": DINO,
+    "clip": CLIP,
+    "transform": "official",
+    "lpips": "",
+    "backbone": "alex",
+}
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -45,51 +62,72 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prompts",
         choices=PROMPTS,
-        default="run",
         help="the run's own sample prompts, the data set's 25, or 25 in the words of the embedded base (default: run)",
     )
     parser.add_argument(
         "--max_prompt_loss",
         type=finite,
-        default=0.02,
         help="CLIP-T that the best checkpoint may lose against the highest (default: 0.02)",
     )
     parser.add_argument(
         "--max_copy",
         type=finite,
-        default=0.0,
         help="similarity to a photo that no picture of the best checkpoint reaches (default: copy detector's limit)",
     )
-    parser.add_argument("--count", type=int, default=4, help="pictures per prompt (default: 4)")
-    parser.add_argument("--class_count", type=int, default=16, help="pictures of the bare class (default: 16)")
+    parser.add_argument("--count", type=int, help="pictures per prompt (default: 4)")
+    parser.add_argument("--class_count", type=int, help="pictures of the bare class (default: 16)")
     parser.add_argument(
         "--judge",
         choices=JUDGES,
-        default="auto",
-        help="auto: the models beside the embedded base for runs of it, else the published ones",
+        help="auto: the models beside the embedded base for runs of it, else the published ones (default: auto)",
     )
-    parser.add_argument("--dino", default=DINO, help=f"folder or hub name of DINO or DINOv2 (default: {DINO})")
-    parser.add_argument("--clip", default=CLIP, help=f"folder or hub name of CLIP (default: {CLIP})")
-    parser.add_argument(
-        "--transform", choices=TRANSFORMS, default="official", help="of DINO's pictures (default: official)"
-    )
-    parser.add_argument("--lpips", default="", help="folder of benchmarks/convert_weights.py, for DIV")
-    parser.add_argument("--backbone", choices=BACKBONES, default="alex", help="of LPIPS (default: alex)")
+    parser.add_argument("--dino", help=f"folder or hub name of DINO or DINOv2 (default: {DINO})")
+    parser.add_argument("--clip", help=f"folder or hub name of CLIP (default: {CLIP})")
+    parser.add_argument("--transform", choices=TRANSFORMS, help="of DINO's pictures (default: official)")
+    parser.add_argument("--lpips", help="folder of benchmarks/convert_weights.py, for DIV")
+    parser.add_argument("--backbone", choices=BACKBONES, help="of LPIPS (default: alex)")
     options, rest = parser.parse_known_args(arguments)
     options.workdir = options.workdir and os.path.expanduser(options.workdir)
     options.overrides = [text for text in rest if options.config and re.match(r"--config\.[\w.]+=", text)]
     if unknown := [text for text in rest if text not in options.overrides]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.count < 2 or options.class_count < 2:
+    if min(count for count in (options.count, options.class_count, 2) if count is not None) < 2:
         parser.error("diversity and drift need two pictures or more: --count and --class_count")
     return options
+
+
+def settle(options: argparse.Namespace, config: ConfigDict | None) -> None:
+    """Fills the options that were not given.
+
+    Args:
+        config: of the run; None for a protocol.
+
+    Raises:
+        ValueError: options without effect.
+    """
+    if config is None:
+        refuse(options, DEFAULTS, "with --config: a protocol has fields for it, --config.FIELD=VALUE")
+    else:
+        if config.subjects:
+            idle = ("prompts", "class_count", "max_prompt_loss", "max_copy", "lpips", "backbone")
+            refuse(options, idle, "for a run of many subjects, which are compared with one another")
+        if embedded(options.judge or DEFAULTS["judge"], config.base):
+            refuse(options, _PUBLISHED, "with the models beside the embedded base: give --judge published")
+        if not options.lpips:
+            refuse(options, ["backbone"], "without --lpips FOLDER")
+    fill(options, DEFAULTS)
+
+
+def embedded(judge: str, base: str) -> bool:
+    """Whether the models beside the embedded base judge a run of `base`."""
+    return judge == "embedded" or (judge == "auto" and base == EMBEDDED)
 
 
 def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: "Mesh") -> "Judge":
     """The judge that the options or the protocol name for a run of `base`."""
     from dreambooth_jax.evaluation.judge import embedded_judge, published_judge
 
-    if options.judge == "embedded" or (options.judge == "auto" and base == EMBEDDED):
+    if embedded(options.judge, base):
         return embedded_judge(mesh)
     return published_judge(
         mesh,
@@ -203,13 +241,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "dreambooth_jax.evaluate", *arguments])
     with one_line_errors():
         protocol = read_protocol(options.config, options.overrides) if options.config else None
-        many = not protocol and bool(config_file.read_config(options.workdir).subjects)
+        config = None if protocol else config_file.read_config(options.workdir)
+        settle(options, config)
         from dreambooth_jax.devices import runtime  # here, so that wrong options are refused without JAX
 
         runtime.start()
         if protocol:
             print(evaluate_protocol(protocol, command))
-        elif many:
+        elif config and config.subjects:
             print(evaluate_many(options))
         else:
             print(evaluate_run(options, command))

@@ -24,6 +24,7 @@ from dreambooth_jax.runs.export_checks import (
     default_formats,
     written_by,
 )
+from dreambooth_jax.runs.flags import fill, refuse
 from dreambooth_jax.runs.places import check_base, check_files_given
 
 
@@ -44,21 +45,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "embedding: new token. Default: embedding for inversion, kohya for other adapters; else single for a "
         ".safetensors file, folder for a folder",
     )
-    parser.add_argument("--rank", type=not_negative, default=0, help="make a LoRA of this rank of a full fine-tuning")
+    parser.add_argument("--rank", type=not_negative, help="make a LoRA of this rank of a full fine-tuning")
     parser.add_argument(
         "--variant", default="", help="of a folder's weight files: fp16 names them model.fp16.safetensors and alike"
     )
     parser.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="adapter file to merge into --base"
     )
-    parser.add_argument("--push_to_hub", default="", metavar="OWNER/NAME", help="upload it with a model card")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it with a model card")
     options = parser.parse_args(arguments)
     options.output = os.path.expanduser(options.output)
-    if options.base and (options.step or options.rank or options.push_to_hub):
-        parser.error("--step, --rank and --push_to_hub are for the run of a --workdir")
-    if options.workdir and options.lora:
-        parser.error("--lora is merged into a --base; with --workdir, sample takes it")
     with one_line_errors():
+        if options.base:
+            refuse(options, ["step", "rank", "push_to_hub"], "with --base: they are for the run of a --workdir")
+        else:
+            refuse(options, ["lora"], "with --workdir: it is merged into a --base, and sample takes it")
+        fill(options, {"rank": 0})
         check(options)
         print(_export(options))
 
@@ -104,7 +106,7 @@ def _export(options: argparse.Namespace) -> str:
         return merge_files(options.base, options.lora, output, kind=options.format, dtype=dtype, variant=variant)
     from dreambooth_jax.runs.exports import export
 
-    settings = {"step": options.step, "kind": options.format, "rank": options.rank, "hub": options.push_to_hub}
+    settings = {"step": options.step, "kind": options.format, "rank": options.rank, "hub": options.push_to_hub or ""}
     return export(options.workdir, options.output, dtype=dtype, variant=variant, **settings)
 
 

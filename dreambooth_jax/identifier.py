@@ -8,6 +8,7 @@ python -m dreambooth_jax.identifier --base tiny --photos examples/subjects/dog
 import argparse
 
 from dreambooth_jax.runs.command import one_line_errors, positive, seed_of
+from dreambooth_jax.runs.flags import refuse
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     with one_line_errors():
+        if not options.photos:
+            refuse(options, ["clip"], "without --photos FOLDER, which it looks at")
         print(propose(options))
         if options.photos:
             print(propose_nouns(options))

@@ -17,6 +17,8 @@ import numpy as np
 from dreambooth_jax.data.captions import is_text
 from dreambooth_jax.runs.command import finite, one_line_errors, positive, seed_of, step_of
 from dreambooth_jax.runs.config import SAMPLERS
+from dreambooth_jax.runs.config_file import stage_folders
+from dreambooth_jax.runs.flags import fill, refuse
 from dreambooth_jax.runs.places import check_base, check_files_given, check_run
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
     from dreambooth_jax.families.pipeline import Pipeline
     from dreambooth_jax.models.params import Params
+
+DEFAULTS = {"sampler": "dpm++", "steps": 25, "batch_size": 8}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -41,13 +45,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=seed_of, default=0, help="seed of the first picture; the next have the numbers after it"
     )
-    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="solver (default: dpm++)")
-    parser.add_argument("--steps", type=positive, default=25, help="steps of the sampler (default: 25)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="solver (default: dpm++)")
+    parser.add_argument("--steps", type=positive, help="steps of the sampler (default: 25)")
     parser.add_argument(
         "--guidance", type=finite, help="classifier-free guidance scale; default: the run's, or the base's"
     )
     parser.add_argument("--resolution", type=positive, help="pixels; default: the run's, or the base's")
-    parser.add_argument("--batch_size", type=positive, default=8, help="pictures at a time, over all devices")
+    parser.add_argument("--batch_size", type=positive, help="pictures at a time, over all devices (default: 8)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="dtype of the computation; default: the run's")
     parser.add_argument(
         "--lora",
@@ -74,10 +78,10 @@ def _text(text: str) -> str:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Checks that the run or the base, adapters and embeddings are there.
+    """Checks that the run or the base, adapters and embeddings are there, and fills the options that were not given.
 
     Raises:
-        ValueError, OSError: they are not; says what was expected.
+        ValueError, OSError: they are not, or options have no effect; says what was expected.
     """
     options.workdir = options.workdir and os.path.expanduser(options.workdir)
     if options.workdir:
@@ -85,6 +89,14 @@ def check(options: argparse.Namespace) -> None:
     else:
         check_base(options.base)
     check_files_given(options.lora, options.embedding)
+    if options.base:
+        refuse(options, ["step"], "with --base: it is of the checkpoints of a run, --workdir")
+    elif folders := stage_folders(options.workdir):
+        idle = ("step", "guidance", "resolution", "lora", "embedding", *DEFAULTS, "dtype")
+        refuse(options, idle, f"on a cascade, each stage has its run's own: give --workdir {folders[0]} for one stage")
+    if options.guidance == 1 and options.negative_prompt:
+        raise ValueError("--negative_prompt: no effect with --guidance 1, which does not move away from it")
+    fill(options, DEFAULTS)
 
 
 def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Params, int, float, dict[str, Any]]":
@@ -132,11 +144,7 @@ def _read_files(
 
 
 def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath.Path":
-    """Paints with the stages in `folders`; returns the folder of the last one's pictures. The sheet shows every stage.
-
-    Raises:
-        ValueError: an option that every stage's run decides for itself.
-    """
+    """Paints with the stages in `folders`; returns the folder of the last one's pictures and the sheet of all."""
     import jax
 
     from dreambooth_jax.devices import runtime
@@ -147,11 +155,6 @@ def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath
     from dreambooth_jax.runs.cascade import open_stages
     from dreambooth_jax.runs.config_file import read_config
 
-    given = [name for name in ("step", "guidance", "resolution") if getattr(options, name) is not None]
-    if given:
-        raise ValueError(
-            f"--{', --'.join(given)}: the stages of a cascade differ in this; give --workdir {folders[0]} for one stage"
-        )
     prompts = list(dict.fromkeys(options.prompt))
     wanted = [(prompt, options.seed + i) for prompt in prompts for i in range(options.count)]
     requests = [Request(prompt, options.negative_prompt, jax.random.key(seed)) for prompt, seed in wanted]
@@ -181,8 +184,6 @@ def output_of(options: argparse.Namespace) -> "epath.Path":
 
 def paint(options: argparse.Namespace) -> "epath.Path":
     """Paints what the options ask for; returns the folder of the pictures."""
-    from dreambooth_jax.runs.config_file import stage_folders
-
     if options.workdir and (folders := stage_folders(options.workdir)):
         return paint_cascade(options, folders)
 

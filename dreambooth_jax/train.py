@@ -20,7 +20,7 @@ from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import absolute_paths, check_config
 from dreambooth_jax.runs.effects import check_effects
 from dreambooth_jax.runs.places import check_places
-from dreambooth_jax.runs.stages import stage_configs
+from dreambooth_jax.runs.stages import chosen, stage_configs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,9 +55,8 @@ def run(config: ConfigDict) -> None:
                 train_many(config, guard)
                 return
             configs = stage_configs(config)
-            for number, own in enumerate(configs, 1):
-                if config.stage in (0, number) or len(configs) == 1:
-                    train(set_up(own, before=configs[: number - 1]), guard)
+            for number, own in chosen(config, configs):
+                train(set_up(own, before=configs[: number - 1]), guard)
         except jax.errors.JaxRuntimeError as error:
             if runtime.is_alone():
                 raise

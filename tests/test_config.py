@@ -231,6 +231,50 @@ WRONG = {
         ["export", "--base=tiny", "--lora=FILE:0.5", "--output=FILE"],
         "the export would overwrite model.safetensors, an adapter",
     ),
+    "not of a base": (["export", "--base=tiny", "--step=0", "--output=a"], "--step: no effect with --base"),
+    "step of a base": (["sample", "--base=tiny", "--prompt=a", "--step=3"], "--step: no effect with --base"),
+    "a cascade's own": (
+        ["sample", "--workdir=CASCADE", "--prompt=a", "--lora=FILE", "--sampler=ddim", "--steps=3", "--dtype=float32"],
+        "--lora, --sampler, --steps, --dtype: no effect on a cascade, each stage has its run's own: give --workdir "
+        "CASCADE/stage1",
+    ),
+    "a cascade's batch": (
+        ["sample", "--workdir=CASCADE", "--prompt=a", "--batch_size=8"],
+        "--batch_size: no effect on",
+    ),
+    "no guidance": (
+        ["sample", "--base=tiny", "--prompt=a", "--guidance=1", "--negative_prompt=b"],
+        "--negative_prompt: no effect with --guidance 1",
+    ),
+    "a protocol's own": (
+        ["evaluate", "--config=configs/protocol.py", "--count=4", "--judge=auto", "--max_copy=0"],
+        "--max_copy, --count, --judge: no effect with --config: a protocol has fields for it",
+    ),
+    "scores of one": (
+        ["evaluate", "--workdir=MANY", "--prompts=run", "--lpips=a"],
+        "--prompts, --lpips: no effect for a run of many subjects",
+    ),
+    "two judges": (
+        ["evaluate", "--workdir=CASCADE/stage1", "--judge=embedded", "--clip=a"],
+        "--clip: no effect with the models beside the embedded base: give --judge published",
+    ),
+    "no LPIPS": (
+        ["evaluate", "--workdir=CASCADE/stage1", "--judge=published", "--backbone=alex"],
+        "--backbone: no effect without --lpips",
+    ),
+    "a sweep's own": (
+        ["plan", "--config", DOG, "--sweep", "--json", "--topology=v5e:1x1", "--advise"],
+        "--topology, --json, --advise: no effect with --sweep",
+    ),
+    "price of one": (
+        ["plan", "--config", DOG, "--chip_hour_price=1"],
+        "--chip_hour_price: no effect without --protocol",
+    ),
+    "a cascade in JSON": (
+        ["plan", "--config", DOG, "--config.stages=('tiny',)", "--json"],
+        "--json: the plan of one st",
+    ),
+    "nothing to look at": (["identifier", "--base=tiny", "--clip=a"], "--clip: no effect without --photos FOLDER"),
     "no run to score": (["evaluate", "--workdir=/no/run"], "/no/run/config.json: no such file"),
     "no protocol": (["evaluate", "--config=nowhere.py"], "nowhere.py: no such file"),
     "no limit": (["evaluate", "--workdir=RUN", "--max_copy=nan"], "argument --max_copy: nan: expected a finite number"),
@@ -271,10 +315,13 @@ def refused(micro, tmp_path_factory):
         ("RUN", "checkpoints/6/run.json", record),
         ("DAMAGED", "config.json", record["config"] | {"steps": "6"}),
         ("CASCADE", "stage1/config.json", record["config"]),
+        ("MANY", "config.json", record["config"] | {"subjects": "table.csv"}),
     ):
         (folder / name / file).parent.mkdir(parents=True)
         (folder / name / file).write_text(json.dumps(content))
-    places = {name: str(folder / name) for name in ("BROKEN", "DEEP", "PICKLE", "CUT", "RUN", "DAMAGED", "CASCADE")}
+    places = {
+        name: str(folder / name) for name in ("BROKEN", "DEEP", "PICKLE", "CUT", "RUN", "DAMAGED", "CASCADE", "MANY")
+    }
     places["FILE"] = str(folder / "model.safetensors")
     arguments = {
         kind: [re.sub("|".join(places), lambda found: places[found[0]], text) for text in given]

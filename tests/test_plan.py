@@ -1,5 +1,6 @@
 """Planning: what the TPU compiler says of the programs that `train` runs, for machines that are not there."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -282,3 +283,12 @@ def test_how_many_subjects_fit_is_a_line_through_two_compiles(crowd):
 def test_methods_without_a_frozen_base_are_not_planned_together(config):
     with pytest.raises(ConfigError, match="many subjects share a frozen base"):
         together.together(config, "v5e:2x4", 16)
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, [1, 2]), (2, [2])])
+def test_every_stage_of_a_cascade_is_planned(tmp_path, stage, expected, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "print_plan", lambda config, options: print(config.workdir))
+    config = config_of(tmp_path, stages=("tiny",), stage=stage)
+    plan_command.run(config, argparse.Namespace(protocol=False, subjects=0, sweep=False, json=False))
+    lines = [line for n in expected for line in (f"Stage {n} of 2: tiny", f"{tmp_path}/stage{n}")]
+    assert capsys.readouterr().out.splitlines() == lines

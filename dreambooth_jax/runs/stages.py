@@ -36,6 +36,11 @@ def stage_configs(config: ConfigDict) -> list[ConfigDict]:
     return [absolute_paths(first), *(_further(config, number) for number in range(2, count + 1))]
 
 
+def chosen(config: ConfigDict, configs: list[ConfigDict]) -> list[tuple[int, ConfigDict]]:
+    """(number, config) of the stages that `config.stage` names, all for 0; of a config without stages, its own."""
+    return [(n, own) for n, own in enumerate(configs, 1) if config.stage in (0, n) or len(configs) == 1]
+
+
 def _further(config: ConfigDict, number: int) -> ConfigDict:
     """The checked config of a stage after the first."""
     where = f"stage_fields of stage {number}"

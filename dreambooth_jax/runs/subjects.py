@@ -9,12 +9,12 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from dreambooth_jax.data.captions import read_text
+from dreambooth_jax.data.captions import is_text, read_text
 from dreambooth_jax.data.paths import printable
 from dreambooth_jax.evaluation.dataset import CLASSES_FILE, read_dataset
 from dreambooth_jax.files.shipped import shipped
 from dreambooth_jax.files.tables import read_table
-from dreambooth_jax.runs.config import ConfigError, check_config, is_text
+from dreambooth_jax.runs.config import ConfigError, check_config
 
 
 class Subject(NamedTuple):
