@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dreambooth_jax.evaluation.choices import BACKBONES, CLIP, DINO, JUDGES, PROMPTS, TRANSFORMS
@@ -23,6 +24,7 @@ from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import finite, one_line_errors
 from dreambooth_jax.runs.flags import fill, refuse
+from dreambooth_jax.runs.places import check_writable
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -141,8 +143,6 @@ def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: "Mesh"
 
 def evaluate_run(options: argparse.Namespace, command: str) -> str:
     """Scores every kept checkpoint of a run into workdir/evaluation; returns the table and where the page is."""
-    from etils import epath
-
     from dreambooth_jax.devices import runtime
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.evaluation.page import page
@@ -192,8 +192,6 @@ def _advice(scores: "Mapping[int, Scores]", chosen: int | None, options: argpars
 
 def evaluate_many(options: argparse.Namespace) -> str:
     """Compares the subjects of a run of many with one another; returns the table and where it is."""
-    from etils import epath
-
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.runs.bleed import markdown, measure_bleed, write_bleed
 
@@ -243,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         protocol = read_protocol(options.config, options.overrides) if options.config else None
         config = None if protocol else config_file.read_config(options.workdir)
         settle(options, config)
+        if config:
+            check_writable(epath.Path(options.workdir) / "evaluation")
         from dreambooth_jax.devices import runtime  # here, so that wrong options are refused without JAX
 
         runtime.start()

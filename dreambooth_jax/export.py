@@ -12,6 +12,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from etils import epath
+
 from dreambooth_jax.files.layouts import SUFFIX, split_weight
 from dreambooth_jax.runs.command import not_negative, one_line_errors, step_of
 from dreambooth_jax.runs.config_file import read_config
@@ -25,7 +27,7 @@ from dreambooth_jax.runs.export_checks import (
     written_by,
 )
 from dreambooth_jax.runs.flags import fill, refuse
-from dreambooth_jax.runs.places import check_base, check_files_given
+from dreambooth_jax.runs.places import check_base, check_files_given, check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,6 +88,7 @@ def check(options: argparse.Namespace) -> None:
         base, files, written = options.base, [split_weight(entry)[0] for entry in options.lora], []
         is_folder = path.suffix != SUFFIX
     check_output(options.output, base, files, written)
+    check_writable(epath.Path(path if path.suffix != SUFFIX else path.parent))
     if is_folder:
         check_components(path, base, options.variant)
     if options.push_to_hub:

@@ -13,16 +13,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from etils import epath
 
 from dreambooth_jax.data.captions import is_text
 from dreambooth_jax.runs.command import finite, one_line_errors, positive, seed_of, step_of
 from dreambooth_jax.runs.config import SAMPLERS
 from dreambooth_jax.runs.config_file import stage_folders
 from dreambooth_jax.runs.flags import fill, refuse
-from dreambooth_jax.runs.places import check_base, check_files_given, check_run
+from dreambooth_jax.runs.places import check_base, check_files_given, check_run, check_writable
 
 if TYPE_CHECKING:
-    from etils import epath
     from jax.sharding import Mesh
 
     from dreambooth_jax.families.pipeline import Pipeline
@@ -89,6 +89,7 @@ def check(options: argparse.Namespace) -> None:
     else:
         check_base(options.base)
     check_files_given(options.lora, options.embedding)
+    check_writable(output_of(options))
     if options.base:
         refuse(options, ["step"], "with --base: it is of the checkpoints of a run, --workdir")
     elif folders := stage_folders(options.workdir):
@@ -99,8 +100,30 @@ def check(options: argparse.Namespace) -> None:
     fill(options, DEFAULTS)
 
 
-def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Params, int, float, dict[str, Any]]":
-    """(name of the model, pipeline, params, resolution, guidance, what the painter must know of the run)."""
+def _describe(options: argparse.Namespace) -> "tuple[Pipeline, dict[str, Any]]":
+    """(pipeline without weights, settings of its painter but for the batch size)."""
+    from dreambooth_jax.families.pipeline import load_pipeline
+    from dreambooth_jax.runs.config_file import read_config
+    from dreambooth_jax.runs.job import open_base
+
+    own: dict[str, Any] = {}
+    if options.workdir:
+        config = read_config(options.workdir)
+        pipeline = open_base(config)
+        resolution, guidance = config.resolution or pipeline.resolution, config.guidance_scale
+        own = {"trained": True, "sr_noise": config.sr_noise}
+    else:
+        pipeline = load_pipeline(options.base)
+        resolution, guidance = pipeline.resolution, pipeline.guidance
+    return pipeline, own | {
+        "resolution": options.resolution or resolution,
+        "sampler": options.sampler,
+        "steps": options.steps,
+        "guidance": guidance if options.guidance is None else options.guidance,
+    }
+
+
+def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[Pipeline, Params]":
     import jax.numpy as jnp
 
     from dreambooth_jax.families.frozen_text import with_cached_text
@@ -108,18 +131,15 @@ def _open(options: argparse.Namespace, mesh: "Mesh") -> "tuple[str, Pipeline, Pa
     from dreambooth_jax.runs.workdir import open_run
 
     if options.workdir:
-        config, pipeline, params = open_run(options.workdir, mesh, options.step, dtype=options.dtype)
-        run = {"trained": True, "sr_noise": config.sr_noise}
-        return options.workdir, pipeline, params, config.resolution, config.guidance_scale, run
+        return open_run(options.workdir, mesh, options.step, dtype=options.dtype)[1:]
     pipeline = with_cached_text(load_pipeline(options.base, dtype=jnp.dtype(options.dtype or "float32")), mesh)
-    params = read_params(pipeline, mesh)
-    return options.base, pipeline, params, pipeline.resolution, pipeline.guidance, {}
+    return pipeline, read_params(pipeline, mesh)
 
 
 def _read_files(
-    options: argparse.Namespace,
+    options: argparse.Namespace, pipeline: "Pipeline"
 ) -> "tuple[list[tuple[dict[str, np.ndarray], float]], list[tuple[str, dict[str, np.ndarray]]]]":
-    """(adapters and their weights, new words and their rows) of the options' files, before any weight is read.
+    """(adapters and their weights, new words and their rows) of the options' files.
 
     Raises:
         ValueError: a file does not fit the model, or a word is a token already.
@@ -127,13 +147,9 @@ def _read_files(
     if not (options.lora or options.embedding):
         return [], []
     from dreambooth_jax.adapters.inversion import widths
-    from dreambooth_jax.families.pipeline import load_pipeline
     from dreambooth_jax.files.embeddings import read_embeddings
     from dreambooth_jax.files.lora_read import read_adapters
-    from dreambooth_jax.runs.config_file import read_config
-    from dreambooth_jax.runs.job import open_base
 
-    pipeline = open_base(read_config(options.workdir)) if options.workdir else load_pipeline(options.base)
     width, tokens = widths(pipeline.shapes), []
     for entry in options.embedding:
         word, _, path = entry.partition("=")
@@ -143,7 +159,7 @@ def _read_files(
     return read_adapters(options.lora, pipeline.shapes), tokens
 
 
-def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath.Path":
+def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> epath.Path:
     """Paints with the stages in `folders`; returns the folder of the last one's pictures and the sheet of all."""
     import jax
 
@@ -175,14 +191,12 @@ def paint_cascade(options: argparse.Namespace, folders: Sequence[str]) -> "epath
     return folder
 
 
-def output_of(options: argparse.Namespace) -> "epath.Path":
+def output_of(options: argparse.Namespace) -> epath.Path:
     """The folder of the pictures."""
-    from etils import epath
-
     return epath.Path(os.path.expanduser(options.output or os.path.join(options.workdir or ".", "pictures")))
 
 
-def paint(options: argparse.Namespace) -> "epath.Path":
+def paint(options: argparse.Namespace) -> epath.Path:
     """Paints what the options ask for; returns the folder of the pictures."""
     if options.workdir and (folders := stage_folders(options.workdir)):
         return paint_cascade(options, folders)
@@ -194,33 +208,25 @@ def paint(options: argparse.Namespace) -> "epath.Path":
     from dreambooth_jax.painting.painter import batch_for, make_painter
     from dreambooth_jax.painting.sheets import file_names, paint_rows, save_png, save_sheet
 
-    mesh = make_mesh()
-    adapters, tokens = _read_files(options)
-    model, pipeline, params, resolution, guidance, run = _open(options, mesh)
+    mesh, folder = make_mesh(), output_of(options)
+    prompts = list(dict.fromkeys(options.prompt))
+    seeds = [seed % 2**32 for seed in range(options.seed, options.seed + options.count)]
+    described, settings = _describe(options)
+    settings["batch_size"] = batch_for([len(prompts) * len(seeds)], options.batch_size, mesh.size)
+    make_painter(described, mesh, **settings)  # wrong settings are an error now, not after the weights are read
+    adapters, tokens = _read_files(options, described)
+    pipeline, params = _open(options, mesh)
     params = with_adapters(params, adapters)
     for word, rows in tokens:
         pipeline = pipeline.with_token(word, len(next(iter(rows.values()))))
         params = with_rows(params, rows)
-    guidance = guidance if options.guidance is None else options.guidance
-    folder = output_of(options)
-    prompts = list(dict.fromkeys(options.prompt))
-    seeds = [seed % 2**32 for seed in range(options.seed, options.seed + options.count)]
-    painter = make_painter(
-        pipeline,
-        mesh,
-        resolution=options.resolution or resolution,
-        batch_size=batch_for([len(prompts) * len(seeds)], options.batch_size, mesh.size),
-        sampler=options.sampler,
-        steps=options.steps,
-        guidance=guidance,
-        **run,
-    )
+    painter = make_painter(pipeline, mesh, **settings)
     about = {
-        "model": model,
+        "model": options.workdir or options.base,
         "negative_prompt": options.negative_prompt,
         "sampler": options.sampler,
         "steps": str(options.steps),
-        "guidance": str(guidance),
+        "guidance": str(settings["guidance"]),
         **({"adapters": ", ".join(options.lora)} if options.lora else {}),
     }
     names = file_names(prompts)

@@ -275,6 +275,11 @@ WRONG = {
         "--json: the plan of one st",
     ),
     "nothing to look at": (["identifier", "--base=tiny", "--clip=a"], "--clip: no effect without --photos FOLDER"),
+    "no place for pictures": (
+        ["sample", "--base=tiny", "--prompt=a", "--output=FILE/a"],
+        "model.safetensors: not a fol",
+    ),
+    "no place for a file": ([*EXPORT, "--output=FILE/a/b"], "model.safetensors: not a folder, where"),
     "no run to score": (["evaluate", "--workdir=/no/run"], "/no/run/config.json: no such file"),
     "no protocol": (["evaluate", "--config=nowhere.py"], "nowhere.py: no such file"),
     "no limit": (["evaluate", "--workdir=RUN", "--max_copy=nan"], "argument --max_copy: nan: expected a finite number"),

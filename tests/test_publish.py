@@ -11,12 +11,13 @@ from dreambooth_jax.families.pipeline import load_pipeline
 from dreambooth_jax.files.diffusers_folder import folder_files
 from dreambooth_jax.runs.exports import Subject, Written
 from dreambooth_jax.runs.publish import model_card, publish
+from dreambooth_jax.runs.workdir import Trained
 
 
 def test_files_and_card_arrive(micro, tmp_path):
     config = config_of(tmp_path, base=micro, method="lora")
     method = SimpleNamespace(adapter=dict, says="LoRA of rank 8 on unet")
-    subject = Subject(SimpleNamespace(config=config, method=method, pipeline=load_pipeline(micro)), {}, {}, {})
+    subject = Subject(Trained(config, load_pipeline(micro), method, {}), {}, {}, {})
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step_000010.png").write_bytes(b"old")
     (tmp_path / "samples" / "step_000020.png").write_bytes(b"new")
@@ -49,7 +50,7 @@ def test_files_and_card_arrive(micro, tmp_path):
 
 def test_without_a_network_the_export_is_named(micro, tmp_path):
     method = SimpleNamespace(adapter=dict, says="LoRA of rank 8 on unet")
-    run = SimpleNamespace(config=config_of(tmp_path, base=micro), method=method, pipeline=load_pipeline(micro))
+    run = Trained(config_of(tmp_path, base=micro), load_pipeline(micro), method, {})
     (tmp_path / "dog.safetensors").write_bytes(b"weights")
     written = [Written(tmp_path / "dog.safetensors", dict, "a LoRA")]
     with pytest.raises(OSError, match=rf"me/dog: the model hub .*complete, at {tmp_path}/dog\.safetensors"):
@@ -69,10 +70,7 @@ def test_a_card_names_the_base_and_its_licence(micro, tmp_path):
         ("DeepFloyd/IF-I-M-v1.0", names, ("base_model: DeepFloyd/IF-I-M-v1.0", "license: other")),
     ):
         config = config_of(tmp_path, base=base, identifier='"sks"')
-        run = SimpleNamespace(
-            config=config,
-            method=SimpleNamespace(adapter=None, says="full fine-tuning"),
-            pipeline=SimpleNamespace(shapes=shapes, models=pipeline.models),
-        )
+        method = SimpleNamespace(adapter=None, says="full fine-tuning")
+        run = Trained(config, SimpleNamespace(shapes=shapes, models=pipeline.models), method, {})
         card = model_card(Subject(run, {}, {}, {}), written, False)
         assert all(part in card for part in front) and 'instance_prompt: "\\"sks\\" dog"' in card, card

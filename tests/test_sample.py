@@ -4,10 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from support.runs import config_of
 
 from dreambooth_jax import sample
+from dreambooth_jax.runs.places import check_writable
 
 PROMPTS = ("a sks dog in the snow", "a dog!")
 
@@ -132,3 +135,25 @@ def test_errors_name_the_remedy(micro, finished, tmp_path, capsys, arguments, me
     assert end.value.code not in (0, None)
     assert message in f"{end.value.code}{capsys.readouterr().err}"
     assert not (places["unsaved"] / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("source", ["base", "workdir"])
+@pytest.mark.parametrize(("option", "message"), [("--resolution=15", "15"), ("--steps=5000", "5000")])
+def test_settings_are_checked_before_weights_are_read(micro, tmp_path, source, option, message, monkeypatch):
+    """Those of a run before its checkpoint too: here there is none."""
+    for module in ("families.pipeline", "runs.workdir"):
+        monkeypatch.setattr(f"dreambooth_jax.{module}.read_params", lambda *args, **kw: 1 / 0)
+    (tmp_path / "config.json").write_text(config_of(tmp_path, base=micro).to_json())
+    place = {"base": micro, "workdir": tmp_path}[source]
+    with pytest.raises(SystemExit, match=message):
+        run(f"--{source}", place, "--prompt=a dog", option, "--output", tmp_path / "pictures")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    check_writable(epath.Path(tmp_path / "new" / "pictures"))
+    with pytest.raises(NotADirectoryError, match="file: not a folder"):
+        check_writable(epath.Path(tmp_path / "file" / "pictures"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=f"{tmp_path}: not writable, where {tmp_path}/new would be written"):
+        check_writable(epath.Path(tmp_path / "new"))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
@@ -94,7 +95,7 @@ def to_folder(subject: Subject, path: Path, dtype: DTypeLike, rank: int, *, vari
 def to_single_file(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """A whole model in one LDM file, and for v-prediction of SD 2.x a .yaml beside it."""
     pipeline = subject.run.pipeline
-    layout = layout_of_subject(subject)
+    layout = layout_of_run(subject.run)
     v_prediction = single_file.predicts_v(pipeline.models.configs)
     metadata = single_file.describe(
         layout,
@@ -159,7 +160,7 @@ def to_peft(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Writte
 def to_embedding(subject: Subject, path: Path, dtype: DTypeLike, rank: int) -> Written:
     """The rows of the new tokens alone: for all tools."""
     path = file_of(path, "embedding", subject.title)
-    word, layout = subject.run.config.identifier, layout_of_subject(subject)
+    word, layout = subject.run.config.identifier, layout_of_run(subject.run)
     about = single_file.model_spec(
         layout,
         v_prediction=single_file.predicts_v(subject.run.pipeline.models.configs),
@@ -195,15 +196,15 @@ def _reopened(subject: Subject, path: Path) -> Callable[[], Tensors]:
     return lambda: add(dict(subject.base), read_adapter(path, subject.run.pipeline.shapes)[0])
 
 
-def layout_of_subject(subject: Subject) -> str:
+def layout_of_run(run: Trained) -> str:
     """Kind of single file that the run's base has; errors are `single_file.layout_of`'s."""
-    return single_file.layout_of(subject.run.pipeline.shapes, subject.run.pipeline.models.configs)
+    return single_file.layout_of(run.pipeline.shapes, run.pipeline.models.configs)
 
 
-def has_layout(subject: Subject) -> bool:
+def has_layout(run: Trained) -> bool:
     """Whether the run's base has a single file, and other tools names for its adapters."""
     try:
-        return bool(layout_of_subject(subject))
+        return bool(layout_of_run(run))
     except ValueError:
         return False
 
@@ -214,20 +215,18 @@ def _for_all_tools(subject: Subject, kind: str, opened: str) -> str:
     return f"{kind} for ComfyUI, A1111, Forge, InvokeAI, kohya's scripts and diffusers ({opened})"
 
 
-def open_subject(workdir: str | os.PathLike, step: int | str | None) -> Subject:
-    """Reads the run and its base."""
-    mesh = make_mesh()
-    run = open_trained(workdir, mesh, step)
+def open_subject(run: Trained, mesh: Mesh) -> Subject:
+    """Reads the base of a run."""
     base = read_params(run.pipeline, mesh)
     tuned = merge(run.method.combine(base, run.trainable))
     tuned = {name: x if x.shape == base[name].shape else x[: len(base[name])] for name, x in tuned.items()}
     return Subject(run, base, tuned, rows_of(run.trainable))
 
 
-def default_format(subject: Subject, path: Path, rank: int) -> str:
+def default_format(run: Trained, path: Path, rank: int) -> str:
     """That of `default_formats` which the base has."""
-    first, *others = default_formats(subject.run.config, path, rank)
-    return others[0] if others and not has_layout(subject) else first
+    first, *others = default_formats(run.config, path, rank)
+    return others[0] if others and not has_layout(run) else first
 
 
 def export(
@@ -255,8 +254,12 @@ def export(
     Raises:
         FileNotFoundError, ValueError: no run, the format cannot hold it, or the file does not hold its numbers.
     """
-    subject, path = open_subject(workdir, step), Path(output)
-    kind = kind or default_format(subject, path, rank)
+    path, mesh = Path(output), make_mesh()
+    run = open_trained(workdir, mesh, step)
+    kind = kind or default_format(run, path, rank)
+    if kind in ("single", "kohya"):
+        layout_of_run(run)  # an error now, not after the weights are read
+    subject = open_subject(run, mesh)
     write = functools.partial(to_folder, variant=variant) if variant else FORMATS[kind]
     written = write(subject, path, dtype, rank)
     token = None

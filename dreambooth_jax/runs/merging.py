@@ -41,6 +41,8 @@ def merge_files(
             "single a .safetensors file, which has no variants"
         )
     pipeline = load_pipeline(base)
+    if is_file:
+        _layout(pipeline)  # an error now, not after the weights are read
     adapters = read_adapters(files, pipeline.shapes)
     params = with_adapters(read_params(pipeline), adapters)
     if is_file:

@@ -1,6 +1,7 @@
 """Whether the files that a command line names are there: cheap checks, before JAX is imported."""
 
 import contextlib
+import os
 import re
 from collections.abc import Sequence
 
@@ -69,6 +70,21 @@ def check_files_given(adapters: Sequence[str], embeddings: Sequence[str]) -> Non
         if not (word and file):
             raise ValueError(f"--embedding {entry}: expected WORD=FILE, the new word for prompts and its file")
         check_path(file)
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Checks that a folder can be made and written into; places that are not of this machine are not looked at.
+
+    Raises:
+        OSError: a file has its name, or that of a folder above it, or it cannot be written.
+    """
+    if "://" in os.fspath(folder):
+        return
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there}: not a folder, where {folder} would be written. Give another place.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there}: not writable, where {folder} would be written. Give another place.")
 
 
 def check_photos(config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.files.single_file import SD1
 from dreambooth_jax.runs.config import fill
-from dreambooth_jax.runs.exports import Subject, Written, has_layout, layout_of_subject
+from dreambooth_jax.runs.exports import Subject, Written, has_layout, layout_of_run
 
 SHEET = "samples.png"
 
@@ -72,9 +72,9 @@ def _licence(subject: Subject) -> str:
     """Licence of the published weights of the base's kind."""
     if subject.run.config.base == EMBEDDED:
         return "apache-2.0"
-    if not has_layout(subject):  # a cascade's
+    if not has_layout(subject.run):  # a cascade's
         return "other"
-    return "creativeml-openrail-m" if layout_of_subject(subject) == SD1 else "openrail++"
+    return "creativeml-openrail-m" if layout_of_run(subject.run) == SD1 else "openrail++"
 
 
 def publish(name: str, subject: Subject, written: Sequence[Written], workdir: Path, api: HfApi | None = None) -> str:
