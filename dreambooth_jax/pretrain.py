@@ -1,10 +1,13 @@
-"""Trains the embedded base: tokenizer, autoencoder, CLIP, ViT, UNet; then writes it as a diffusers folder.
+"""Trains the embedded base: tokenizer, autoencoder, CLIP, ViT, UNet; then writes it as a diffusers folder. Or the
+embedded cascade: tokenizer, T5 with the UNet of stage I, UNet of stage II; a folder per stage.
 
     python -m dreambooth_jax.pretrain --config configs/tiny_base.py        # also :gpu, :more
+    python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py     # also :gpu
 
 Latent diffusion's recipe (arXiv 2112.10752): the autoencoder, a text tower trained contrastively, then the UNet
-together with the text tower (its equation 3); and a ViT for subject fidelity. Pictures are composed on the device, none
-twice. Every part is checkpointed, and the same command resumes after a kill at any moment.
+together with the text tower (its equation 3); and a ViT for subject fidelity. The cascade is Imagen's (arXiv
+2205.11487). Pictures are composed on the device, none twice. Every part is checkpointed, and the same command resumes
+after a kill at any moment.
 """
 
 import argparse
@@ -12,13 +15,20 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
+
+if TYPE_CHECKING:
+    from dreambooth_jax.tiny.world import Sprite
+
+UNET = "UNet2DConditionModel"
+Schedulers = dict[str, tuple[str, dict[str, Any]]]  # name -> class and config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,11 +45,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def pretrain(config: ConfigDict) -> None:
-    """Trains every part and writes the base."""
+    """Trains every part and writes the base, or the folder of each stage of a cascade."""
     import jax  # here, so that --help needs no JAX
-    import numpy as np
 
     from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.tiny import world
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    jax.set_mesh(make_mesh())  # attention splits its batch over it
+    config.update(output=os.path.expanduser(config.output), workdir=os.path.expanduser(config.workdir))
+    sprites = world.load_sprites(config.world or None)
+    words = world.words(sprites)
+    if config.vocabulary == "core":
+        sprites = [sprite for sprite in sprites if sprite.noun in world.CORE_NOUNS]
+    logging.info("%d sprites of %d nouns", len(sprites), len({sprite.noun for sprite in sprites}))
+    train = train_cascade if "factor" in config else train_base
+    train(config, sprites, words)
+
+
+def train_base(config: ConfigDict, sprites: list["Sprite"], words: list[str]) -> None:
+    """Autoencoder, CLIP, ViT and UNet, one after the other; writes a StableDiffusionPipeline."""
+    import jax
+    import numpy as np
+
     from dreambooth_jax.evaluation.nouns import TAUGHT
     from dreambooth_jax.files.safetensors import save_model
     from dreambooth_jax.files.tokenizer import load_tokenizer
@@ -48,17 +76,10 @@ def pretrain(config: ConfigDict) -> None:
     from dreambooth_jax.tiny import parts, world
     from dreambooth_jax.tiny.world.atlas import make_atlas
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    jax.set_mesh(make_mesh())  # attention splits its batch over it
-    config.update(output=os.path.expanduser(config.output), workdir=os.path.expanduser(config.workdir))
     output = Path(config.output)
-    sprites = world.load_sprites(config.world or None)
-    world.write_tokenizer(output / "tokenizer", world.words(sprites), config.max_length)
+    world.write_tokenizer(output / "tokenizer", words, config.max_length)
     tokenizer = load_tokenizer(output)
-    if config.vocabulary == "core":
-        sprites = [sprite for sprite in sprites if sprite.noun in world.CORE_NOUNS]
     atlas = make_atlas(sprites, tokenizer, config.resolution, subject_share=config.subject_share)
-    logging.info("%d sprites of %d nouns", len(sprites), len({sprite.noun for sprite in sprites}))
     vae_key, clip_key, vit_key, unet_key = jax.random.split(jax.random.key(config.seed), 4)
 
     vae = parts.train_vae(config, atlas, vae_key)
@@ -77,29 +98,74 @@ def pretrain(config: ConfigDict) -> None:
         logging.info("%s: %.2f M parameters", name, count(part.params) / 1e6)
         save_model(output / name, part.params, part.config, dtype=np.float16, file=stem)
     (output / "clip" / TAUGHT).write_text("".join(f"{noun}\n" for noun in sorted({s.noun for s in sprites})))
-    write_index(output, config.scheduler.to_dict())
+    index = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer", "unet": UNET, "vae": "AutoencoderKL"}
+    write_index(output, "StableDiffusionPipeline", index, {"scheduler": ("DDIMScheduler", config.scheduler.to_dict())})
 
 
-def write_index(folder: Path, scheduler: dict) -> None:
-    """Makes the models in `folder` a StableDiffusionPipeline; `clip/` and `vit/` lie beside it, and the licences of
-    the pictures."""
+def train_cascade(config: ConfigDict, sprites: list["Sprite"], words: list[str]) -> None:
+    """Stage I with its text encoder, then stage II; writes an IFPipeline and an IFSuperResolutionPipeline."""
+    import jax
+    import numpy as np
+
+    from dreambooth_jax.families.family import NOISE_LEVEL
+    from dreambooth_jax.families.imagen import NOISING, UPSCALE
+    from dreambooth_jax.files.safetensors import save_model
+    from dreambooth_jax.files.tokenizer import load_tokenizer
+    from dreambooth_jax.files.weight_files import WEIGHT_FILES
+    from dreambooth_jax.models.params import count
+    from dreambooth_jax.tiny import pixels, world
+    from dreambooth_jax.tiny.world.atlas import make_atlas
+
+    folders = [Path(config.output) / name for name in ("stage1", "stage2")]
+    for folder in folders:
+        world.write_unigram(folder / "tokenizer", words, config.max_length)
+    tokenizer = load_tokenizer(folders[0])
+    atlas = make_atlas(sprites, tokenizer, config.resolution, subject_share=config.subject_share)
+    small, large = pixels.train_stages(config, atlas, tokenizer, jax.random.key(config.seed))
+
+    def write(folder: Path, stage: Mapping[str, pixels.Part], name: str, schedulers: Schedulers, about: dict) -> None:
+        for part, file in zip(("unet", "text_encoder"), WEIGHT_FILES, strict=True):
+            logging.info("%s/%s: %.2f M parameters", folder.name, part, count(stage[part].params) / 1e6)
+            save_model(folder / part, stage[part].params, stage[part].config, dtype=np.float16, file=file)
+        classes = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer", "unet": UNET, "watermarker": None}
+        write_index(folder, name, classes, schedulers, about)
+
+    denoising: Schedulers = {"scheduler": ("DDPMScheduler", config.scheduler.to_dict())}
+    noising: Schedulers = {NOISING: ("DDPMScheduler", config.noising.to_dict())}
+    write(folders[0], small, "IFPipeline", denoising, {})
+    low = {UPSCALE: config.factor, NOISE_LEVEL: pixels.USUAL_LEVEL}
+    write(folders[1], large, "IFSuperResolutionPipeline", denoising | noising, low)
+
+
+def write_index(
+    folder: Path,
+    name: str,
+    classes: Mapping[str, str | None],
+    schedulers: Schedulers,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Makes the models in `folder` a pipeline; the licences of the pictures lie beside them.
+
+    Args:
+        name: class of the pipeline.
+        classes: class of each part; None for a part that it may lack.
+        schedulers: class and config of each.
+        about: further fields of model_index.json.
+    """
     from dreambooth_jax.tiny import world
 
     shutil.copyfile(Path(world.__file__).with_name("LICENSES.md"), folder / "LICENSES.md")
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+    for part, (_, config) in schedulers.items():
+        (folder / part).mkdir(exist_ok=True)
+        (folder / part / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    absent = {part: None for part in ("feature_extractor", "image_encoder", "safety_checker")}
+    libraries = {"unet": "diffusers", "vae": "diffusers"}
+    parts = {
+        part: [libraries.get(part, "transformers") if kind else None, kind]
+        for part, kind in (absent | dict(classes)).items()
     }
+    parts |= {part: ["diffusers", kind] for part, (kind, _) in schedulers.items()}
+    index = {"_class_name": name, "requires_safety_checker": False} | dict(sorted(parts.items())) | dict(about or {})
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -1,4 +1,5 @@
-"""The embedded base's training, at a size of seconds: killed anywhere it goes on, and what it writes others open."""
+"""The training of the embedded base and cascade, at a size of seconds: killed anywhere it goes on, and what it writes
+others open."""
 
 import os
 import signal
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import IFPipeline, IFSuperResolutionPipeline, StableDiffusionPipeline
 from safetensors.numpy import load_file
 from support.flags import xla_flags
 from support.npm_packages import write_packages
@@ -23,16 +24,14 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 # As its config advises, one device per core.
 DEVICES = {"XLA_FLAGS": xla_flags(2)}
-CONFIG = """
-import importlib.util
+HEAD = """
+import runpy
 
-spec = importlib.util.spec_from_file_location("tiny_base", {path!r})
-tiny_base = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_base)
-
-
+made = runpy.run_path({path!r})["get_config"]
+"""
+BASE = """
 def get_config():
-    config = tiny_base.get_config("gpu")
+    config = made("gpu")
     config.resolution, config.steps_per_call, config.save_seconds, config.lpips = 16, 2, 0, ""
     for part in (config.vae, config.clip, config.vit, config.unet):
         part.steps, part.batch_size = 6, 8
@@ -49,18 +48,33 @@ def get_config():
     )
     return config
 """
+CASCADE = """
+def get_config():
+    config = made("gpu")
+    config.resolution, config.steps_per_call, config.save_seconds, config.max_length = 32, 2, 0, 24
+    config.text.update(d_ff=16, d_kv=8, d_model=16, num_heads=2, num_layers=1)
+    for stage, side in ((config.stage1, 16), (config.stage2, 32)):
+        stage.update(steps=6, decay_steps=2, batch_size=8)
+        stage.model.update(
+            sample_size=side, block_out_channels=[8, 16], cross_attention_dim=32, encoder_hid_dim=16,
+            attention_head_dim=8, norm_num_groups=4, down_block_types=stage.model.down_block_types[:2],
+            up_block_types=stage.model.up_block_types[-2:],
+        )
+    return config
+"""
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Starts the command with output and checkpoints in a folder."""
     world = write_packages(tmp_path_factory.mktemp("npm"))
-    config = tmp_path_factory.mktemp("config") / "small.py"
-    config.write_text(CONFIG.format(path=str(ROOT / "configs" / "tiny_base.py")))
+    configs = tmp_path_factory.mktemp("config")
+    for name, small in (("tiny_base", BASE), ("tiny_cascade", CASCADE)):
+        (configs / f"{name}.py").write_text(HEAD.format(path=str(ROOT / "configs" / f"{name}.py")) + small)
 
-    def run(folder: Path) -> subprocess.Popen:
+    def run(folder: Path, name: str = "tiny_base") -> subprocess.Popen:
         options = {"world": world, "workdir": folder / "parts", "output": folder / "base"}
-        command = [sys.executable, "-m", "dreambooth_jax.pretrain", f"--config={config}"]
+        command = [sys.executable, "-m", "dreambooth_jax.pretrain", f"--config={configs / name}.py"]
         command += [f"--config.{name}={value}" for name, value in options.items()]
         with (folder / "log").open("a") as log:  # a pipe that nobody reads would stop it
             return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | DEVICES)
@@ -70,6 +84,13 @@ def start(tmp_path_factory):
 
 def finish(process: subprocess.Popen, folder: Path) -> None:
     assert process.wait(timeout=600) == 0, (folder / "log").read_text()[-3000:]
+
+
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("[0-9]*")):
+        assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +115,41 @@ def test_others_open_what_it_writes(undisturbed):
     assert pipeline.process.alpha(np.array([999])) == 0  # the last step of noising leaves nothing of the picture
 
 
+def test_others_open_the_cascade_that_it_writes(start, tmp_path):
+    """Stage I, and stage II on its picture; and killed in stage II it goes on with stage I as it was."""
+    process = start(tmp_path, "tiny_cascade")
+    wait_for_checkpoint(process, tmp_path / "parts" / "stage2")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = (tmp_path / "parts" / "stage1.csv").read_text()
+    finish(start(tmp_path, "tiny_cascade"), tmp_path)
+    assert (tmp_path / "parts" / "stage1.csv").read_text() == first and len(first.splitlines()) == 3
+    small = IFPipeline.from_pretrained(tmp_path / "base" / "stage1", torch_dtype=torch.float32)
+    large = IFSuperResolutionPipeline.from_pretrained(tmp_path / "base" / "stage2", torch_dtype=torch.float32)
+    picture = None
+    for theirs, side in ((small, 16), (large, 32)):
+        theirs.set_progress_bar_config(disable=True)
+        given = {} if picture is None else {"image": picture, "noise_level": 100, "height": side, "width": side}
+        states = theirs.encode_prompt("a sks dog", num_images_per_prompt=1, device="cpu")
+        embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), states, strict=True))
+        picture = theirs(**given, **embeds, num_inference_steps=2, output_type="pt").images
+        assert picture.shape[-2:] == (side, side) and torch.isfinite(picture).all()
+    for name, factor in (("stage1", None), ("stage2", 2)):
+        pipeline = load_pipeline(str(tmp_path / "base" / name))
+        params = read_params(pipeline)
+        assert all(np.isfinite(value).all() for value in params.values())
+        assert (pipeline.low_resolution and pipeline.low_resolution.factor) == factor
+        ids = pipeline.tokenize(["a sks dog"])
+        ours = pipeline.encode_text(params, ids)["states"]
+        theirs = small if factor is None else large
+        states, _ = theirs.encode_prompt("a sks dog", do_classifier_free_guidance=False, device="cpu")
+        np.testing.assert_allclose(ours, states.detach(), atol=1e-4)
+
+
 def test_killed_it_goes_on_and_ends_with_the_same_weights(start, undisturbed, tmp_path):
     """Killed in its last part, with the others finished."""
     process = start(tmp_path)
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "parts" / "unet").glob("[0-9]*")):  # its first checkpoint
-        assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
-        time.sleep(0.01)
+    wait_for_checkpoint(process, tmp_path / "parts" / "unet")
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "base" / "unet").exists()

@@ -26,7 +26,8 @@ from dreambooth_jax.ops.pixels import from_bytes, to_unit
 
 UNET = Part(PixelUNetSpec.from_config, PixelUNet, "diffusion_pytorch_model.safetensors", DENOISER)
 TEXT_ENCODER = Part(T5Spec.from_config, T5EncoderModel, "model.safetensors", TEXT)
-_NOISING = "image_noising_scheduler"
+NOISING = "image_noising_scheduler"
+UPSCALE = "_upscale"  # in model_index.json: side of a stage's pictures over that of the stage before
 _OF_PIXELS = ("clip_sample", "thresholding")  # done by `clip`
 
 
@@ -106,12 +107,21 @@ def saved_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def low_resolution(models: Models) -> LowResolution:
-    """Enlarged before noise is added (deepfloyd_if/modules/stage_II.py). model_index.json holds the factor where
-    it is not four, and the level of a trained stage."""
-    levels = np.arange(models.configs[_NOISING].get("num_train_timesteps", 1000))
-    sigma = np.asarray(process(models.configs, _NOISING).sigma(levels), np.float64)
+    """model_index.json holds the factor where it is not four, and the level of a trained stage."""
     index = models.configs["index"]
-    return LowResolution(index.get("_upscale", 4), True, sigma, index.get(NOISE_LEVEL, 250))
+    return enlarging(models.configs[NOISING], index.get(UPSCALE, 4), index.get(NOISE_LEVEL, 250))
+
+
+def enlarging(noising: Mapping[str, Any], factor: int, usual_level: int) -> LowResolution:
+    """Enlarged before noise is added (deepfloyd_if/modules/stage_II.py).
+
+    Args:
+        noising: the config of the schedule of noise on the low-resolution picture.
+        factor, usual_level: as in `LowResolution`.
+    """
+    levels = np.arange(noising.get("num_train_timesteps", 1000))
+    sigma = np.asarray(process({NOISING: noising}, NOISING).sigma(levels), np.float64)
+    return LowResolution(factor, True, sigma, usual_level)
 
 
 def of_example(models: Models, pictures: Pictures) -> Cond:
@@ -137,7 +147,7 @@ STAGE_I = sd.FAMILY._replace(
 )
 STAGE_II = STAGE_I._replace(
     name="IFSuperResolutionPipeline",
-    schedulers=("scheduler", _NOISING),
+    schedulers=("scheduler", NOISING),
     problems=lambda models: text_problems(models) + _channel_problems(models.specs["unet"], 6),
     predict=predict_larger,
     guidance=4.0,

@@ -12,6 +12,7 @@ from dreambooth_jax.tiny.world.names import COLOURS, CORE_NOUNS, SUBJECT_NOUNS
 from dreambooth_jax.tiny.world.scenes import BACKGROUNDS, SETTINGS
 from dreambooth_jax.tiny.world.sprites import Sprite, load_sprites
 from dreambooth_jax.tiny.world.tokenizer import rare_words, write_tokenizer
+from dreambooth_jax.tiny.world.unigram import write_unigram
 
 __all__ = [
     "BACKGROUNDS",
@@ -26,4 +27,5 @@ __all__ = [
     "render",
     "words",
     "write_tokenizer",
+    "write_unigram",
 ]

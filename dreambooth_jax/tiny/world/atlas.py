@@ -51,7 +51,7 @@ class Atlas(NamedTuple):
         individual: number of the individual that each sprite shows [s].
         style: row of `medium` for each sprite [s].
         medium, thing, place: the parts of a caption; `place` has rows for BACKGROUNDS, then for pairs of colours.
-        special: ids of the start, end and padding tokens [3].
+        special: ids of the start, end and padding tokens [3]; start is -1 for a tokenizer that has none.
     """
 
     sprites: tuple[UInt8[Array, "s h w 4"], ...]
@@ -108,8 +108,12 @@ def make_atlas(
         medium=_phrases([media(style) for style in styles], tokenizer),
         thing=_phrases([things(sprite) for sprite in sprites], tokenizer),
         place=_phrases([*grounds, *pairs], tokenizer),
-        special=jnp.asarray([tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id], jnp.int32),
+        special=jnp.asarray([_start(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id], jnp.int32),
     )
+
+
+def _start(tokenizer: Tokenizer) -> int:
+    return -1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def _useful(sides: list[int], size: int) -> list[int]:
@@ -163,8 +167,9 @@ def caption_ids(atlas: Atlas, labels: Labels, key: Key[Array, ""], length: int) 
     keys = jax.random.split(key, len(rows))
     parts = [_pick(phrases, row, k) for (phrases, row), k in zip(rows, keys, strict=True)]
     position = jnp.arange(length)[None]
-    ids = jnp.where(position == 0, start, pad)
-    at = jnp.ones((len(labels.sprite), 1), jnp.int32)
+    starts = start >= 0
+    ids = jnp.where((position == 0) & starts, start, pad)
+    at = jnp.full((len(labels.sprite), 1), starts, jnp.int32)
     for tokens, count in parts:
         within = position - at
         taken = jnp.take_along_axis(tokens, jnp.clip(within, 0, tokens.shape[1] - 1), axis=1)

@@ -1,0 +1,132 @@
+"""The embedded cascade's stages: pixel UNets of DeepFloyd IF's kind with a text encoder of T5's kind, trained on
+pictures that the step itself composes and makes small."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from dreambooth_jax.diffusion.low_resolution import UNIFORM, LowResolution, make_augment
+from dreambooth_jax.diffusion.process import Process, corrupt, target
+from dreambooth_jax.families.imagen import enlarging, process
+from dreambooth_jax.files.tokenizer import Tokenizer
+from dreambooth_jax.models.params import Functional, Params, functional, under_prefix, with_prefix
+from dreambooth_jax.models.pixel_unet import PixelUNet, PixelUNetSpec
+from dreambooth_jax.models.t5 import T5EncoderModel, T5Spec
+from dreambooth_jax.ops.pixels import from_bytes
+from dreambooth_jax.tiny.contrastive import Loss, Pictures, View, draw_any
+from dreambooth_jax.tiny.fit import fit, make_step, muon
+from dreambooth_jax.tiny.parts import Part
+from dreambooth_jax.tiny.world.atlas import Atlas
+
+USUAL_LEVEL = 100  # of 1,000: noise on the picture of the stage before when an untuned stage II paints
+
+
+class Texts(NamedTuple):
+    """How a stage reads captions.
+
+    Attributes:
+        encoder: T5, named "text_encoder." in the parameters.
+        empty: token ids of the empty caption.
+        unconditional: share of examples without caption, for classifier-free guidance.
+    """
+
+    encoder: Functional
+    empty: tuple[int, ...]
+    unconditional: float
+
+
+def shrink(images: UInt8[Array, "b h w 3"], factor: int) -> UInt8[Array, "b rows columns 3"]:
+    """The pictures `factor` times smaller as `data.low_resolution.shrink` makes them, inside a jitted function: Pillow
+    rounds to bytes between the axes."""
+    count, height, width, _ = images.shape
+    for shape in ((count, height, width // factor, 3), (count, height // factor, width // factor, 3)):
+        resized = jax.image.resize(images.astype(jnp.float32), shape, "lanczos3", antialias=True)
+        images = jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
+    return images
+
+
+def pixel_loss(unet: Functional, texts: Texts, noise: Process, *, factor: int, low: LowResolution | None) -> Loss:
+    """||target - f(x_t, t, c)||^2 of Imagen's stages (arXiv 2205.11487, section 2).
+
+    Args:
+        unet: the denoiser, named "unet." in the parameters.
+        noise: noise levels and the prediction.
+        factor: side of the batch's pictures over that of stage I's.
+        low: the condition of stage II, whose noise has any level; None for stage I.
+    """
+
+    def loss(params: Params, batch: Pictures, key: Array) -> Float[Array, ""]:
+        eps_key, t_key, drop_key, low_key = jax.random.split(key, 4)
+        small = shrink(batch.images, factor)
+        x0 = from_bytes(small if low is None else batch.images)
+        eps = jax.random.normal(eps_key, x0.shape)
+        t = jax.vmap(noise.draw_t)(jax.random.split(t_key, len(x0)))
+        dropped = jax.random.bernoulli(drop_key, texts.unconditional, (len(x0), 1))
+        ids = jnp.where(dropped, jnp.asarray(texts.empty), batch.ids)
+        states = texts.encoder.apply(under_prefix("text_encoder.", params), ids)
+        x, level = corrupt(noise, x0, eps, t), None
+        if low is not None:
+            augment = make_augment(low, x0.shape[1], UNIFORM)
+            cond = jax.vmap(augment)({"low": small.reshape(len(small), -1)}, jax.random.split(low_key, len(small)))
+            x, level = jnp.concatenate([x, cond["low"]], -1), cond["level"].astype(jnp.float32)
+        prediction = unet.apply(under_prefix("unet.", params), x, t.astype(jnp.float32), states, level)
+        return jnp.square(prediction.astype(jnp.float32) - target(noise, x0, eps, t)).mean()
+
+    return loss
+
+
+def text_config(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The config.json of T5."""
+    return config.text.to_dict() | {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def train_stages(
+    config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Array
+) -> tuple[Mapping[str, Part], Mapping[str, Part]]:
+    """Stage I together with T5, then stage II with T5 as it is; UNet and text encoder of each."""
+    text_key, *keys = jax.random.split(key, 3)
+    about, dtype = text_config(config, tokenizer), jnp.dtype(config.dtype)
+    spec = T5Spec.from_config(about)
+    encoder = functional(lambda rngs: T5EncoderModel(spec, dtype=dtype, rngs=rngs))
+    empty = tokenizer("", padding="max_length", max_length=config.max_length).input_ids
+    texts = Texts(encoder, tuple(empty), config.unconditional)
+    text = with_prefix("text_encoder.", first_weights(encoder, spec, text_key))
+    low = enlarging(config.noising.to_dict(), config.factor, USUAL_LEVEL)
+    stages = []
+    for name, own, unet_key in zip(("stage1", "stage2"), (None, low), keys, strict=True):
+        part = config[name]
+        unet_spec = PixelUNetSpec.from_config(part.model.to_dict())
+        unet = functional(lambda rngs, spec=unet_spec: PixelUNet(spec, dtype=dtype, rngs=rngs))
+        start, frozen = with_prefix("unet.", unet.init(unet_key)), {}
+        if own is None:
+            start |= text
+        else:
+            frozen = text
+        noise = process({"scheduler": config.scheduler.to_dict()})
+        loss = pixel_loss(unet, texts, noise, factor=config.factor, low=own)
+        optimizer = muon(part, start)
+        draw = draw_any(View(part.batch_size, config.resolution, config.max_length))
+        step = make_step(loss, optimizer, draw, part.ema_decay)
+        params = fit(name, step, start, frozen, optimizer, atlas, config, part)
+        if own is None:
+            text = {name: value for name, value in params.items() if name.startswith("text_encoder.")}
+        parts = {"unet": Part(under_prefix("unet.", params), part.model.to_dict())}
+        stages.append(parts | {"text_encoder": Part(under_prefix("text_encoder.", text), about)})
+    return stages[0], stages[1]
+
+
+def first_weights(encoder: Functional, spec: T5Spec, key: Array) -> Params:
+    """Random weights with queries small enough for scores that no 1/sqrt(d) divides (arXiv 1910.10683)."""
+    scale = 1 / math.sqrt(spec.d_kv)
+    return {name: scale * x if name.endswith(".q.kernel") else x for name, x in encoder.init(key).items()}
