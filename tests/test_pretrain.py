@@ -87,7 +87,7 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
 
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not list(folder.glob("[0-9]*")):
         assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
         time.sleep(0.01)
