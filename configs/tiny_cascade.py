@@ -81,7 +81,7 @@ def _unet(widths: tuple[int, ...], **fields: Any) -> dict[str, Any]:
     deeper = len(widths) - 1
     return {
         "_class_name": "UNet2DConditionModel",
-        "out_channels": 3,
+        "out_channels": 6,
         "block_out_channels": list(widths),
         "down_block_types": ["ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * deeper],
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",

@@ -98,7 +98,13 @@ def train_base(config: ConfigDict, sprites: list["Sprite"], words: list[str]) ->
         logging.info("%s: %.2f M parameters", name, count(part.params) / 1e6)
         save_model(output / name, part.params, part.config, dtype=np.float16, file=stem)
     (output / "clip" / TAUGHT).write_text("".join(f"{noun}\n" for noun in sorted({s.noun for s in sprites})))
-    index = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer", "unet": UNET, "vae": "AutoencoderKL"}
+    index = {
+        "image_encoder": None,
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "unet": UNET,
+        "vae": "AutoencoderKL",
+    }
     write_index(output, "StableDiffusionPipeline", index, {"scheduler": ("DDIMScheduler", config.scheduler.to_dict())})
 
 
@@ -158,7 +164,7 @@ def write_index(
     for part, (_, config) in schedulers.items():
         (folder / part).mkdir(exist_ok=True)
         (folder / part / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    absent = {part: None for part in ("feature_extractor", "image_encoder", "safety_checker")}
+    absent = {part: None for part in ("feature_extractor", "safety_checker")}
     libraries = {"unet": "diffusers", "vae": "diffusers"}
     parts = {
         part: [libraries.get(part, "transformers") if kind else None, kind]

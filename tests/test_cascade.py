@@ -18,12 +18,15 @@ from support.runs import assert_same_state, config_of, finish, read_state
 from support.torch_folders import unchanged
 
 from dreambooth_jax import export, sample
+from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.images import Examples
 from dreambooth_jax.data.low_resolution import cut
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.diffusion.low_resolution import LowResolution, make_augment
+from dreambooth_jax.families.family import DENOISER
 from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pipeline
+from dreambooth_jax.files.lora_peft import write_peft
 from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Request, make_paint_batch, make_painter
 from dreambooth_jax.runs.cascade import _name
@@ -182,6 +185,33 @@ def test_levels_of_noise(stages):
     assert levels.min() < 100 and levels.max() > 900
     deviation = np.std(np.asarray(drawn["low"]).reshape(64, -1), axis=1)
     np.testing.assert_allclose(deviation, low.sigma[levels], rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["I", "II"])
+def test_an_adapter_predicts_in_diffusers_what_it_predicts_here(name, stages, tmp_path):
+    """Random factors of every attention: those of the pixels and those of the text."""
+    folder, reference, pipeline, params = stages[name]
+    method = lora(pipeline.trainable(DENOISER), "attention", 2, 4.0)
+    trainable, frozen = method.start(params, KEY)
+    trainable = {n: 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, (n, x) in enumerate(trainable.items())}
+    assert {n.split(".")[-3] for n in trainable} >= {"to_q", "to_k", "to_v", "0", "add_k_proj", "add_v_proj"}
+    write_peft(tmp_path / "sks.safetensors", method.adapter(trainable), dtype="float32")
+    theirs = type(reference).from_pretrained(folder)
+    theirs.load_lora_weights(tmp_path / "sks.safetensors")
+
+    side = SIDES[name]
+    x = jax.random.normal(KEY, (1, side, side, pipeline.models.specs["unet"].in_channels))
+    states, t, level = jax.random.normal(KEY, (1, 77, 32)), jnp.asarray([500.0]), jnp.asarray([3.0])
+    given = (level,) if name == "II" else ()
+    predict = jax.jit(lambda params: pipeline.models.apply("unet", params, x, t, states, *given))
+    ours = predict(method.combine(frozen, trainable))
+    labels = {"class_labels": torch.tensor([3.0])} if name == "II" else {}
+    with torch.no_grad():
+        expected = theirs.unet(
+            torch.from_numpy(np.array(x)).movedim(-1, 1), 500, torch.from_numpy(np.array(states)), **labels
+        ).sample.movedim(1, -1)
+    assert np.abs(ours - expected.numpy()).max() <= 1e-4 * np.abs(expected.numpy()).max()
+    assert np.abs(ours - predict(params)).max() > 1e-2 * np.abs(ours).max()
 
 
 def test_a_level_of_no_training_is_refused(stages):

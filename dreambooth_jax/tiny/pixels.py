@@ -74,7 +74,8 @@ def pixel_loss(unet: Functional, texts: Texts, noise: Process, *, factor: int, l
             augment = make_augment(low, x0.shape[1], UNIFORM)
             cond = jax.vmap(augment)({"low": small.reshape(len(small), -1)}, jax.random.split(low_key, len(small)))
             x, level = jnp.concatenate([x, cond["low"]], -1), cond["level"].astype(jnp.float32)
-        prediction = unet.apply(under_prefix("unet.", params), x, t.astype(jnp.float32), states, level)
+        output = unet.apply(under_prefix("unet.", params), x, t.astype(jnp.float32), states, level)
+        prediction, _ = jnp.split(output, 2, -1)  # IF's folders have channels of the variance too, and they stay idle
         return jnp.square(prediction.astype(jnp.float32) - target(noise, x0, eps, t)).mean()
 
     return loss
