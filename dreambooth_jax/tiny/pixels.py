@@ -96,35 +96,48 @@ def train_stages(
     config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Array
 ) -> tuple[Mapping[str, Part], Mapping[str, Part]]:
     """Stage I together with T5, then stage II with T5 as it is; UNet and text encoder of each."""
-    text_key, *keys = jax.random.split(key, 3)
-    about, dtype = text_config(config, tokenizer), jnp.dtype(config.dtype)
+    text_key, first_key, second_key = jax.random.split(key, 3)
+    about = text_config(config, tokenizer)
     spec = T5Spec.from_config(about)
-    encoder = functional(lambda rngs: T5EncoderModel(spec, dtype=dtype, rngs=rngs))
+    encoder = functional(lambda rngs: T5EncoderModel(spec, dtype=jnp.dtype(config.dtype), rngs=rngs))
     empty = tokenizer("", padding="max_length", max_length=config.max_length).input_ids
     texts = Texts(encoder, tuple(empty), config.unconditional)
-    text = with_prefix("text_encoder.", first_weights(encoder, spec, text_key))
     low = enlarging(config.noising.to_dict(), config.factor, USUAL_LEVEL)
-    stages = []
-    for name, own, unet_key in zip(("stage1", "stage2"), (None, low), keys, strict=True):
-        part = config[name]
-        unet_spec = PixelUNetSpec.from_config(part.model.to_dict())
-        unet = functional(lambda rngs, spec=unet_spec: PixelUNet(spec, dtype=dtype, rngs=rngs))
-        start, frozen = with_prefix("unet.", unet.init(unet_key)), {}
-        if own is None:
-            start |= text
-        else:
-            frozen = text
-        noise = process({"scheduler": config.scheduler.to_dict()})
-        loss = pixel_loss(unet, texts, noise, factor=config.factor, low=own)
-        optimizer = muon(part, start)
-        draw = draw_any(View(part.batch_size, config.resolution, config.max_length))
-        step = make_step(loss, optimizer, draw, part.ema_decay)
-        params = fit(name, step, start, frozen, optimizer, atlas, config, part)
-        if own is None:
-            text = {name: value for name, value in params.items() if name.startswith("text_encoder.")}
-        parts = {"unet": Part(under_prefix("unet.", params), part.model.to_dict())}
-        stages.append(parts | {"text_encoder": Part(under_prefix("text_encoder.", text), about)})
-    return stages[0], stages[1]
+    start = with_prefix("text_encoder.", first_weights(encoder, spec, text_key))
+    small = _train_stage(config, "stage1", atlas, texts, None, first_key, start, {})
+    text = {name: value for name, value in small.items() if name.startswith("text_encoder.")}
+    large = _train_stage(config, "stage2", atlas, texts, low, second_key, {}, text)
+
+    def parts(name: str, params: Params) -> dict[str, Part]:
+        return {
+            "unet": Part(under_prefix("unet.", params), config[name].model.to_dict()),
+            "text_encoder": Part(under_prefix("text_encoder.", text), about),
+        }
+
+    return parts("stage1", small), parts("stage2", large)
+
+
+def _train_stage(
+    config: ConfigDict,
+    name: str,
+    atlas: Atlas,
+    texts: Texts,
+    low: LowResolution | None,
+    key: Array,
+    start: Params,
+    frozen: Params,
+) -> Params:
+    """A UNet from random weights, and what is in `start`."""
+    part, dtype = config[name], jnp.dtype(config.dtype)
+    spec = PixelUNetSpec.from_config(part.model.to_dict())
+    unet = functional(lambda rngs: PixelUNet(spec, dtype=dtype, rngs=rngs))
+    noise = process({"scheduler": config.scheduler.to_dict()})
+    loss = pixel_loss(unet, texts, noise, factor=config.factor, low=low)
+    start = start | with_prefix("unet.", unet.init(key))
+    optimizer = muon(part, start)
+    draw = draw_any(View(part.batch_size, config.resolution, config.max_length))
+    step = make_step(loss, optimizer, draw, part.ema_decay)
+    return fit(name, step, start, frozen, optimizer, atlas, config, part)
 
 
 def first_weights(encoder: Functional, spec: T5Spec, key: Array) -> Params:
