@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_upsca
 from diffusers.schedulers import scheduling_ddpm
 from PIL import Image
 from support.cascade_folders import write_stage_i, write_stage_ii, write_upscaler
-from support.runs import assert_same_state, config_of, finish, read_state
+from support.runs import assert_same_state, checkpoints, config_of, finish, kill_when, read_state, start
 from support.torch_folders import unchanged
 
 from dreambooth_jax import export, sample
@@ -302,7 +302,7 @@ CASCADE = {
 
 @pytest.mark.slow
 def test_both_stages_train_in_one_workdir_and_resume_in_either(stages, tmp_path):
-    """All stages at once, and one after the other in two calls, are the same to the last bit."""
+    """All stages at once, and one after the other, killed in the second, are the same to the last bit."""
     fields = CASCADE | {
         "base": str(stages["I"][0]),
         "stages": (str(stages["II"][0]),),
@@ -312,6 +312,8 @@ def test_both_stages_train_in_one_workdir_and_resume_in_either(stages, tmp_path)
     assert "stage1" in output and "stage2" in output
     first = finish(tmp_path / "parts", **fields, stage=1)
     assert "stage2" not in first
+    process = start(tmp_path / "parts", **fields)
+    assert kill_when(process, lambda: checkpoints(tmp_path / "parts" / "stage2"))
     finish(tmp_path / "parts", **fields)
     for stage in ("stage1", "stage2"):
         one, two = (read_state(tmp_path / run / stage, 4) for run in ("whole", "parts"))

@@ -2,10 +2,8 @@
 others open."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from diffusers import IFPipeline, IFSuperResolutionPipeline, StableDiffusionPipe
 from safetensors.numpy import load_file
 from support.flags import xla_flags
 from support.npm_packages import write_packages
+from support.runs import kill_when
 
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 
@@ -86,11 +85,8 @@ def finish(process: subprocess.Popen, folder: Path) -> None:
     assert process.wait(timeout=600) == 0, (folder / "log").read_text()[-3000:]
 
 
-def wait_for_checkpoint(process: subprocess.Popen, folder: Path) -> None:
-    deadline = time.monotonic() + 600
-    while not list(folder.glob("[0-9]*")):
-        assert process.poll() is None and time.monotonic() < deadline, "ended before it could be killed"
-        time.sleep(0.01)
+def kill_at_checkpoint(process: subprocess.Popen, folder: Path) -> None:
+    assert kill_when(process, lambda: list(folder.glob("[0-9]*"))), "ended before it could be killed"
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +114,7 @@ def test_others_open_what_it_writes(undisturbed):
 def test_others_open_the_cascade_that_it_writes(start, tmp_path):
     """Stage I, and stage II on its picture; and killed in stage II it goes on with stage I as it was."""
     process = start(tmp_path, "tiny_cascade")
-    wait_for_checkpoint(process, tmp_path / "parts" / "stage2")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_at_checkpoint(process, tmp_path / "parts" / "stage2")
     first = (tmp_path / "parts" / "stage1.csv").read_text()
     finish(start(tmp_path, "tiny_cascade"), tmp_path)
     assert (tmp_path / "parts" / "stage1.csv").read_text() == first and len(first.splitlines()) == 3
@@ -149,9 +143,7 @@ def test_others_open_the_cascade_that_it_writes(start, tmp_path):
 def test_killed_it_goes_on_and_ends_with_the_same_weights(start, undisturbed, tmp_path):
     """Killed in its last part, with the others finished."""
     process = start(tmp_path)
-    wait_for_checkpoint(process, tmp_path / "parts" / "unet")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_at_checkpoint(process, tmp_path / "parts" / "unet")
     assert not (tmp_path / "base" / "unet").exists()
     finish(start(tmp_path), tmp_path)
     for path in undisturbed.rglob("*.safetensors"):
