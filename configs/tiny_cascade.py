@@ -1,7 +1,7 @@
 """The embedded cascade: Imagen's recipe at 1/1000 of its size, 32 pixels, then 64, on the world of the embedded base.
 
-python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py       # from random weights, a CPU, many hours
-python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py:gpu   # the same, one accelerator, ten minutes
+python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py       # from random weights, a CPU, days
+python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py:gpu   # larger batches, bfloat16, for one accelerator
 
 The settings of XLA_FLAGS and GLIBC_TUNABLES in configs/tiny_base.py help here too.
 """
