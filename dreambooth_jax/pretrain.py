@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     with one_line_errors():
-        example = "configs/tiny_base.py"
-        _, config, _ = config_file.parse(parser, arguments, example, default=example)
-        config_file.check_fields(config, config_file.load(example), example)
+        base, cascade = "configs/tiny_base.py", "configs/tiny_cascade.py"
+        _, config, _ = config_file.parse(parser, arguments, base, default=base)
+        like = cascade if "factor" in config else base
+        config_file.check_fields(config, config_file.load(like), like)
         pretrain(config)
 
 
