@@ -50,7 +50,7 @@ def get_config():
 CASCADE = """
 def get_config():
     config = made("gpu")
-    config.resolution, config.steps_per_call, config.save_seconds, config.max_length = 32, 2, 0, 24
+    config.resolution, config.steps_per_call, config.save_seconds = 32, 2, 0
     config.text.update(d_ff=16, d_kv=8, d_model=16, num_heads=2, num_layers=1)
     for stage, side in ((config.stage1, 16), (config.stage2, 32)):
         stage.update(steps=6, decay_steps=2, batch_size=8)
