@@ -12,7 +12,7 @@ from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pi
 from dreambooth_jax.files.safetensors import save_tensors
 from dreambooth_jax.files.stream import as_tensor, write_tensors
 from dreambooth_jax.files.weight_files import WeightsError
-from dreambooth_jax.runs.export_checks import check_output, written_by
+from dreambooth_jax.runs.export_checks import check_output, title_of, written_by
 from dreambooth_jax.runs.exports import check_reopened
 from dreambooth_jax.runs.workdir import open_run
 
@@ -105,6 +105,10 @@ def test_weights_of_an_earlier_export_are_not_left_beside_new_ones(sd15, tmp_pat
         with pytest.raises(WeightsError, match=f"{part} holds weights of an earlier model, {other.name}: .* Remove"):
             save_pipeline(sd15.pipeline, sd15.params, folder)
         assert [path for path in folder.rglob("*") if path.is_file()] == [other]
+
+
+def test_a_new_tokens_brackets_are_in_no_file_name(tmp_path):
+    assert title_of(config_of(tmp_path, identifier="<sks>", class_noun="toy dog")) == "sks_toy_dog"
 
 
 def test_numbers_too_large_for_a_file_are_not_written(tmp_path):

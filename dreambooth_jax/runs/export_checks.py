@@ -18,7 +18,7 @@ _ADAPTERS = ("kohya", "peft")  # formats of an adapter alone
 
 def title_of(config: ConfigDict) -> str:
     """Name of a run's subject in files."""
-    return f"{config.identifier} {config.class_noun}".replace(" ", "_").strip("<>")
+    return f"{config.identifier.strip('<>')} {config.class_noun}".replace(" ", "_")
 
 
 def file_of(path: Path, kind: str, title: str) -> Path:
