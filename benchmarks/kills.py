@@ -129,7 +129,8 @@ def chain(number: int, kills: int, base: Path, whole: Path, seconds: float) -> d
         kind, delay = random_.choice(MOMENTS), random_.uniform(0, 0.3)
         asked = number % 2 == 1 and random_.random() < 0.25
         name = ASKED[len(done["asked"]) % len(ASKED)] if asked else signal.SIGKILL
-        before = len(log_of(workdir).read_text()) if log_of(workdir).exists() else 0
+        log_of(workdir).touch()  # a process that is killed at once writes none
+        before = len(log_of(workdir).read_text())
         process = start(workdir, base)
         try:
             was_running, took = send_when(process, name, event_of(kind, workdir, random_.uniform(0, seconds)), delay)
