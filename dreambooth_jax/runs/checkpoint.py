@@ -173,9 +173,7 @@ def set_aside_damaged(folder: str | os.PathLike) -> list[str]:
                 verify(folder, step)
                 break
             except (DamagedCheckpoint, OSError) as error:
-                place = _free_name(Path(folder).parent / "damaged_checkpoints" / str(step))
-                place.parent.mkdir(exist_ok=True)
-                os.rename(Path(folder) / str(step), place)
+                place = set_aside(Path(folder) / str(step), Path(folder).parent)
                 lines.append(f"{error}. It is set aside as {place}")
         if lines:
             left = steps_of(folder)
@@ -195,11 +193,11 @@ def weights_at(folder: str | os.PathLike, step: int) -> str:
     return " ".join(digests[name] for name in ("trainable", "ema") if name in digests)
 
 
-def set_aside(folder: str | os.PathLike, name: str) -> Path:
-    """Moves `folder`/name to a free name in `folder`/damaged_checkpoints; returns it."""
-    place = _free_name(Path(folder) / "damaged_checkpoints" / name)
+def set_aside(path: Path, workdir: Path) -> Path:
+    """Moves a folder of checkpoints to a free name in workdir/damaged_checkpoints; returns it."""
+    place = _free_name(workdir / "damaged_checkpoints" / path.name)
     place.parent.mkdir(exist_ok=True)
-    os.rename(Path(folder) / name, place)
+    os.rename(path, place)
     return place
 
 

@@ -200,7 +200,7 @@ def _best_of_another_run(workdir: epath.Path) -> list[str]:
     """Sets best/ aside where no checkpoint is left beside it: the run begins anew, and it is not its own."""
     if not (workdir / BEST).exists() or checkpoint.steps_of(workdir / "checkpoints") or is_remote(workdir):
         return []
-    place = checkpoint.set_aside(workdir, BEST) if runtime.is_first_process() else workdir / BEST
+    place = checkpoint.set_aside(Path(workdir / BEST), Path(workdir)) if runtime.is_first_process() else workdir / BEST
     return [f"{workdir / BEST} is of a run whose checkpoints are gone: it is set aside as {place}; the run begins anew"]
 
 
