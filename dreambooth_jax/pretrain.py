@@ -49,9 +49,11 @@ def pretrain(config: ConfigDict) -> None:
     """Trains every part and writes the base, or the folder of each stage of a cascade."""
     import jax  # here, so that --help needs no JAX
 
+    from dreambooth_jax.devices import runtime
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.tiny import world
 
+    runtime.start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jax.set_mesh(make_mesh())  # attention splits its batch over it
     config.update(output=os.path.expanduser(config.output), workdir=os.path.expanduser(config.workdir))

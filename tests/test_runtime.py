@@ -46,3 +46,10 @@ def test_a_machine_without_a_tpu_is_silent_about_it():
     program = "from dreambooth_jax.devices import runtime; runtime.start(); import jax; print(jax.device_count())"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", ("evaluate", "export", "identifier", "plan", "pretrain", "sample", "train"))
+def test_every_command_prepares_jax(name):
+    """Without it a command computes wrong sums on CPU (see `test_sums_over_products_are_right`)."""
+    source = (Path(__file__).parent.parent / "dreambooth_jax" / f"{name}.py").read_text()
+    assert "runtime.start()" in source
