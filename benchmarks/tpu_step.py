@@ -42,7 +42,9 @@ SETTINGS = [
     )
     for fields in choices
 ]
-SAMPLERS = [(chip, 4, {"sampler": "ddim", "sampling_steps": 50}) for chip in ("v5e", "v6e")]
+DDIM = {"sampler": "ddim", "sampling_steps": 50}
+SAMPLERS = [(chip, 4, DDIM) for chip in ("v5e", "v6e")]
+SAMPLERS += [("v5e", 4, DDIM | {"reuse_features": n}) for n in (2, 3, 5)]
 
 
 def title(chip: str, images: int, fields: dict) -> str:
@@ -123,8 +125,9 @@ def main() -> None:
     for chip, images, fields in SAMPLERS:
         config = get_config("sd15")
         config.update(class_batch_size=images, **fields)
+        reuse = f", whole UNet every {fields['reuse_features']}" if "reuse_features" in fields else ""
         show(
-            f"{chip}, painting {images}, {fields['sampling_steps']} steps of {fields['sampler']}",
+            f"{chip}, painting {images}, {fields['sampling_steps']} steps of {fields['sampler']}{reuse}",
             lambda hlo, config=config, chip=chip: painting(config, chip, hlo, quick=not options.full),
         )
 

@@ -129,6 +129,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.judge_clip = "openai/clip-vit-base-patch32"  # scored by the models beside it
     config.sampler = "dpm++"  # or "ddim", "euler", and ancestral "ddpm", "euler_a"; also paints the class images
     config.sampling_steps = 20
+    config.reuse_features = 1  # steps of a sheet's picture that share the deep features of the first; 1: none do
     config.guidance_scale = 2.5
     config.negative_prompt = ""
 

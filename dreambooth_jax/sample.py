@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dreambooth_jax.families.pipeline import Pipeline
     from dreambooth_jax.models.params import Params
 
-DEFAULTS = {"sampler": "dpm++", "steps": 25, "batch_size": 8}
+DEFAULTS = {"sampler": "dpm++", "steps": 25, "reuse_features": 1, "batch_size": 8}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -47,6 +47,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sampler", choices=SAMPLERS, help="solver (default: dpm++)")
     parser.add_argument("--steps", type=positive, help="steps of the sampler (default: 25)")
+    parser.add_argument(
+        "--reuse_features",
+        type=positive,
+        help="steps that share the deep features of the first: faster, and not quite the same pictures (default: 1)",
+    )
     parser.add_argument(
         "--guidance", type=finite, help="classifier-free guidance scale; default: the run's, or the base's"
     )
@@ -98,6 +103,8 @@ def check(options: argparse.Namespace) -> None:
     if options.guidance == 1 and options.negative_prompt:
         raise ValueError("--negative_prompt: no effect with --guidance 1, which does not move away from it")
     fill(options, DEFAULTS)
+    if options.reuse_features > options.steps:
+        raise ValueError(f"--reuse_features {options.reuse_features}: expected no more than --steps, {options.steps}")
 
 
 def _describe(options: argparse.Namespace) -> "tuple[Pipeline, dict[str, Any]]":
@@ -119,6 +126,7 @@ def _describe(options: argparse.Namespace) -> "tuple[Pipeline, dict[str, Any]]":
         "resolution": options.resolution or resolution,
         "sampler": options.sampler,
         "steps": options.steps,
+        "reuse_features": options.reuse_features,
         "guidance": guidance if options.guidance is None else options.guidance,
     }
 
@@ -226,6 +234,7 @@ def paint(options: argparse.Namespace) -> epath.Path:
         "negative_prompt": options.negative_prompt,
         "sampler": options.sampler,
         "steps": str(options.steps),
+        "reuse_features": str(options.reuse_features),
         "guidance": str(settings["guidance"]),
         **({"adapters": ", ".join(options.lora)} if options.lora else {}),
     }

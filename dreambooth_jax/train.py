@@ -42,6 +42,8 @@ def run(config: ConfigDict) -> None:
     import jax  # here, so that a wrong config is refused without it
 
     from dreambooth_jax.devices import runtime
+    from dreambooth_jax.families.pipeline import describe_base
+    from dreambooth_jax.painting.painter import check_divided
     from dreambooth_jax.runs import lease
     from dreambooth_jax.runs.many import train_many
     from dreambooth_jax.runs.preemption import Preemption
@@ -55,6 +57,9 @@ def run(config: ConfigDict) -> None:
                 train_many(config, guard)
                 return
             configs = stage_configs(config)
+            for _, own in chosen(config, configs):  # a later stage too, before the first one trains
+                if own.reuse_features > 1:
+                    check_divided(describe_base(own.base), own.reuse_features)
             for number, own in chosen(config, configs):
                 train(set_up(own, before=configs[: number - 1]), guard)
         except jax.errors.JaxRuntimeError as error:

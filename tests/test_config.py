@@ -246,6 +246,14 @@ WRONG = {
         ["sample", "--base=tiny", "--prompt=a", "--guidance=1", "--negative_prompt=b"],
         "--negative_prompt: no effect with --guidance 1",
     ),
+    "reuse beyond the last step": (
+        ["sample", "--base=tiny", "--prompt=a", "--steps=4", "--reuse_features=5"],
+        "--reuse_features 5: expected no more than --steps, 4",
+    ),
+    "reuse in sheets": (
+        ["train", "--config", DOG, "--config.reuse_features=21"],
+        "reuse_features = 21 is above sampling_steps = 20",
+    ),
     "a protocol's own": (
         ["evaluate", "--config=configs/protocol.py", "--count=4", "--judge=auto", "--max_copy=0"],
         "--max_copy, --count, --judge: no effect with --config: a protocol has fields for it",
@@ -360,6 +368,7 @@ IDLE = {
     "subjects": ({"subjects": "a", "instance_images": "b"}, "instance_images = 'b' has no effect with subjects"),
     "moments": ({"optimizer": "adafactor", "moment_dtype": "bfloat16"}, "moment_dtype = 'bfloat16'"),
     "sheets": ({"sample_prompts": (), "sample_count": 2}, "sample_count = 2 has no effect without sample_prompts"),
+    "reuse": ({"sample_prompts": (), "reuse_features": 2}, "reuse_features = 2 has no effect without sample_prompts"),
 }
 
 

@@ -180,6 +180,23 @@ def test_painting_takes_the_sum_of_its_parts(config, monkeypatch, decoding_of_tw
     assert plan.painting_cost(job, chips.CHIPS["v5e"])[1] == pytest.approx(decoded + config.sampling_steps * 0.1)
 
 
+@pytest.mark.parametrize("prior", [True, False])
+def test_reused_features_shorten_sheets_and_not_class_images(config, monkeypatch, prior):
+    """Five steps, the whole model at the first and the fourth: two passes of the loop, and five for a class image."""
+    own = config.copy_and_resolve_references()
+    own.update(sampling_steps=5, reuse_features=3, prior_preservation=prior)
+    job = make_job(own, describe_base(config.base), make_mesh(1, 1, jax.devices()[:1]))
+    seconds = {3: 0.6 + 0.2, 1: 0.6 + 0.1, "ends": 0.6}  # the loop's body of three steps, of one; text and decoder
+    costs = {name: dataclasses.replace(EMPTY, roofline_seconds=value) for name, value in seconds.items()}
+    monkeypatch.setattr(plan, "lower_painting", lambda job: job.config.reuse_features)
+    monkeypatch.setattr(plan, "lower_ends", lambda job, batch_size: "ends")
+    monkeypatch.setattr(plan, "compile_for", lambda chip, lowered, quick: costs[lowered])
+    _, sheet, class_images = plan.painting_costs(job, chips.CHIPS["v5e"])
+    decoded = 0.6 * job.config.class_batch_size  # one after the other: as long for one as for all
+    assert sheet == pytest.approx(decoded + 2 * 0.2)
+    assert class_images == pytest.approx(decoded + 5 * 0.1 if prior else sheet)
+
+
 EMPTY = tpu.Cost(0, 0, 0, 0.0, 0.0, {}, 0.0, 0.0, 0.0, 0.0, None, 0.0, 0.0, "")
 
 

@@ -21,6 +21,10 @@ Primes denote the levels after the step.
   a = r sigma'/sigma with r = alpha sigma' / (alpha' sigma), b = alpha' - alpha a, c = 0. They differ in their times.
   A model that learns its variance (arXiv 2102.09672, equation 15) predicts f too: d^(1-f) e^f replaces d, with the
   larger variance e^2 = 1 - (alpha / alpha')^2, beta of the step that is taken. The last step adds no noise.
+
+Features of the model's deep layers change slowly from step to step. With `reuse_features` = n the scan takes n rows at
+a time (DeepCache, arXiv 2312.00858, section 3.3): the whole model at the first, at the others its outermost layers,
+given the deep features of the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,6 +37,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dreambooth_jax.diffusion.loss import Predict
 from dreambooth_jax.diffusion.process import Nodes, Process
+
+# (params, x_t, t, cond, deep features of an earlier step or None) -> (output, deep features)
+PredictDeep = Callable[[PyTree, Array, Array, PyTree, PyTree], tuple[Array, PyTree]]
 
 
 class Table(NamedTuple):
@@ -116,6 +123,8 @@ def make_sampler(
     steps: int = 50,
     clip: Callable[[Array], Array] | None = None,
     split: Callable[[Array], tuple[Array, Array | None]] = lambda output: (output, None),
+    reuse_features: int = 1,
+    with_deep: PredictDeep | None = None,
 ) -> Callable[..., Float[Array, "b ..."]]:
     """Builds `sample(params, noise, cond, uncond, guidance, keys=None) -> x0`, to be jitted by the caller.
 
@@ -127,6 +136,8 @@ def make_sampler(
         clip: function applied to every estimate of x0, for models of pixels; None for none.
         split: output -> (prediction, f of equation 15 or None). Guidance concerns the prediction alone, f is that of
             `cond`.
+        reuse_features: the whole model runs at every so many-th step; 1: at every step.
+        with_deep: `predict` that gives its deep features and takes those of an earlier step; for `reuse_features` > 1.
 
     Arguments of the returned function:
         params: of `predict`.
@@ -138,10 +149,14 @@ def make_sampler(
     Both conditions go through the model in one batch of 2b.
 
     Raises:
-        ValueError: see `sampler_table`; or, when called, keys are missing.
+        ValueError: see `sampler_table`; `reuse_features` is no number of steps, or above 1 without `with_deep`; or,
+            when called, keys are missing.
     """
     table = sampler_table(process, sampler, steps)
-    rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), table._replace(init_scale=None))
+    if not 1 <= reuse_features <= steps or (reuse_features > 1 and with_deep is None):
+        raise ValueError(f"reuse_features = {reuse_features}: expected 1, or with `with_deep` up to the {steps} steps")
+    model = with_deep if reuse_features > 1 else lambda *arguments: (predict(*arguments[:-1]), None)
+    rows = _in_groups(table, reuse_features)
 
     def sample(
         params: PyTree,
@@ -155,29 +170,47 @@ def make_sampler(
             raise ValueError(f"sampler = {sampler!r} draws noise at every step: expected keys, one per image")
         both = cond if uncond is None else jax.tree.map(lambda *pair: jnp.concatenate(pair), uncond, cond)
 
-        def guided(x: Float[Array, "b ..."], t: Float[Array, ""]) -> tuple[Array, Array | None]:
+        def guided(x: Float[Array, "b ..."], t: Float[Array, ""], deep: PyTree) -> tuple[Array, Array | None, PyTree]:
             if uncond is None:
-                return split(predict(params, x, jnp.full(len(x), t), both).astype(jnp.float32))
-            output = predict(params, jnp.concatenate([x, x]), jnp.full(2 * len(x), t), both).astype(jnp.float32)
-            (without, _), (with_, f) = map(split, jnp.split(output, 2))
-            return without + guidance * (with_ - without), f
+                output, deep = model(params, x, jnp.full(len(x), t), both, deep)
+                return *split(output.astype(jnp.float32)), deep
+            output, deep = model(params, jnp.concatenate([x, x]), jnp.full(2 * len(x), t), both, deep)
+            (without, _), (with_, f) = map(split, jnp.split(output.astype(jnp.float32), 2))
+            return without + guidance * (with_ - without), f, deep
 
         def fresh(i: Int[Array, ""]) -> Float[Array, "b ..."]:
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), noise.shape[1:]))(keys)
 
-        def body(carry: tuple[Array, Array], numbered_row: tuple[Array, Table]) -> tuple[tuple[Array, Array], None]:
-            (x, before), (i, row) = carry, numbered_row
-            prediction, f = guided(x, row.t)
-            x0 = (row.xt * x - row.y * prediction) / row.norm
-            if clip is not None:
-                x0 = clip(x0)
-            x = row.a * x + row.b * x0 + row.c * before
-            return (x + _deviation(row, f) * fresh(i) if sampler in ANCESTRAL else x, x0), None
+        def body(carry: tuple[Array, Array], numbered_rows: tuple[Array, Table]) -> tuple[tuple[Array, Array], None]:
+            (x, before), deep = carry, None
+            for number in range(reuse_features):
+                i, row = jax.tree.map(lambda column: column[number], numbered_rows)  # noqa: B023
+                prediction, f, deep = guided(x, row.t, deep)
+                x0 = (row.xt * x - row.y * prediction) / row.norm
+                if clip is not None:
+                    x0 = clip(x0)
+                x, before = row.a * x + row.b * x0 + row.c * before, x0
+                if sampler in ANCESTRAL:
+                    x = x + _deviation(row, f) * fresh(i)
+            return (x, before), None
 
         start = noise * jnp.float32(table.init_scale)
-        return jax.lax.scan(body, (start, jnp.zeros_like(noise)), (jnp.arange(steps), rows))[0][0]
+        return jax.lax.scan(body, (start, jnp.zeros_like(noise)), rows)[0][0]
 
     return sample
+
+
+def _in_groups(table: Table, size: int) -> tuple[Array, Table]:
+    """(numbers, rows) of the steps, `size` by `size`; rows that fill the last group leave x as it is."""
+    steps, spare = len(table.t), -len(table.t) % size
+    idle = {name: 0.0 for name in table._fields} | {"t": table.t[-1], "norm": 1.0, "a": 1.0}
+
+    def grouped(name: str, column: np.ndarray) -> Array:
+        filled = np.pad(column, (0, spare), constant_values=idle[name])
+        return jnp.asarray(filled.reshape(-1, size), jnp.float32)
+
+    columns = {name: grouped(name, column) for name, column in table._asdict().items() if name != "init_scale"}
+    return jnp.arange(steps + spare).reshape(-1, size), table._replace(**columns, init_scale=None)
 
 
 def _deviation(row: Table, f: Array | None) -> Array | np.ndarray:

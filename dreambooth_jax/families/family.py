@@ -101,6 +101,9 @@ class Family(NamedTuple):
         encode_images: (models, params, uint8 images) -> mean and standard deviation of the encoded pictures.
         decode: (models, params, encoded pictures) -> pixels in [0, 1].
         predict: (models, params, x_t, t, conditions) -> output of the denoiser.
+        with_deep: (models, params, x_t, t, conditions, deep features of an earlier step or None) -> (output of the
+            denoiser, its deep features), the deep part left out where features are given; None for a denoiser that
+            is not divided.
         guidance: classifier-free guidance scale that pictures are usually painted with.
         of_example: (models, Pictures) -> conditions of the pictures.
         low_resolution: models -> how a super-resolution stage takes the picture of the stage before; None for others.
@@ -128,6 +131,7 @@ class Family(NamedTuple):
     decode: Callable[[Models, Params, Array], Float[Array, "b h w 3"]]
     predict: Callable[[Models, Params, Array, Array, Cond], Array]
     guidance: float
+    with_deep: Callable[[Models, Params, Array, Array, Cond, Array | None], tuple[Array, Array]] | None = None
     of_example: Callable[[Models, Pictures], Cond] = lambda models, pictures: {}
     low_resolution: Callable[[Models], LowResolution | None] = lambda models: None
     negative: Callable[[Models, Cond, Array], Cond] = lambda models, cond, empty: cond

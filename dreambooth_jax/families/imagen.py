@@ -139,6 +139,7 @@ STAGE_I = sd.FAMILY._replace(
     tokenize=tokenize,
     encode_images=encode_images,
     decode=decode,
+    with_deep=None,
     guidance=7.0,
     split=split,
     clip=clip,

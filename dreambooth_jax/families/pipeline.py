@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from dreambooth_jax.devices.sharding import param_sharding
 from dreambooth_jax.diffusion.low_resolution import LowResolution
 from dreambooth_jax.diffusion.process import Process
+from dreambooth_jax.diffusion.sampler import PredictDeep
 from dreambooth_jax.families import FAMILIES
 from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Images, Models, Part, Pictures
 from dreambooth_jax.files import bases, single_file
@@ -173,6 +174,13 @@ class Pipeline:
     def output(self, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
         """The denoiser's output given all conditions; see `split`."""
         return self.family.predict(self.models, params, xt, t, cond)
+
+    @property
+    def with_deep(self) -> PredictDeep | None:
+        """(params, x_t, t, cond, deep features or None) -> (output, deep features), see `Family.with_deep`; None for a
+        denoiser that is not divided."""
+        function = self.family.with_deep
+        return function and functools.partial(function, self.models)
 
     def split(self, output: Array) -> tuple[Array, Array | None]:
         """(prediction, interpolation of the sampler's variance or None)."""

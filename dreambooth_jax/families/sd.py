@@ -112,6 +112,12 @@ def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> 
     return models.apply("unet", params, xt, t, cond["states"])
 
 
+def with_deep(
+    models: Models, params: Params, xt: Array, t: Array, cond: Cond, deep: Array | None
+) -> tuple[Array, Array]:
+    return models.apply("unet", params, deep, xt, t, cond["states"], method="with_deep")
+
+
 FAMILY = Family(
     name="StableDiffusionPipeline",
     parts={"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER},
@@ -126,5 +132,6 @@ FAMILY = Family(
     encode_images=encode_images,
     decode=decode,
     predict=predict,
+    with_deep=with_deep,
     guidance=7.5,
 )

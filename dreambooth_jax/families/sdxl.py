@@ -79,6 +79,13 @@ def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> 
     return models.apply("unet", params, xt, t, cond["states"], None, cond["pooled"], cond["sizes"])
 
 
+def with_deep(
+    models: Models, params: Params, xt: Array, t: Array, cond: Cond, deep: Array | None
+) -> tuple[Array, Array]:
+    arguments = (deep, xt, t, cond["states"], None, cond["pooled"], cond["sizes"])
+    return models.apply("unet", params, *arguments, method="with_deep")
+
+
 FAMILY = sd.FAMILY._replace(
     name="StableDiffusionXLPipeline",
     parts={
@@ -93,6 +100,7 @@ FAMILY = sd.FAMILY._replace(
     tokenize=tokenize,
     encode_text=encode_text,
     predict=predict,
+    with_deep=with_deep,
     guidance=5.0,
     of_example=of_example,
     negative=negative,

@@ -35,8 +35,18 @@ def problems(models: Models) -> list[str]:
 
 
 def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
-    x = jnp.concatenate([xt, cond["low"].astype(xt.dtype)], -1)
-    return models.apply("unet", params, x, t, cond["states"], cond["level"])
+    return models.apply("unet", params, _with_low(xt, cond), t, cond["states"], cond["level"])
+
+
+def with_deep(
+    models: Models, params: Params, xt: Array, t: Array, cond: Cond, deep: Array | None
+) -> tuple[Array, Array]:
+    arguments = (deep, _with_low(xt, cond), t, cond["states"], cond["level"])
+    return models.apply("unet", params, *arguments, method="with_deep")
+
+
+def _with_low(xt: Array, cond: Cond) -> Array:
+    return jnp.concatenate([xt, cond["low"].astype(xt.dtype)], -1)
 
 
 def low_resolution(models: Models) -> LowResolution:
@@ -52,6 +62,7 @@ FAMILY = sd.FAMILY._replace(
     schedulers=("scheduler", _LOW),
     problems=problems,
     predict=predict,
+    with_deep=with_deep,
     guidance=9.0,
     of_example=of_example,
     low_resolution=low_resolution,

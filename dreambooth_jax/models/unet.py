@@ -3,7 +3,8 @@ of SDXL (arXiv 2307.01952, section 2)."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -297,6 +298,9 @@ REMAT: dict[str, Callable[..., Callable]] = {
 }
 
 
+OUTER = 1  # layers of the way up that are computed anew where deep features of another step are given
+
+
 class UNet2DConditionModel(nnx.Module):
     """Predicts the noise (or velocity) in latents `x` at timestep `t`, given text states.
 
@@ -386,13 +390,54 @@ class UNet2DConditionModel(nnx.Module):
         Raises:
             ValueError: height or width is no multiple of `spec.downscale`, or `level` is absent.
         """
+        return self.with_deep(None, x, t, context, level, pooled, sizes)[0]
+
+    def with_deep(
+        self,
+        deep: Image | None,
+        x: Float[Array, "b h w in"],
+        t: Real[Array, "b"] | Real[Array, ""],
+        context: Float[Array, "b l e"],
+        level: Int[Array, "b"] | None = None,
+        pooled: Float[Array, "b p"] | None = None,
+        sizes: Float[Array, "b s"] | None = None,
+    ) -> tuple[Float[Array, "b h w out"], Image]:
+        """The prediction, and the deep features: those that enter the last `OUTER` layers of the way up.
+
+        Args:
+            deep: deep features of an earlier step, which take the place of this step's; all but the outermost layers
+                are then left out (DeepCache, arXiv 2312.00858, section 3.2). None for the whole pass.
+
+        Further arguments and errors are those of a call.
+        """
         if (level is None) != (self.class_embedding is None):
             raise ValueError(f"num_class_embeds = {self.spec.num_class_embeds}: noise level {level}")
         if x.shape[1] % self.spec.downscale or x.shape[2] % self.spec.downscale:
             raise ValueError(f"latents of {x.shape[1]}x{x.shape[2]}: both must be multiples of {self.spec.downscale}")
-        spec, recompute = self.spec, REMAT[self.remat]
-        layer, mid = recompute(Stage.layer, static_argnums=1), recompute(MidBlock.__call__)
-        t = jnp.broadcast_to(t, x.shape[:1])
+        temb = self._embedded_time(jnp.broadcast_to(t, x.shape[:1]), level, pooled, sizes)
+        context = context.astype(self.dtype)
+        way_down = self._way_down(x.astype(self.dtype), temb, context)
+        if deep is None:
+            skips = list(way_down)
+            inner = skips[-1]
+            if self.mid_block is not None:
+                inner = REMAT[self.remat](MidBlock.__call__)(self.mid_block, inner, temb, context)
+            deep = self._way_up(inner, skips[OUTER:], temb, context, first=0)
+            skips = skips[:OUTER]
+        else:
+            skips = list(itertools.islice(way_down, OUTER))
+        x = self._way_up(deep, skips, temb, context, first=-OUTER)
+        return self.conv_out(self.conv_norm_out(x, silu=True)), deep
+
+    def _embedded_time(
+        self,
+        t: Real[Array, "b"],
+        level: Int[Array, "b"] | None,
+        pooled: Float[Array, "b p"] | None,
+        sizes: Float[Array, "b s"] | None,
+    ) -> Float[Array, "b t"]:
+        """Embedding of time and of whatever joins it."""
+        spec = self.spec
         embedded = timestep_embedding(
             t, spec.block_out_channels[0], flip_sin_to_cos=spec.flip_sin_to_cos, freq_shift=spec.freq_shift
         )
@@ -401,25 +446,32 @@ class UNet2DConditionModel(nnx.Module):
             temb = temb + self.class_embedding(level)
         if self.add_embedding is not None:
             temb = temb + self._added(pooled, sizes)
-        x, context = x.astype(self.dtype), context.astype(self.dtype)
+        return temb
 
+    def _way_down(self, x: Image, temb: Float[Array, "b t"], context: Float[Array, "b l e"]) -> Iterator[Image]:
+        """Yields the features of the way down, the outermost first; those that are not asked for are not computed."""
+        layer = REMAT[self.remat](Stage.layer, static_argnums=1)
         x = self.conv_in(x)
-        skips = [x]
+        yield x
         for block in self.down_blocks:
             for index in range(len(block.resnets)):
                 x = layer(block, index, x, temb, context)
-                skips.append(x)
+                yield x
             if block.downsamplers:
                 x = block.downsamplers[0](x)
-                skips.append(x)
-        if self.mid_block is not None:
-            x = mid(self.mid_block, x, temb, context)
-        for block in self.up_blocks:
-            for index in range(len(block.resnets)):
-                x = layer(block, index, jnp.concatenate([x, skips.pop()], -1), temb, context)
-            if block.upsamplers:
+                yield x
+
+    def _way_up(
+        self, x: Image, skips: Sequence[Image], temb: Float[Array, "b t"], context: Float[Array, "b l e"], *, first: int
+    ) -> Image:
+        """As many layers of the way up as there are `skips`, from number `first` on; the last skip joins the first."""
+        layer = REMAT[self.remat](Stage.layer, static_argnums=1)
+        layers = [(block, index) for block in self.up_blocks for index in range(len(block.resnets))]
+        for (block, index), skip in zip(layers[first:], reversed(skips), strict=False):
+            x = layer(block, index, jnp.concatenate([x, skip], -1), temb, context)
+            if block.upsamplers and index == len(block.resnets) - 1:
                 x = block.upsamplers[0](x)
-        return self.conv_out(self.conv_norm_out(x, silu=True))
+        return x
 
     def _added(self, pooled: Float[Array, "b p"], sizes: Float[Array, "b s"]) -> Float[Array, "b e"]:
         """Embedding of the pooled text and of every size number, as for time (arXiv 2307.01952, section 2.2)."""

@@ -56,6 +56,7 @@ def make_paint_batch(
     sampler: str,
     steps: int,
     guidance: float,
+    reuse_features: int = 1,
     trained: bool = False,
     sr_noise: str = UNIFORM,
     noise_level: int | None = None,
@@ -64,22 +65,26 @@ def make_paint_batch(
     encoders, sampler and decoder in one program. `finite` says of text, denoiser and decoder whether their numbers are.
 
     Args:
+        reuse_features: the denoiser runs whole at every so many-th step, see `make_sampler`.
         trained: whether the model was trained here: a learnt variance of the sampler, which training leaves as it was,
             is then not used.
         sr_noise: noise that a super-resolution stage was trained with, see `make_augment`.
         noise_level: level of the noise on its low-resolution pictures; default: see `LowResolution.sampling_level`.
 
     Raises:
-        ValueError: unknown sampler, a number of steps that it does not take, or a noise level of no training.
+        ValueError: unknown sampler, a number of steps that it does not take, a denoiser without deep features to keep,
+            or a noise level of no training.
     """
-    output, split = (pipeline.denoise, None) if trained else (pipeline.output, pipeline.split)
+    check_divided(pipeline, reuse_features)
     sample = make_sampler(
-        output,
+        pipeline.output,
         pipeline.process,
         sampler=sampler,
         steps=steps,
         clip=pipeline.family.clip(pipeline.models),
-        **({} if split is None else {"split": split}),
+        split=(lambda output: (pipeline.split(output)[0], None)) if trained else pipeline.split,
+        reuse_features=reuse_features,
+        with_deep=pipeline.with_deep,
     )
     condition = picture_conditions(pipeline, resolution, sr_noise, noise_level)
     shape = pipeline.example_shape(resolution)
@@ -102,6 +107,15 @@ def make_paint_batch(
         return jnp.round(pixels * 255).astype(jnp.uint8), finite
 
     return jax.jit(paint_batch, out_shardings=(placement, replicated(mesh)))
+
+
+def check_divided(pipeline: Pipeline, reuse_features: int) -> None:
+    """Raises ValueError if features shall be reused and the denoiser has no deep part of its own."""
+    if reuse_features > 1 and pipeline.with_deep is None:
+        raise ValueError(
+            f"reuse_features = {reuse_features}: the denoiser of {pipeline.family.name} has no deep part of its own, "
+            "whose features could be kept; leave it at 1"
+        )
 
 
 class NonFinitePicture(FloatingPointError):

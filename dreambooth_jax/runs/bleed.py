@@ -21,6 +21,7 @@ from dreambooth_jax.painting.painter import batch_for
 from dreambooth_jax.painting.sheets import paint_rows, save_sheet
 from dreambooth_jax.runs.config_file import read_config
 from dreambooth_jax.runs.job import painter_of
+from dreambooth_jax.runs.scoring import says_reuse
 from dreambooth_jax.runs.subjects import adapter_path, read_subjects
 
 PROMPT = "a {identifier} {class_noun}"
@@ -65,7 +66,7 @@ def measure_bleed(workdir: str, judge: Judge, mesh: Mesh, count: int) -> Bleed:
     ours = [judge.subject.of(row) for row in pictures]
     theirs = [judge.subject.of(read_photos(subject.photos)) for subject in subjects]
     cosines = np.asarray([[float(metrics.similarity(mine, photos)) for photos in theirs] for mine in ours])
-    protocol = f"{judge.subject.says}; mean cosine of all pairs, {count} pictures of {PROMPT!r}"
+    protocol = f"{judge.subject.says}; mean cosine of all pairs, {count} pictures of {PROMPT!r}{says_reuse(config)}"
     return Bleed([subject.name for subject in subjects], cosines, pictures, protocol)
 
 

@@ -98,7 +98,8 @@ def _name(request: Request, configs: Sequence[ConfigDict]) -> str:
     key = np.asarray(jax.random.key_data(request.key)).tobytes()
     folders = [epath.Path(config.workdir) / "checkpoints" for config in configs]
     trained = [f"{step} {weights_at(folder, step)}" for folder in folders for step in steps_of(folder)[-1:]]
-    pieces = [request.prompt.encode(), request.negative.encode(), key, *(text.encode() for text in trained)]
+    reuse = [f"reuse_features {config.reuse_features}" for config in configs if config.reuse_features > 1]
+    pieces = [request.prompt.encode(), request.negative.encode(), key, *(text.encode() for text in trained + reuse)]
     return hashlib.sha256(b"\0".join(pieces)).hexdigest()[:24]
 
 

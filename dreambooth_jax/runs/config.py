@@ -181,6 +181,7 @@ FIELDS: dict[str, Field] = {
     "judge_clip": _text(identity=False),
     "sampler": _one_of(*SAMPLERS),
     "sampling_steps": _positive(),
+    "reuse_features": _positive(),
     "guidance_scale": _not_negative(float),
     "negative_prompt": Field(str, identity=False),
 }
@@ -266,6 +267,8 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f'prior_target = "base" needs the frozen base, which method = {config.method!r} does not keep')
     if config.frozen_dtype and config.method == "full":
         problems.append(f"frozen_dtype = {config.frozen_dtype!r}: method = 'full' trains what it would round")
+    if config.reuse_features > config.sampling_steps:
+        problems.append(f"reuse_features = {config.reuse_features} is above sampling_steps = {config.sampling_steps}")
     if config.evaluate_every % config.sample_every:
         problems.append(
             f"evaluate_every = {config.evaluate_every} is no multiple of sample_every = {config.sample_every}: sample "

@@ -55,7 +55,9 @@ IDLE = (
         "without class_images: the workdir's own folder is made anyway",
     ),
     Idle(("moment_dtype", "second_moment_dtype"), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
-    Idle(("sample_count", "negative_prompt"), lambda c: not c.sample_prompts, "without sample_prompts"),
+    Idle(
+        ("sample_count", "reuse_features", "negative_prompt"), lambda c: not c.sample_prompts, "without sample_prompts"
+    ),
     Idle(
         ("sampler", "sampling_steps", "guidance_scale", "class_batch_size"),
         lambda c: not (c.sample_prompts or c.prior_preservation),

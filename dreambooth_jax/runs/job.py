@@ -35,6 +35,7 @@ from dreambooth_jax.painting.painter import (
     Inputs,
     Painter,
     batch_for,
+    check_divided,
     input_shapes,
     make_paint_batch,
     make_painter,
@@ -58,8 +59,9 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
     """Resolves resolution, method and optimizer of a config.
 
     Raises:
-        ValueError: the optimizer or its schedule is not implemented.
+        ValueError: the optimizer or its schedule is not implemented, or features of the base cannot be reused.
     """
+    check_divided(pipeline, config.reuse_features)
     resolved = {
         "resolution": config.resolution or pipeline.resolution,
         "class_batch_size": pictures_at_once(config, mesh),
@@ -401,13 +403,15 @@ def pictures_at_once(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def painting_settings(config: ConfigDict, pipeline: Pipeline) -> dict[str, Any]:
-    """The arguments of `make_paint_batch` with which a run paints class images and samples."""
+    """The arguments of `make_paint_batch` with which a run paints samples and, but for `reuse_features`, class images:
+    these are training data, and the whole model's own."""
     return {
         "resolution": config.resolution or pipeline.resolution,
         "batch_size": config.class_batch_size,
         "sampler": config.sampler,
         "steps": config.sampling_steps,
         "guidance": config.guidance_scale,
+        "reuse_features": config.reuse_features,
         "trained": True,
         "sr_noise": config.sr_noise,
     }
@@ -419,7 +423,7 @@ def painter_of(config: ConfigDict, pipeline: Pipeline, mesh: Mesh, **own: Any) -
 
 
 def lower_painting(job: Job) -> jax.stages.Lowered:
-    """Painting one batch of class images: (params, inputs) -> images."""
+    """Painting one batch of samples: (params, inputs) -> images."""
     config, pipeline = job.config, job.pipeline
     paint = make_paint_batch(pipeline, job.mesh, **painting_settings(config, pipeline))
     return _lower_on_mesh(job, paint, input_shapes(pipeline, config.class_batch_size, config.resolution))

@@ -299,7 +299,9 @@ def _paint_sheets(many: _Many, frozen: Params, states: TrainState) -> None:
     for number, subject in enumerate(many.subjects):
         path = epath.Path(config.workdir) / "samples" / f"{subject.name}.png"
         about = {"model": config.base, "adapter": f"{subject.name}.safetensors", "steps": str(subject.steps)}
-        if paint is None or (path.exists() and about.items() <= text_chunks(path).items()):
+        about["reuse_features"] = str(config.reuse_features)
+        kept = {"reuse_features": "1"} | text_chunks(path) if path.exists() else {}  # older versions wrote none
+        if paint is None or about.items() <= kept.items():
             continue
         own, job = subject.config(config), many.jobs[subject.lora_rank]
         prompts = [fill(prompt, own) for prompt in config.sample_prompts]
@@ -351,5 +353,6 @@ def _data(many: _Many, params: Params, key: Key[Array, ""], compare: Callable[[F
 def _class_images(config: ConfigDict, job: Job, params: Params, digest: str) -> Examples:
     """The class images of one noun; those that are missing are painted."""
     if missing := agreed(class_images_to_paint(config, digest)):
-        paint_missing(config, missing, painter_of(config, job.pipeline, job.mesh), params, digest)
+        paint = painter_of(config, job.pipeline, job.mesh, reuse_features=1)
+        paint_missing(config, missing, paint, params, digest)
     return read_class_images(config)

@@ -62,7 +62,8 @@ def paint_before(run: Run, params: Params) -> None:
 
     def save(prompt: str, seed: int, image: np.ndarray) -> None:
         if runtime.is_first_process():
-            save_png(_before(run, prompt, seed), image, {"model": config.base, "prompt": prompt, "seed": str(seed)})
+            about = {"model": config.base, "prompt": prompt, "seed": str(seed)}
+            save_png(_before(run, prompt, seed), image, about | {"reuse_features": str(config.reuse_features)})
 
     prompts = [fill(prompt, config) for prompt in config.sample_prompts if "{identifier}" not in prompt]
     negative = config.negative_prompt
@@ -100,4 +101,5 @@ def paint_samples(
         labels.append(f"{prompt}: {score}" if score else prompt)
         rows.append(row)
     about = {"model": config.base, "step": str(step), "seeds": f"0 to {config.sample_count - 1}"}
+    about["reuse_features"] = str(config.reuse_features)
     save_sheet(sheet_path(run, step), rows, labels, about)

@@ -43,17 +43,24 @@ class Questions(NamedTuple):
         name: of the prompts.
         templates: prompts with the fields of a config.
         count, class_count: pictures of each prompt, and of the bare class.
+        reuse: what `says_reuse` says of the config.
     """
 
     name: str
     templates: tuple[str, ...]
     count: int
     class_count: int
+    reuse: str
 
     @property
     def says(self) -> str:
         """The part of a protocol that names the prompts."""
-        return f"{self.name} x {self.count} pictures, {self.class_count} of the class"
+        return f"{self.name} x {self.count} pictures, {self.class_count} of the class{self.reuse}"
+
+
+def says_reuse(config: ConfigDict) -> str:
+    """The part of a protocol that names the reuse of features; "" where every step runs the whole model."""
+    return f"; deep features of every {config.reuse_features} steps" if config.reuse_features > 1 else ""
 
 
 def questions_of(config: ConfigDict, kind: str, count: int, class_count: int) -> Questions:
@@ -75,7 +82,7 @@ def questions_of(config: ConfigDict, kind: str, count: int, class_count: int) ->
     }[kind]
     if not templates:
         raise ValueError(f"{config.workdir}: no sample prompt has {{identifier}}; score with --prompts paper")
-    return Questions(name, templates, count, class_count)
+    return Questions(name, templates, count, class_count, says_reuse(config))
 
 
 def kept_steps(workdir: str | epath.Path) -> list[int]:

@@ -69,7 +69,8 @@ class Run(NamedTuple):
     """A training run after set-up, apart from its state.
 
     Attributes:
-        paint: the base's painter.
+        paint: painter of samples.
+        paint_class: painter of class images, the same one unless samples reuse features.
         examples: the subject's examples by shape: one square, or with `buckets` the shapes of all photos.
         held_out: photos held out of training, by shape; empty if there are none.
         digest: digest of the base's weights.
@@ -81,6 +82,7 @@ class Run(NamedTuple):
     job: Job
     workdir: epath.Path
     paint: Painter
+    paint_class: Painter
     examples: tuple[Examples, ...]
     held_out: tuple[Examples, ...]
     digest: str
@@ -122,12 +124,12 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     job = make_job(config, pipeline, mesh)
     config = job.config
     parameters_to_continue(job)  # an error now, not after the weights are read
-    paint = painter_of(config, pipeline, mesh)
+    painters = {n: painter_of(config, pipeline, mesh, reuse_features=n) for n in (1, config.reuse_features)}
     examples, held_out = read_subject(job)
     if low := pipeline.low_resolution:
         folder = workdir / "samples" / f"stage{config.stage - 1}"
         below = painted_below(before, mesh, folder) if before else photos_below(examples[0], low.factor)
-        paint = enlarging(paint, below, max(2, config.stage))
+        painters = {n: enlarging(paint, below, max(2, config.stage)) for n, paint in painters.items()}
     elif before or config.sr_crop or (not config.stages and config.sr_noise != load(str(DOG)).sr_noise):
         raise ConfigError(
             f"base = {config.base!r}, sr_crop = {config.sr_crop}, sr_noise = {config.sr_noise!r}: "
@@ -136,7 +138,8 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     digest = weights_digest(*weights_of(pipeline))
     paints = config.prior_preservation and not pairs_prior(config)
     to_paint = class_images_to_paint(config, digest) if paints else []
-    return Run(job, workdir, paint, examples, held_out, digest, len(to_paint), given, tuple(notes))
+    paint, paint_class = painters[config.reuse_features], painters[1]
+    return Run(job, workdir, paint, paint_class, examples, held_out, digest, len(to_paint), given, tuple(notes))
 
 
 def read_subject(job: Job) -> tuple[tuple[Examples, ...], tuple[Examples, ...]]:
@@ -284,7 +287,7 @@ def prepare_data(
         of_class = [examples._replace(captions=(prompt,) * len(examples.captions)) for examples in run.examples]
     else:
         if numbers := agreed(class_images_to_paint(config, run.digest)):
-            paint_missing(config, numbers, run.paint, params, run.digest, _class_images_before(run))
+            paint_missing(config, numbers, run.paint_class, params, run.digest, _class_images_before(run))
         of_class = [read_class_images(config, size) for size in sizes_of(run)]
         inspect(of_class)
     kept = None if pairs_prior(config) else class_latents(run)

@@ -65,8 +65,9 @@ class Plan:
     Attributes:
         parameters, optimizer_state, data: bytes of the arguments, by what they are.
         cost: the compiler's answer for the training steps; None if they do not fit, then `missing` says by how much.
-        painting: the compiler's answer for painting one batch of pictures; None if the run paints none.
-        painting_seconds: for one batch of `at_once` pictures.
+        painting: the compiler's answer for painting one batch of a sheet's pictures; None if the run paints none.
+        painting_seconds: for one batch of `at_once` pictures of a sheet.
+        class_seconds: for one batch of as many class images, painted without reuse of features.
         class_batches, sheet_batches: numbers of batches that the run paints.
         painting_missing: bytes by which painting does not fit.
         photos: the training photos, in words.
@@ -82,6 +83,7 @@ class Plan:
     missing: int
     painting: Cost | None
     painting_seconds: float
+    class_seconds: float = 0.0
     at_once: int = 0
     class_batches: int = 0
     sheet_batches: int = 0
@@ -95,7 +97,7 @@ class Plan:
 
     @property
     def sheets_peak(self) -> int:
-        """Bytes while sheets are painted: by the program of the class images, beside optimizer state and data."""
+        """Bytes while sheets are painted, beside optimizer state and data."""
         return self.painting.peak + self.optimizer_state + self.data
 
     @property
@@ -110,7 +112,8 @@ class Plan:
 
     def run_seconds(self, config: ConfigDict) -> float:
         """The whole run: steps, class images and sheets, without start and compile times."""
-        return config.steps * self.cost.seconds + (self.class_batches + self.sheet_batches) * self.painting_seconds
+        painting = self.class_batches * self.class_seconds + self.sheet_batches * self.painting_seconds
+        return config.steps * self.cost.seconds + painting
 
 
 def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick: bool = True) -> Plan:
@@ -134,16 +137,16 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     others = [data_shapes(job, n, config.num_class_images, other) for other, n in counts.items() if other != size]
     batches = painted_batches(job)
     paints = class_images and sum(batches) > 0
-    cost, missing, painting, seconds, painting_missing = None, 0, None, 0.0, 0
+    cost, missing, painting, seconds, class_seconds, painting_missing = None, 0, None, 0.0, 0.0, 0
     lowered = lower_steps(job, state, frozen, data, key, size)
     with for_absent_devices(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
-        painted = beside.submit(painting_cost, job, chip, quick=quick) if paints else None
+        painted = beside.submit(painting_costs, job, chip, quick=quick) if paints else None
         try:
             cost = compile_for(chip, lowered, quick=quick)
         except OutOfMemory as error:
             missing = error.missing
         try:
-            painting, seconds = painted.result() if paints else (None, 0.0)
+            painting, seconds, class_seconds = painted.result() if paints else (None, 0.0, 0.0)
         except OutOfMemory as error:
             painting_missing = error.missing
     return Plan(
@@ -157,6 +160,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         missing=missing,
         painting=painting,
         painting_seconds=seconds,
+        class_seconds=class_seconds,
         at_once=job.config.class_batch_size,
         class_batches=batches[0],
         sheet_batches=batches[1],
@@ -197,19 +201,29 @@ def painted_batches(job: Job) -> tuple[int, int]:
     return in_batches[0], sum(in_batches[1:])
 
 
+def painting_costs(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, float, float]:
+    """The compiler's answer for one batch of a sheet's pictures, its seconds, and those of a batch of class images."""
+    cost, seconds = painting_cost(job, chip, quick=quick)
+    if job.config.reuse_features == 1 or not painted_batches(job)[0]:
+        return cost, seconds, seconds
+    whole = job._replace(config=ConfigDict(dict(job.config) | {"reuse_features": 1}))
+    return cost, seconds, painting_cost(whole, chip, quick=quick)[1]
+
+
 def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, float]:
     """The compiler's answer for one batch of pictures, and its seconds: the sum of its parts.
 
-    The compiler counts a loop's body once. A sampling step is what the whole program has beyond text encoder and
-    decoder, which are compiled alone; a decoder that takes one picture after the other is counted for each.
+    The compiler counts a loop's body once. A sampling step, or with `reuse_features` so many of them, is what the whole
+    program has beyond text encoder and decoder, which are compiled alone; a decoder that takes one picture after the
+    other is counted for each.
     """
     config, each = job.config, -(-job.config.class_batch_size // job.mesh.size)
     cost = compile_for(chip, lower_painting(job), quick=quick)
     ends = compile_for(chip, lower_ends(job, config.class_batch_size), quick=quick).seconds
     one = ends if each == 1 else compile_for(chip, lower_ends(job, job.mesh.size), quick=quick).seconds
     in_turn = ends < 1.5 * one  # counted for one picture, whatever the batch
-    step = cost.seconds - ends
-    return cost, (each * one if in_turn else ends) + config.sampling_steps * step
+    body, passes = cost.seconds - ends, -(-config.sampling_steps // config.reuse_features)
+    return cost, (each * one if in_turn else ends) + passes * body
 
 
 def advise(config: ConfigDict, topology: str) -> Iterator[tuple[str, Plan]]:
@@ -262,11 +276,12 @@ def describe(plan: Plan, config: ConfigDict) -> str:
     ]
     if plan.painting is not None:
         painting = plan.painting
+        whole = f", class images {plan.class_seconds:.1f} s" if plan.class_seconds != plan.painting_seconds else ""
         lines.insert(
             -1,
             (
                 "painting",
-                f"{plan.painting_seconds:.1f} s for {plan.at_once} pictures, peak {painting.peak / GIB:.2f} GiB",
+                f"{plan.painting_seconds:.1f} s for {plan.at_once} pictures{whole}, peak {painting.peak / GIB:.2f} GiB",
             ),
         )
         fit = "fit" if plan.sheets_fit else "do NOT fit: paint fewer at once (class_batch_size)"
@@ -357,7 +372,7 @@ def plan_protocol(config: ConfigDict, options: argparse.Namespace) -> str:
     cost = protocol_cost.cost_of(
         scale,
         run=train.steps * found.cost.seconds + found.sheet_batches * found.painting_seconds,
-        class_images=found.class_batches * found.painting_seconds,
+        class_images=found.class_batches * found.class_seconds,
         picture=batch / job.config.class_batch_size,
         score=protocol_cost.scoring_seconds(config, mesh, found.chip, quick=not options.full),
         chips=found.devices // found.chip.devices,

@@ -52,8 +52,8 @@ class Together:
         held: bytes of the subjects' states and data.
         cost: the compiler's answer for the training steps; None if they do not fit, then `missing` says by how much.
         other: number of subjects a device of a second compile, and its peak in bytes (0: not known).
-        painting: the compiler's answer for painting one batch of pictures; None if the run paints none.
-        painting_seconds: for one batch.
+        painting: the compiler's answer for painting one batch of a sheet's pictures; None if the run paints none.
+        painting_seconds, class_seconds: for one batch of a sheet's pictures, and of class images.
         painting_missing: bytes by which painting does not fit.
         batches: batches of `at_once` pictures of the whole run: class images, sheets.
         steps: number of steps of the whole run.
@@ -72,6 +72,7 @@ class Together:
     other: tuple[int, int]
     painting: Cost | None
     painting_seconds: float
+    class_seconds: float
     painting_missing: int
     batches: tuple[int, int]
     at_once: int
@@ -113,7 +114,9 @@ class Together:
     @property
     def run_seconds(self) -> float:
         """The whole run: steps, class images and sheets, without start and compile times."""
-        return self.steps * self.cost.seconds + sum(self.batches) * self.painting_seconds
+        class_images, sheets = self.batches
+        painting = class_images * self.class_seconds + sheets * self.painting_seconds
+        return self.steps * self.cost.seconds + painting
 
 
 def together(config: ConfigDict, topology: str, count: int, *, quick: bool = True) -> Together:
@@ -146,10 +149,11 @@ def together(config: ConfigDict, topology: str, count: int, *, quick: bool = Tru
         cost, missing = _compiled(chip, lowered, quick)
         found, less = second.result()
     batches = _batches(job, crowd)
-    painting, painting_seconds, painting_missing = alone.painting, alone.painting_seconds, alone.painting_missing
+    painting, painting_seconds, class_seconds = alone.painting, alone.painting_seconds, alone.class_seconds
+    painting_missing = alone.painting_missing
     if sum(batches) and painting is None and not painting_missing:
         try:
-            painting, painting_seconds = slices.painting_cost(job, chip, quick=quick)
+            painting, painting_seconds, class_seconds = slices.painting_costs(job, chip, quick=quick)
         except OutOfMemory as error:
             painting_missing = error.missing
     return Together(
@@ -165,6 +169,7 @@ def together(config: ConfigDict, topology: str, count: int, *, quick: bool = Tru
         other=(subjects_a_device(mesh, other.subjects), found.peak if found else less and chip.hbm + less),
         painting=painting,
         painting_seconds=painting_seconds,
+        class_seconds=class_seconds,
         painting_missing=painting_missing,
         batches=batches,
         at_once=job.config.class_batch_size,
