@@ -124,7 +124,7 @@ def main() -> None:
         )
     for chip, images, fields in SAMPLERS:
         config = get_config("sd15")
-        config.update(class_batch_size=images, **fields)
+        config.update(class_batch_size=images, sample_count=images, **fields)  # sheets that fill their batches
         reuse = f", whole UNet every {fields['reuse_features']}" if "reuse_features" in fields else ""
         show(
             f"{chip}, painting {images}, {fields['sampling_steps']} steps of {fields['sampler']}{reuse}",
