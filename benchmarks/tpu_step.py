@@ -44,7 +44,7 @@ SETTINGS = [
 ]
 DDIM = {"sampler": "ddim", "sampling_steps": 50}
 SAMPLERS = [(chip, 4, DDIM) for chip in ("v5e", "v6e")]
-SAMPLERS += [("v5e", 4, DDIM | {"reuse_features": n}) for n in (2, 3, 5)]
+SAMPLERS += [("v5e", 4, DDIM | {"reuse_features": n}) for n in (3, 5)]
 
 
 def title(chip: str, images: int, fields: dict) -> str:
