@@ -75,5 +75,5 @@ if __name__ == "__main__":
     runtime.start()
     with Preemption() as guard:
         run = set_up(config)
-        run = run._replace(paint=stopped_painter(run.paint))
+        run = run._replace(paint=stopped_painter(run.paint), paint_class=stopped_painter(run.paint_class))
         train(run, guard, compile_steps=stopped_compile, reporter=StoppedReporter)
