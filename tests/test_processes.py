@@ -1,6 +1,7 @@
 """One run over several processes, as on the hosts of a pod: on this machine, with CPU collectives."""
 
 import csv
+import shutil
 import signal
 import socket
 import time
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.runs import ROOT, checkpoints, get_config, log_of, pictures, start, wait
+
+from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +110,26 @@ def test_two_processes_train_a_subject_each(micro, tmp_path):
     assert pictures(workdir / "samples").keys() == pictures(alone / "samples").keys()
     said = log_of(tmp_path / "two.0").read_text(), log_of(tmp_path / "two.1").read_text()
     assert "tom: 4 steps" in said[0] and "tom: 4 steps" not in said[1]
+
+
+def test_two_processes_score_and_keep_the_best_of_one(micro, tmp_path):
+    clip = tmp_path / "clip"  # as published CLIPs are: with the tokenizer's files
+    shutil.copytree(EMBEDDED_FOLDER / "clip", clip)
+    shutil.copytree(EMBEDDED_FOLDER / "tokenizer", clip, dirs_exist_ok=True)
+    judges = {"judge_dino": str(EMBEDDED_FOLDER / "vit"), "judge_clip": str(clip)}
+    fields = {"steps": 8, "sample_every": 4, "evaluate_every": 4, "keep_best": True, "held_out_images": "1"}
+    fields |= judges | {"best_max_prompt_loss": 1.0, "best_max_copy": 1.0}
+    alone, workdir = tmp_path / "one", tmp_path / "two"
+    assert wait(start(alone, devices=2, base=micro, **FIELDS | fields)) == 0, log_of(alone).read_text()
+    wait_all(workdir, start_all(workdir, 2, 1, base=micro, **fields), [0, 0])
+    tables = [list(csv.DictReader((folder / "scores.csv").open())) for folder in (alone, workdir)]
+    assert [row["step"] for row in tables[0]] == ["0", "4", "8"]
+    for ours, theirs in zip(*tables, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(float(ours[name] or 0), float(value or 0), rtol=1e-3, atol=1e-4, err_msg=name)
+    kept = [sorted(int(path.name) for path in (folder / "best").glob("[0-9]*")) for folder in (alone, workdir)]
+    assert kept[0] == kept[1] == [int(tables[0][-1]["best"])]
 
 
 @pytest.mark.parametrize("asked", [0, 1])

@@ -1,10 +1,13 @@
 """Draws the example subjects: six things that the embedded base has never seen, five pictures of each.
 
     python examples/subjects/draw.py [--source FOLDER_OF_TGZ] [--out examples/subjects]
+    python examples/subjects/draw.py --further --out runs/drawn    # with four others of every class: thirty
 
 The dog, the cat and the car are made from sprites that the base's training leaves out (`sprites.HELD_OUT`), the
 backpack, the teapot and the robot from ones it knows. Each has a coat of its own, loud enough to be told at 64x64. The
-pictures of the settings come from a bank that training does not use. Licences: dreambooth_jax/tiny/world/LICENSES.md.
+pictures of the settings come from a bank that training does not use. The further subjects are other individuals of the
+class as far as there are any, which the base knows in their own colours. Licences:
+dreambooth_jax/tiny/world/LICENSES.md.
 """
 
 import argparse
@@ -70,6 +73,11 @@ def stripes(rgba: np.ndarray, pitch: float, width: float, seed: int, warp: float
     return _soft(width / 2 - np.abs((x + warp * (bend - 0.5)) % pitch - pitch / 2))
 
 
+def checks(rgba: np.ndarray, pitch: float) -> np.ndarray:
+    y, x = _grid(rgba)
+    return (np.floor(y / pitch) + np.floor(x / pitch)) % 2
+
+
 def _without_leash(rgba: np.ndarray) -> np.ndarray:
     """Clears what is blue: the subject is the dog, not its leash."""
     red, green, blue = (rgba[..., i].astype(np.int16) for i in range(3))
@@ -104,9 +112,7 @@ def teapot(rgba):
 
 def robot(rgba):
     """Teal and orange checks."""
-    y, x = _grid(rgba)
-    checks = (np.floor(y / 0.17) + np.floor(x / 0.17)) % 2
-    return _coat(rgba, (30, 170, 170), checks, (255, 150, 40))
+    return _coat(rgba, (30, 170, 170), checks(rgba, 0.17), (255, 150, 40))
 
 
 def car(rgba):
@@ -123,6 +129,23 @@ SUBJECTS = {
     "teapot": ("teapot/3d", teapot, ("checkered cloth", "room", "pink", "wooden floor", "grass")),
     "robot": ("robot_face/3d", robot, ("street", "purple", "snow", "room", "wooden floor")),
 }
+# Sprites of the further subjects; where a class has a single individual, they differ in their coats alone.
+FURTHER = {
+    "dog": ("dog2/3d", "dog/3d", "guide_dog/3d", "poodle/3d"),
+    "cat": ("cat2/3d", "cat/3d", "smile_cat/3d", "scream_cat/3d"),
+    "car": ("car/3d", "taxi/3d", "police_car/3d", "racing_car/3d"),
+    "backpack": ("school_satchel/3d",) * 4,
+    "teapot": ("teapot/3d",) * 4,
+    "robot": ("robot_face/3d",) * 4,
+}
+COLOURS_OF_COATS = (
+    ((250, 248, 244), (200, 30, 120)), ((255, 210, 60), (30, 60, 160)), ((60, 190, 110), (250, 245, 230)),
+    ((40, 45, 60), (90, 220, 230)), ((245, 130, 50), (70, 30, 110)), ((120, 190, 250), (180, 40, 40)),
+    ((250, 180, 190), (20, 110, 90)), ((150, 90, 200), (255, 230, 120)), ((210, 220, 70), (140, 40, 150)),
+    ((230, 60, 60), (250, 240, 220)), ((240, 240, 250), (240, 140, 20)),
+)  # fmt: skip
+
+
 # Scale, x, angle and mirror of the five pictures.
 POSES = (
     (0.72, 0.50, 0, False), (0.55, 0.36, 7, True), (0.85, 0.52, -6, False), (0.62, 0.62, -11, True),
@@ -138,14 +161,40 @@ def picture(rng: np.random.Generator, sprite, where: str, scale: float, x: float
     return place(background, sprite, scale, x, y, angle, mirror)
 
 
+def further(number: int):
+    """The coat of a further subject: patterns and pairs of colours in turn, another for each of a class."""
+    base, colour = COLOURS_OF_COATS[number % len(COLOURS_OF_COATS)]
+    patterns = (
+        lambda rgba: patches(rgba, number, 5, 0.45),
+        lambda rgba: dots(rgba, 0.2, 0.062),
+        lambda rgba: zigzag(rgba, 0.24, 0.09, 0.12),
+        lambda rgba: stripes(rgba, 0.15, 0.065, number, 0.12),
+        lambda rgba: checks(rgba, 0.17),
+    )
+    return lambda rgba: _coat(rgba, base, patterns[number % len(patterns)](rgba), colour)
+
+
+def all_subjects() -> dict:
+    """Name -> sprite, coat and places, of the example subjects and the further ones, class by class."""
+    found, number = {}, 0
+    for noun, sprites in FURTHER.items():
+        found[noun] = SUBJECTS[noun]
+        for i, sprite in enumerate(sprites, 1):
+            found[f"{noun}_{i}"] = (sprite, further(number), tuple(np.roll(SUBJECTS[noun][2], i)))
+            number += 1
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="folder that holds both packages; left out, npm fetches them")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
+    parser.add_argument("--further", action="store_true", help="thirty subjects, and the file of their classes")
     args = parser.parse_args()
+    subjects = all_subjects() if args.further else SUBJECTS
     known = [s for held_out in (True, False) for s in load_sprites(args.source, longest=SIZE, held_out=held_out)]
     by_name = {sprite.name: sprite for sprite in known}
-    for number, (subject, (name, coat, places)) in enumerate(SUBJECTS.items()):
+    for number, (subject, (name, coat, places)) in enumerate(subjects.items()):
         frames = [by_name[name], *(s for s in known if s.individual == name and s.pose)]
         folder = args.out / subject
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,6 +203,10 @@ def main() -> None:
             frame = frames[i % len(frames)]
             sprite = dataclasses.replace(frame, rgba=coat(frame.rgba))
             Image.fromarray(picture(rng, sprite, where, *pose)).save(folder / f"{i:02d}.jpg", quality=92)
+
+    if args.further:
+        lines = [f"{subject},{subject.split('_')[0]}" for subject in subjects]
+        (args.out / "prompts_and_classes.txt").write_text("\n".join(["subject_name,class", *lines]) + "\n")
 
 
 if __name__ == "__main__":
