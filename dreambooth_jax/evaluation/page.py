@@ -59,14 +59,14 @@ def page(
     Args:
         judge: who judges, for a person.
         sections: checkpoints or subjects, in the order of the page.
-        summary: rows below those of the sections, such as means over subjects.
+        summary: rows above those of the sections, such as means over subjects.
         quoted: rows that others have measured.
         notes: title -> preformatted text, such as the config or the command.
 
     Raises:
         ValueError: rows of different protocols.
     """
-    rows = [*(section.row for section in sections), *summary]
+    rows = [*summary, *(section.row for section in sections)]
     protocol = one_protocol(rows)
     body = [
         f"<h1>{html.escape(title)}</h1>",
