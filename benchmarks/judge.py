@@ -28,7 +28,7 @@ from dreambooth_jax.models.layers import Conv, Downsample2D, ResnetBlock2D
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.ops.pixels import from_bytes
 from dreambooth_jax.tiny import world
-from dreambooth_jax.tiny.muon import make_muon
+from dreambooth_jax.tiny.fit import make_muon
 from dreambooth_jax.tiny.world.atlas import Atlas, Labels, compose, draw_labels, make_atlas
 
 CACHE = Path("~/.cache/dreambooth_jax/judge").expanduser()
@@ -178,7 +178,7 @@ def train(net, sprites: list[world.Sprite]) -> dict[str, Array]:
     atlas = _atlas(sprites, "judge")
     rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, STEPS)
     params = net.init(jax.random.key(1))
-    optimizer = make_muon(params, rate, weight_decay=1e-2)
+    optimizer = make_muon(rate, weight_decay=1e-2)
 
     def batch(atlas, key):
         coin_key, picture_key, noise_key = jax.random.split(key, 3)

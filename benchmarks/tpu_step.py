@@ -30,11 +30,12 @@ GIB = 2**30
 TEXT, NO_CLIPPING, MOMENT = {"train_text_encoder": True}, {"clip_norm": 0.0}, {"moment_dtype": "bfloat16"}
 ELEMENTWISE, LAYERS = {"remat": "elementwise"}, {"remat": "layers"}
 SECOND = {"second_moment_dtype": "bfloat16"}
+EIGHT, MUON = {"moment_dtype": "int8", "second_moment_dtype": "int8"}, {"optimizer": "muon"}
 LORA, INT8 = TEXT | {"method": "lora"}, {"frozen_dtype": "int8"}
 SETTINGS = [
     (chip, images, fields)
     for chip, images, choices in (
-        ("v5e", 1, ({}, ELEMENTWISE, LAYERS, LAYERS | NO_CLIPPING, MOMENT, MOMENT | SECOND)),
+        ("v5e", 1, ({}, ELEMENTWISE, LAYERS, LAYERS | NO_CLIPPING, MOMENT, MOMENT | SECOND, EIGHT, MUON)),
         ("v5e", 1, (TEXT, TEXT | ELEMENTWISE)),
         ("v5e", 1, (LORA, LORA | ELEMENTWISE, LORA | LAYERS, LORA | ELEMENTWISE | INT8)),
         ("v6e", 4, ({}, ELEMENTWISE, LAYERS, TEXT | ELEMENTWISE)),

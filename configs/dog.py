@@ -86,9 +86,10 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.accumulate = 1  # parts in which a batch is computed, one after the other
     config.train_text_encoder = True
     config.text_encoder_multiplier = 0.1  # of the learning rate, for the text encoder
-    config.optimizer = "adamw"  # or "adafactor"
-    config.moment_dtype = "float32"  # of AdamW's first moment; "bfloat16" saves two bytes per trained parameter
-    config.second_moment_dtype = "float32"  # of its second moment; "bfloat16", rounded at random, saves two more
+    config.optimizer = "adamw"  # or "adafactor", or "muon": matrices with orthogonal updates, the others by AdamW
+    config.moment_dtype = "float32"  # of the first moment of AdamW or Muon; "bfloat16" saves two bytes per trained
+    # parameter, "int8" three (AdamW alone)
+    config.second_moment_dtype = "float32"  # of AdamW's second moment; "bfloat16" and "int8", rounded at random, too
     config.learning_rate = 2e-4
     config.lr_schedule = "constant"  # or "linear", "cosine": to 0 at the last step
     config.lr_warmup_steps = 0

@@ -367,6 +367,7 @@ IDLE = {
     "shared": ({"create_class_images": True}, "create_class_images = True has no effect without class_images"),
     "subjects": ({"subjects": "a", "instance_images": "b"}, "instance_images = 'b' has no effect with subjects"),
     "moments": ({"optimizer": "adafactor", "moment_dtype": "bfloat16"}, "moment_dtype = 'bfloat16'"),
+    "second": ({"optimizer": "muon", "second_moment_dtype": "int8"}, "second_moment_dtype = 'int8' has no effect with"),
     "sheets": ({"sample_prompts": (), "sample_count": 2}, "sample_count = 2 has no effect without sample_prompts"),
     "reuse": ({"sample_prompts": (), "reuse_features": 2}, "reuse_features = 2 has no effect without sample_prompts"),
 }

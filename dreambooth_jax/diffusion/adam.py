@@ -1,77 +1,106 @@
-"""Adam with both moments in bfloat16: the second one is rounded at random."""
+"""Adam with moments in 16 or 8 bits.
+
+Where the gradient is 0 a step takes a thousandth of the second moment v (b2 = .999), less than half the spacing of
+bfloat16 numbers, 2^-8, or of eight bits, 2^-4. Rounded to the nearest number, v would never fall. Rounded up or down at
+random, v has the right mean.
+"""
+
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, BFloat16, Float32, Integer, PyTree, UInt32
+from jaxtyping import Array, Float, Float32, PyTree
+
+from dreambooth_jax.diffusion.rounding import EightBits, from_eight_bits, in_bfloat16, in_eight_bits, random_bits
+
+Moment: TypeAlias = Array | EightBits
 
 
-def scale_by_adam(b1: float, b2: float, eps: float, first_dtype: DTypeLike) -> optax.GradientTransformation:
-    """Adam (arXiv 1412.6980, algorithm 1) whose second moment v is kept in bfloat16.
+def scale_by_adam(
+    b1: float,
+    b2: float,
+    eps: float,
+    first_dtype: DTypeLike,
+    second_dtype: DTypeLike,
+    limit: float | Float[Array, ""] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam (arXiv 1412.6980, algorithm 1) with moments of these dtypes: float32, bfloat16, or int8 as in `EightBits`.
 
-    Where the gradient is 0 a step takes a thousandth of v (b2 = .999), less than half of bfloat16's spacing, 2^-8.
-    Rounded to the nearest number, v would never fall. Rounded up or down at random, v has the right mean. The update
-    is made of both moments before they are rounded. The state is that of optax's `scale_by_adam`.
+    The update is made of both moments before they are rounded. The state is that of optax's `scale_by_adam`. In eight
+    bits a moment's bound is made of the gradient's largest magnitudes as the moment is of the gradient; vectors stay in
+    float32. A first moment in bfloat16 is rounded to the nearest number: a step takes a tenth of it.
+
+    The keywords `grad_peaks` and `grad_norm` give largest magnitudes and norm that are already known. Found in the
+    updates alone, they would be known too late: each update would be computed twice, or written and read again.
 
     Args:
-        first_dtype: of the first moment, which is rounded to the nearest number.
+        limit: norm to which `clip_by_global_norm` scaled the updates, after peaks and norm were found; None if they are
+            not clipped.
     """
 
-    def init(params: PyTree) -> optax.ScaleByAdamState:
-        def zeros(dtype: DTypeLike) -> PyTree:
-            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
-
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(first_dtype), zeros(jnp.bfloat16))
+    def init(params: PyTree[Array]) -> optax.ScaleByAdamState:
+        first = jax.tree.map(lambda p: _zeros(p, first_dtype, jnp.int8), params)
+        second = jax.tree.map(lambda p: _zeros(p, second_dtype, jnp.uint8), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), first, second)
 
     def update(
-        updates: PyTree, state: optax.ScaleByAdamState, params: PyTree = None
-    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        updates: PyTree[Array],
+        state: optax.ScaleByAdamState,
+        params: PyTree | None = None,
+        *,
+        grad_peaks: PyTree[Array] | None = None,
+        grad_norm: Array | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree[Array], optax.ScaleByAdamState]:
         count = optax.safe_increment(state.count)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
-        first = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, state.mu, grads)
-        second = jax.tree.map(lambda v, g: b2 * v.astype(jnp.float32) + (1 - b2) * g * g, state.nu, grads)
-        scales = 1 / (1 - b1**count), 1 / (1 - b2**count)
-        scaled = jax.tree.map(lambda m, v: m * scales[0] / (jnp.sqrt(v * scales[1]) + eps), first, second)
-        leaves, structure = jax.tree.flatten(second)
-        rounded = [round_at_random(v, count, number) for number, v in enumerate(leaves)]
-        first = jax.tree.map(lambda m: m.astype(first_dtype), first)
-        return scaled, optax.ScaleByAdamState(count, first, jax.tree.unflatten(structure, rounded))
+        corrections = 1 / (1 - b1**count), 1 / (1 - b2**count)
+        scale = 1.0
+        if grad_peaks is None or grad_norm is None:
+            grad_peaks = largest_magnitudes(updates)
+        elif limit is not None:
+            scale = limit / jnp.maximum(grad_norm, limit)
+        leaves, structure = jax.tree.flatten(updates)
+        others = (jax.tree.leaves(tree, is_leaf=_is_held) for tree in (state.mu, state.nu, grad_peaks))
+        columns: tuple[list[Array], list[Moment], list[Moment]] = ([], [], [])
+        for number, (g, first, second, peak) in enumerate(zip(leaves, *others, strict=True)):
+            g, peak = g.astype(jnp.float32), scale * peak.astype(jnp.float32)
+            m, v = b1 * _exact(first) + (1 - b1) * g, b2 * _exact(second) + (1 - b2) * g * g
+            columns[0].append(m * corrections[0] / (jnp.sqrt(v * corrections[1]) + eps))
+            bits = random_bits(g.shape, count, number)
+            if isinstance(first, EightBits):
+                bound = b1 * first.bound + (1 - b1) * peak
+                columns[1].append(in_eight_bits(m, bound, bits << 16, jnp.int8))  # bits of its own
+            else:
+                columns[1].append(m.astype(first.dtype))
+            if isinstance(second, EightBits):
+                bound = b2 * second.bound + (1 - b2) * peak * peak
+                columns[2].append(in_eight_bits(v, bound, bits, jnp.uint8))
+            else:
+                columns[2].append(in_bfloat16(v, bits) if second.dtype == jnp.bfloat16 else v)
+        scaled, firsts, seconds = (jax.tree.unflatten(structure, column) for column in columns)
+        return scaled, optax.ScaleByAdamState(count, firsts, seconds)
 
-    return optax.GradientTransformation(init, update)
-
-
-def round_at_random(x: Float32[Array, "..."], step: Integer[Array, ""], number: int) -> BFloat16[Array, "..."]:
-    """One of the two bfloat16 numbers next to each element; the mean over steps is the element.
-
-    A bfloat16 number is the upper half of a float32 number: 16 random bits are added to the lower half, whose carry
-    rounds up. The bits are a hash of the element's place, so that they are computed where the element is, on any number
-    of devices, and are never stored.
-
-    Args:
-        x: finite, at least 0.
-        step: number of the update. Every update has bits of its own.
-        number: of the tensor. Every tensor has bits of its own.
-    """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_hash(x.shape, step, number) >> 16)
-    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-
-
-def _hash(shape: tuple[int, ...], step: Integer[Array, ""], number: int) -> UInt32[Array, "..."]:
-    """32 bits for every element: the hashes of its indices, of the step and of the tensor, added and mixed.
-
-    Those of the indices are vectors, so that few operations are left for an element.
-    """
-    total = _mixed(step.astype(jnp.uint32) * np.uint32(0x9E3779B1) + np.uint32(number))
-    for axis, size in enumerate(shape):
-        index = jnp.arange(size, dtype=jnp.uint32) + np.uint32(axis * 0x3C6EF372)
-        total += _mixed(index).reshape(-1, *(1,) * (len(shape) - axis - 1))
-    return (total ^ (total >> 15)) * np.uint32(0x2C1B3C6D)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The finaliser of MurmurHash3."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * np.uint32(factor)
-    return x ^ (x >> 16)
+def largest_magnitudes(updates: PyTree[Array]) -> PyTree[Array]:
+    """The largest magnitude in each array, for `grad_peaks`."""
+    return jax.tree.map(lambda g: jnp.abs(g).max(), updates)
+
+
+def _is_held(x: Any) -> bool:
+    return isinstance(x, EightBits)
+
+
+def _exact(moment: Moment) -> Float32[Array, "..."]:
+    return from_eight_bits(moment) if isinstance(moment, EightBits) else moment.astype(jnp.float32)
+
+
+def _zeros(param: Array, dtype: DTypeLike, codes: DTypeLike) -> Moment:
+    if dtype != "int8":
+        return jnp.zeros_like(param, dtype=dtype)
+    if param.ndim < 2:
+        return jnp.zeros_like(param, dtype=jnp.float32)
+    return EightBits(jnp.zeros_like(param, dtype=codes), jnp.zeros((), jnp.float32))

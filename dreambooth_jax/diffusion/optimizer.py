@@ -6,13 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from dreambooth_jax.diffusion.adam import scale_by_adam
+from dreambooth_jax.diffusion.muon import scale_by_muon
 from dreambooth_jax.models.params import Params
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
-OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZERS = ("adamw", "muon", "adafactor")
 Number = float | Float[Array, ""]
 
 
@@ -81,32 +83,39 @@ def make_optimizer(
     second_moment_dtype: str = "float32",
     multiplier: Callable[[str], Number] | None = None,
     decays: Callable[[str], bool] | None = None,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW (arXiv 1711.05101) or Adafactor (arXiv 1804.04235) after clipping by the global norm.
+    """AdamW (arXiv 1711.05101), Muon (diffusion.muon) or Adafactor (arXiv 1804.04235), after clipping by the global
+    norm.
 
     Args:
-        name: "adamw" or "adafactor".
+        name: one of `OPTIMIZERS`.
         rate: update count -> learning rate.
-        weight_decay: decoupled decay, multiplied by the learning rate in both.
+        weight_decay: decoupled decay, multiplied by the learning rate in all.
         b1, b2, eps: constants of AdamW.
         clip_norm: limit of the gradient's global norm; None for no clipping.
-        moment_dtype: dtype of AdamW's first moment; "bfloat16" saves two bytes per trainable parameter.
-        second_moment_dtype: dtype of AdamW's second moment; "bfloat16", rounded at random, saves two bytes more.
+        moment_dtype: dtype of the first moment of AdamW or Muon: "float32", "bfloat16" or, for AdamW, "int8".
+        second_moment_dtype: dtype of AdamW's second moment, likewise; rounded at random where it is not float32.
         multiplier: parameter name -> factor on its learning rate.
         decays: parameter name -> whether weight decay applies; None for all.
+        mesh: see `scale_by_muon`.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or Muon with a moment in int8.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer = {name!r}; implemented: {', '.join(OPTIMIZERS)}")
+    if name == "muon" and moment_dtype == "int8":
+        raise ValueError("moment_dtype = 'int8': not implemented for optimizer = 'muon'; expected float32 or bfloat16")
     mask = None if decays is None else lambda params: {name: decays(name) for name in params}
     if name == "adafactor":  # optax's own does not multiply its decay by the learning rate
         scale = [optax.adafactor(None, multiply_by_parameter_scale=False, clipping_threshold=1.0), optax.scale(-1.0)]
-    elif second_moment_dtype == "float32":
-        scale = [optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)]
+    elif name == "muon":
+        scale = [scale_by_muon(optax.scale_by_adam(b1, b2, eps), moment_dtype=moment_dtype, mesh=mesh)]
+    elif moment_dtype == "int8" or second_moment_dtype != "float32":
+        scale = [scale_by_adam(b1, b2, eps, moment_dtype, second_moment_dtype, clip_norm)]
     else:
-        scale = [scale_by_adam(b1, b2, eps, moment_dtype)]
+        scale = [optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)]
     core = optax.chain(*scale, optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(rate))
     clip = [] if clip_norm is None else [clip_by_global_norm(clip_norm)]
     return optax.chain(*clip, core, *([scale_by_name(multiplier)] if multiplier else []))

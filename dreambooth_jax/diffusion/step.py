@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dreambooth_jax.devices import runtime
+from dreambooth_jax.diffusion.adam import largest_magnitudes
 from dreambooth_jax.diffusion.examples import Augment, Number, TrainingData, draw
 from dreambooth_jax.diffusion.loss import Batch, Losses, Predict, dreambooth_loss
 from dreambooth_jax.diffusion.process import Process
@@ -97,8 +98,8 @@ def make_step(
 
     Args:
         predict: (params, x_t, t, cond) -> prediction like x_t.
-        optimizer: transformation of the gradient of `state.trainable`. Called with the keyword `grad_norm`, the global
-            norm of the gradient.
+        optimizer: transformation of the gradient of `state.trainable`. Called with the keywords `grad_norm`, the global
+            norm of the gradient, and `grad_peaks`, the largest magnitudes in its arrays.
         process: noise levels, prediction and times.
         batch_size: instance examples per step; with prior preservation as many class examples join them.
         combine: (frozen, trainable) -> params of `predict`; this is where methods differ.
@@ -139,7 +140,7 @@ def make_step(
         batch = draw(data, process, batch_size, key, state.step, example_shape, augment, paired, dropout)
         grads, losses, for_optimizer = gradient(state.trainable, frozen, batch)
         norm = _global_norm(grads)
-        after = apply_gradients(optimizer, state, for_optimizer(norm), norm, ema_decay)
+        after = apply_gradients(optimizer, state, for_optimizer(norm), norm, largest_magnitudes(grads), ema_decay)
         return after, Metrics(*losses, norm)
 
     return step
@@ -185,11 +186,12 @@ def apply_gradients(
     state: TrainState,
     grads: Params,
     norm: Scalar,
+    peaks: Params,
     ema_decay: Number | None,
 ) -> TrainState:
-    """The state after the update by `grads`, whose global norm the optimizer is given."""
+    """The state after the update by `grads`, whose global norm and largest magnitudes the optimizer is given."""
     optimizer = optax.with_extra_args_support(optimizer)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, grad_norm=norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, grad_norm=norm, grad_peaks=peaks)
     trainable = optax.apply_updates(state.trainable, updates)
     ema = state.ema and optax.incremental_update(trainable, state.ema, 1.0 - _decay(ema_decay, state.step))
     return TrainState(state.step + 1, trainable, opt_state, ema)

@@ -147,9 +147,9 @@ FIELDS: dict[str, Field] = {
     "pivotal_fraction": Field(float, lambda v: 0 < v <= 1, "above 0, at most 1"),
     "train_text_encoder": Field(bool),
     "text_encoder_multiplier": _not_negative(float),
-    "optimizer": _one_of("adamw", "adafactor"),
-    "moment_dtype": _one_of("float32", "bfloat16"),
-    "second_moment_dtype": _one_of("float32", "bfloat16"),
+    "optimizer": _one_of("adamw", "muon", "adafactor"),
+    "moment_dtype": _one_of("float32", "bfloat16", "int8"),
+    "second_moment_dtype": _one_of("float32", "bfloat16", "int8"),
     "learning_rate": Field(float, lambda v: v > 0, "above 0"),
     "lr_schedule": _one_of("constant", "linear", "cosine"),
     "lr_warmup_steps": _not_negative(int),
@@ -252,6 +252,8 @@ def _contradictions(config: ConfigDict) -> list[str]:
         problems.append(f"accumulate = {config.accumulate} does not divide batch_size = {config.batch_size}")
     if config.train_text_encoder and config.text_encoder_multiplier == 0:
         problems.append("text_encoder_multiplier = 0 with train_text_encoder = True: set train_text_encoder=False")
+    if config.optimizer == "muon" and config.moment_dtype == "int8":
+        problems.append("moment_dtype = 'int8': not implemented for optimizer = 'muon'; expected float32 or bfloat16")
     if config.lr_warmup_steps >= config.steps:
         problems.append(f"lr_warmup_steps = {config.lr_warmup_steps} leaves nothing of steps = {config.steps}")
     if config.subjects and config.method not in ADAPTERS:

@@ -54,7 +54,8 @@ IDLE = (
         lambda c: not c.class_images and c.prior_preservation and c.prior_target == "noise",
         "without class_images: the workdir's own folder is made anyway",
     ),
-    Idle(("moment_dtype", "second_moment_dtype"), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
+    Idle(("moment_dtype",), lambda c: c.optimizer == "adafactor", "with optimizer = {optimizer}"),
+    Idle(("second_moment_dtype",), lambda c: c.optimizer != "adamw", "with optimizer = {optimizer}"),
     Idle(
         ("sample_count", "reuse_features", "negative_prompt"), lambda c: not c.sample_prompts, "without sample_prompts"
     ),

@@ -68,7 +68,7 @@ def make_job(config: ConfigDict, pipeline: Pipeline, mesh: Mesh) -> Job:
     }
     config = ConfigDict(dict(config) | resolved)
     method = make_method(config, pipeline)
-    return Job(config, pipeline, mesh, _optimizer(config, pipeline, method, numbers_of(config)), method)
+    return Job(config, pipeline, mesh, _optimizer(config, pipeline, mesh, method, numbers_of(config)), method)
 
 
 def numbers_of(config: ConfigDict) -> Numbers:
@@ -77,7 +77,7 @@ def numbers_of(config: ConfigDict) -> Numbers:
 
 
 def _optimizer(
-    config: ConfigDict, pipeline: Pipeline, method: Method, numbers: Numbers
+    config: ConfigDict, pipeline: Pipeline, mesh: Mesh, method: Method, numbers: Numbers
 ) -> optax.GradientTransformationExtraArgs:
     """The config's optimizer with these numbers, which may be arguments of a program."""
     rate = learning_rate(config.lr_schedule, numbers.learning_rate, warmup=config.lr_warmup_steps, steps=config.steps)
@@ -91,6 +91,7 @@ def _optimizer(
         second_moment_dtype=config.second_moment_dtype,
         multiplier=lambda name: method.multiplier(name) * (of_text if pipeline.family.role_of(name) == TEXT else 1.0),
         decays=method.decays,
+        mesh=mesh,
     )
     if config.method == "pivotal":
         optimizer = optax.chain(optimizer, stop_after(tokens_held_from(config), is_row))
@@ -348,7 +349,7 @@ def training_step(
         numbers = data.numbers or numbers_of(config)
         advance = make_step(
             pipeline.denoise_tokens if reads_tokens(config) else pipeline.denoise,
-            _optimizer(config, pipeline, job.method, numbers),
+            _optimizer(config, pipeline, mesh, job.method, numbers),
             pipeline.process,
             batch_size=config.batch_size,
             combine=combine,

@@ -51,6 +51,7 @@ REMEDIES = (
     ("mesh_fsdp=-1, mesh_data=1", {"mesh_fsdp": -1, "mesh_data": 1}),
     ("moment_dtype=bfloat16", {"moment_dtype": "bfloat16"}),
     ("second_moment_dtype=bfloat16", {"second_moment_dtype": "bfloat16"}),
+    ("moment_dtype=int8, second_moment_dtype=int8", {"moment_dtype": "int8", "second_moment_dtype": "int8"}),
     ("train_text_encoder=False", {"train_text_encoder": False}),
     ("optimizer=adafactor", {"optimizer": "adafactor"}),
     ("method=lora", {"method": "lora"}),

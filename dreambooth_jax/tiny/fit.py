@@ -16,11 +16,11 @@ from tqdm import trange
 
 from dreambooth_jax.devices import sharding
 from dreambooth_jax.devices.sharding import split_batch
-from dreambooth_jax.diffusion.optimizer import learning_rate
+from dreambooth_jax.diffusion.muon import scale_by_muon
+from dreambooth_jax.diffusion.optimizer import clip_by_global_norm, learning_rate
 from dreambooth_jax.diffusion.step import TrainState, init_state, run_steps
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.tiny.muon import make_muon
 
 Batch = TypeVar("Batch")
 
@@ -114,10 +114,27 @@ def adam(part: ConfigDict) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
 
 
-def muon(part: ConfigDict, params: Params) -> optax.GradientTransformation:
+def muon(part: ConfigDict) -> optax.GradientTransformation:
     """Muon at a constant learning rate, then with a linear decay to 0 over the last `part.decay_steps`."""
     stable = learning_rate("constant", part.learning_rate, warmup=max(part.steps // 40, 1), steps=part.steps)
     if part.decay_steps:
         decay = optax.linear_schedule(part.learning_rate, 0.0, part.decay_steps)
         stable = optax.join_schedules([stable, decay], [part.steps - part.decay_steps])
-    return make_muon(params, stable, weight_decay=part.weight_decay)
+    return make_muon(stable, weight_decay=part.weight_decay)
+
+
+def make_muon(rate: optax.Schedule, *, weight_decay: float) -> optax.GradientTransformation:
+    """Muon after clipping by the global norm, with fewer iterations and a shorter memory than a run's, for training
+    from scratch.
+
+    Args:
+        rate: update count -> learning rate.
+        weight_decay: decoupled decay, multiplied by the learning rate.
+    """
+    others = optax.scale_by_adam(b2=0.99, nesterov=True)
+    return optax.chain(
+        clip_by_global_norm(1.0),
+        scale_by_muon(others, iterations=4, mesh=sharding.make_mesh()),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )

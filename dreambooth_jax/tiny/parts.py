@@ -143,7 +143,7 @@ def _train_tower(
     part = config[name]
     if part.steps == 0:
         return start
-    optimizer = muon(part, start)
+    optimizer = muon(part)
     return fit(name, make_step(loss, optimizer, draw, part.ema_decay), start, {}, optimizer, atlas, config, part)
 
 
@@ -161,7 +161,7 @@ def train_unet(
     if config.start:
         text = _start(config, "text_encoder", tower, key)
     start = with_prefix("unet.", _start(config, "unet", unet, key)) | with_prefix("text_encoder.", text)
-    optimizer = muon(part, start)
+    optimizer = muon(part)
     empty = tokenizer("", padding="max_length", max_length=config.max_length).input_ids
     loss = unet_loss(
         encoder,

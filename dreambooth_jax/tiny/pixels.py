@@ -134,7 +134,7 @@ def _train_stage(
     noise = process({"scheduler": config.scheduler.to_dict()})
     loss = pixel_loss(unet, texts, noise, factor=config.factor, low=low)
     start = start | with_prefix("unet.", unet.init(key))
-    optimizer = muon(part, start)
+    optimizer = muon(part)
     draw = draw_any(View(part.batch_size, config.resolution, config.max_length))
     step = make_step(loss, optimizer, draw, part.ema_decay)
     return fit(name, step, start, frozen, optimizer, atlas, config, part)
