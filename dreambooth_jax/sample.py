@@ -50,7 +50,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reuse_features",
         type=positive,
-        help="steps that share the deep features of the first: faster, and not quite the same pictures (default: 1)",
+        help="number of steps that share deep features: faster, and not quite the same pictures (default: 1)",
     )
     parser.add_argument(
         "--guidance", type=finite, help="classifier-free guidance scale; default: the run's, or the base's"

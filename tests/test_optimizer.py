@@ -155,7 +155,9 @@ def test_muon_makes_updates_of_equal_singular_values_and_root_mean_square(make):
         sides = (-1, MATRICES[name][-1]) if name.endswith("kernel") else (MATRICES[name][0], -1)
         values = np.linalg.svd(updates[name].reshape(sides), compute_uv=False)
         assert values.max() < 2.5 * values.min(), name
-        assert np.sqrt(np.mean(updates[name] ** 2)) == pytest.approx(0.2e-2, rel=0.25), name
+        before = np.linalg.svd(np.asarray(params[name]).reshape(sides), compute_uv=False)
+        assert before.max() > 3 * before.min() or name != "a.kernel"
+        assert np.sqrt(np.mean(updates[name] ** 2)) == pytest.approx(0.2e-2, rel=0.2), name
         assert np.sum(updates[name] * np.asarray(params[name])) < 0  # downhill
     for name in OTHERS:  # AdamW's first step is as large for all, whatever the gradient
         first = -1.47e-2 if scratch else -1e-2

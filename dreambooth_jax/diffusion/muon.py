@@ -83,7 +83,8 @@ def _kinds(params: Masked) -> dict[str, str]:
 
 
 def _size(name: str, shape: tuple[int, ...]) -> float:
-    """The factor for a matrix whose singular values are 1: its root mean square is 1 over that of the longer side."""
+    """The factor that brings a matrix with singular values of 1, whose root mean square is 1 / sqrt(longer side), to
+    `_SIZE`."""
     rows, column = dimensions(name, len(shape))
     return _SIZE * math.sqrt(max(math.prod(shape[axis] for axis in rows), shape[column]))
 

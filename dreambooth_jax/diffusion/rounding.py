@@ -18,9 +18,9 @@ class EightBits(NamedTuple):
 
     The code of a magnitude x is the upper part of the float32 number 1 + s x, less that of 1: three bits of mantissa,
     and four of the exponent beside a sign, five without one. The spacing is 1/16 to 1/8 of x, and 1/8 of 1 / s below
-    that, down to 0. Like the table of arXiv 2110.02861 (section 1.3) the code covers many orders of magnitude, but it
-    is arithmetic. s is a power of two: numbers stay as they are when it changes. With a new s of any other kind, all of
-    them would be rounded anew in every step.
+    that, down to 0. The code covers as many orders of magnitude as the table of arXiv 2110.02861 (section 1.3), by
+    arithmetic alone. s is a power of two, so that numbers stay as they are when it changes. Any other s would round all
+    of them anew in every step.
 
     Attributes:
         codes: in the tensor's own shape, to be placed like it; int8, or uint8 where there are no signs.
@@ -57,7 +57,7 @@ def from_eight_bits(held: EightBits) -> Float32[Array, "..."]:
 
 
 def _scale(bound: Float32[Array, ""], dtype: DTypeLike) -> Float32[Array, ""]:
-    """s, by arithmetic on exponents."""
+    """The s of `EightBits` for a bound: a power of two, made of the bound's exponent."""
     octaves = 30 if dtype == jnp.uint8 else 14
     return _float((np.uint32(254 + octaves) - (_bits(jnp.maximum(bound, _LEAST_BOUND)) >> 23)) << 23)
 

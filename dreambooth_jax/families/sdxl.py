@@ -76,7 +76,7 @@ def negative(models: Models, cond: Cond, empty: Bool[Array | np.ndarray, "b"]) -
 
 
 def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
-    return models.apply("unet", params, xt, t, cond["states"], None, cond["pooled"], cond["sizes"])
+    return with_deep(models, params, xt, t, cond, None)[0]
 
 
 def with_deep(

@@ -35,18 +35,14 @@ def problems(models: Models) -> list[str]:
 
 
 def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> Array:
-    return models.apply("unet", params, _with_low(xt, cond), t, cond["states"], cond["level"])
+    return with_deep(models, params, xt, t, cond, None)[0]
 
 
 def with_deep(
     models: Models, params: Params, xt: Array, t: Array, cond: Cond, deep: Array | None
 ) -> tuple[Array, Array]:
-    arguments = (deep, _with_low(xt, cond), t, cond["states"], cond["level"])
-    return models.apply("unet", params, *arguments, method="with_deep")
-
-
-def _with_low(xt: Array, cond: Cond) -> Array:
-    return jnp.concatenate([xt, cond["low"].astype(xt.dtype)], -1)
+    x = jnp.concatenate([xt, cond["low"].astype(xt.dtype)], -1)
+    return models.apply("unet", params, deep, x, t, cond["states"], cond["level"], method="with_deep")
 
 
 def low_resolution(models: Models) -> LowResolution:

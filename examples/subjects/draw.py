@@ -6,12 +6,13 @@
 The dog, the cat and the car are made from sprites that the base's training leaves out (`sprites.HELD_OUT`), the
 backpack, the teapot and the robot from ones it knows. Each has a coat of its own, loud enough to be told at 64x64. The
 pictures of the settings come from a bank that training does not use. The further subjects are other individuals of the
-class as far as there are any, which the base knows in their own colours. Licences:
-dreambooth_jax/tiny/world/LICENSES.md.
+class as far as there are any, which the base knows in their own colours. With them, the six themselves are drawn anew,
+in other views of their settings. Licences: dreambooth_jax/tiny/world/LICENSES.md.
 """
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 
 import numpy as np
@@ -144,8 +145,6 @@ COLOURS_OF_COATS = (
     ((250, 180, 190), (20, 110, 90)), ((150, 90, 200), (255, 230, 120)), ((210, 220, 70), (140, 40, 150)),
     ((230, 60, 60), (250, 240, 220)), ((240, 240, 250), (240, 140, 20)),
 )  # fmt: skip
-
-
 # Scale, x, angle and mirror of the five pictures.
 POSES = (
     (0.72, 0.50, 0, False), (0.55, 0.36, 7, True), (0.85, 0.52, -6, False), (0.62, 0.62, -11, True),
@@ -176,12 +175,11 @@ def further(number: int):
 
 def all_subjects() -> dict:
     """Name -> sprite, coat and places, of the example subjects and the further ones, class by class."""
-    found, number = {}, 0
+    found, numbers = {}, itertools.count()
     for noun, sprites in FURTHER.items():
         found[noun] = SUBJECTS[noun]
         for i, sprite in enumerate(sprites, 1):
-            found[f"{noun}_{i}"] = (sprite, further(number), tuple(np.roll(SUBJECTS[noun][2], i)))
-            number += 1
+            found[f"{noun}_{i}"] = (sprite, further(next(numbers)), tuple(np.roll(SUBJECTS[noun][2], i)))
     return found
 
 
