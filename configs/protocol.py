@@ -24,6 +24,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.subjects = ()  # names of the subjects; () for all
     config.workdir = "runs/protocol"  # a run per subject, class images per class, tables, page
     config.keep_checkpoints = embedded  # of scored subjects; False: deleted to save space
+    config.at_once = 1  # subjects in one program, for adapters: tiny,lora or sd15,lora
 
     # Scores
     config.prompts = "world" if embedded else "paper"  # 25 in the embedded base's words, or the data set's
@@ -36,7 +37,8 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.lpips = ""  # folder of benchmarks/convert_weights.py, for DIV; "": DINO's patches without learnt weights
     config.backbone = "alex"  # of LPIPS, or "vgg"
 
-    # Training: every field of configs/dog.py; workdir, photos, class noun and class images are set per subject
+    # Training: every field of configs/dog.py; workdir, photos and class noun are set per subject. "{class_noun}" in
+    # class_images is the noun; "" is workdir/class_images/NOUN
     config.train = runpy.run_path(str(DOG))["get_config"](base_and_method)
     config.train.sample_prompts = ()
     return config

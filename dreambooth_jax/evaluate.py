@@ -206,6 +206,7 @@ def evaluate_protocol(config: ConfigDict, command: str) -> str:
     """Trains and scores every subject of a protocol; returns the table and where the page is."""
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.runs import lease
+    from dreambooth_jax.runs.many import train_many
     from dreambooth_jax.runs.preemption import Preemption
     from dreambooth_jax.runs.protocol import check_protocol, run_protocol
     from dreambooth_jax.runs.setup import set_up
@@ -217,7 +218,10 @@ def evaluate_protocol(config: ConfigDict, command: str) -> str:
 
     def train_one(one: ConfigDict) -> None:
         with Preemption() as guard, lease.holding(one.workdir, guard.at_exit):
-            train(set_up(one), guard)
+            if one.subjects:
+                train_many(one, guard)
+            else:
+                train(set_up(one), guard)
 
     text = run_protocol(config, judge, mesh, train_one, command)
     return f"{text}\n\nJudged by {judge.title}.\nPage: {config.workdir}/index.html"

@@ -90,11 +90,11 @@ def check_flags(options: argparse.Namespace, config: ConfigDict) -> None:
 def run(config: ConfigDict, options: argparse.Namespace) -> None:
     """Prints what the options ask for."""
     from dreambooth_jax.devices import runtime  # here, so that a wrong config is refused without JAX
-    from dreambooth_jax.runs import slices, together
+    from dreambooth_jax.runs import protocol_plan, slices, together
 
     runtime.start()
     if options.protocol:
-        print(slices.plan_protocol(config, options), flush=True)
+        print(protocol_plan.plan_protocol(config, options), flush=True)
         return
     if options.subjects or (config.subjects and not options.sweep):
         together.print_together(config, options)

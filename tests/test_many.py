@@ -313,9 +313,12 @@ def test_other_rows_are_another_run(tmp_path):
 
 def test_one_folder_holds_the_class_images_of_one_noun(tmp_path):
     subjects = {"subjects": str(ROOT / "examples" / "subjects")}
-    with pytest.raises(ConfigError, match=r"class_images = 'mine': one folder cannot hold .* leave it empty"):
+    with pytest.raises(
+        ConfigError, match=r"class_images = 'mine': one folder cannot hold .* write {class_noun} into its name"
+    ):
         read_subjects(config_of(tmp_path, class_images="mine", **subjects))
     assert read_subjects(config_of(tmp_path, class_images="mine", prior_preservation=False, **subjects))
+    assert read_subjects(config_of(tmp_path, class_images="mine/{class_noun}", **subjects))
 
 
 def test_a_classes_file_gives_the_nouns(tmp_path):

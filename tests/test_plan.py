@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import FeedForward
+from dreambooth_jax.runs import config_file, protocol_plan, together
 from dreambooth_jax.runs import slices as plan
-from dreambooth_jax.runs import together
 from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
 
@@ -255,6 +256,22 @@ def crowd(micro, tmp_path_factory):
     """(config, a small plan of sixteen subjects on eight chips)."""
     config = config_of(tmp_path_factory.mktemp("crowd") / "run", base=micro, dtype="bfloat16", method="lora")
     return config, together.together(config, "v5e:2x4", 16)
+
+
+def test_the_protocol_in_groups_is_priced(micro, crowd, monkeypatch):
+    """Six subjects in one group: the steps of the group, not of each of them."""
+    monkeypatch.setattr(together, "together", lambda *_, **__: crowd[1])
+    config = config_file.load("configs/protocol.py:tiny,lora")
+    config.update(judge="embedded", at_once=6)
+    config.train.update(base=micro, steps=3_000_000, train_text_encoder=False)
+    options = argparse.Namespace(topology="v5e:2x4", full=False, chip_hour_price=0.0)
+    said = protocol_plan.plan_protocol(config, options)
+    time, unit = re.search(r"training: ([\d.]+) (h|min) for 6 x 3000000 steps", said).groups()
+    seconds = float(time) * {"h": 3600, "min": 60}[unit]
+    assert seconds == pytest.approx(3_000_000 * crowd[1].cost.seconds, rel=0.01, abs=6)
+    monkeypatch.setattr(together, "together", lambda *_, **__: dataclasses.replace(crowd[1], cost=None, missing=2**30))
+    with pytest.raises(ValueError, match=r"training of 6 subjects at once does not fit v5e:2x4: 1\.00 GiB .* lower"):
+        protocol_plan.plan_protocol(config, options)
 
 
 def test_subjects_together_exchange_metrics_alone(crowd):

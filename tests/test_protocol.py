@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from support.runs import SMALL
+from support.runs import SMALL, checkpoints, kill_when
 
 from dreambooth_jax import evaluate
 from dreambooth_jax.runs import config_file, scoring, training
 from dreambooth_jax.runs.config import ConfigError, absolute_paths
-from dreambooth_jax.runs.protocol import check_protocol, check_training, train_config
+from dreambooth_jax.runs.protocol import check_groups, check_protocol, check_training, groups_of, train_config
+from dreambooth_jax.runs.subjects import read_subjects
+
+MODULE = (sys.executable, "-m", "dreambooth_jax.evaluate")
 
 
 def overrides(workdir, dataset, base, **fields):
@@ -60,6 +65,70 @@ def test_scored_subjects_are_neither_trained_nor_painted_again(scored, monkeypat
     evaluate.main([*arguments, "--config.keep_checkpoints=False"])
     assert (workdir / "table.md").read_text() == before
     assert not (workdir / "dog" / "checkpoints").exists()
+
+
+GROUPED = {"method": "lora", "lora_rank": 2, "learning_rate": 0.002, "ema_decay": 0.0, "steps": 60, "save_every": 2}
+
+
+@pytest.mark.slow
+def test_a_group_has_the_scores_of_subjects_alone(command, micro, tmp_path):
+    """Killed while it trains, and stopped with one subject scored, the same command goes on."""
+    photos = command[0].parent / "photos"
+
+    def arguments(workdir, at_once):
+        fields = {f"train.{name}": value for name, value in GROUPED.items()}
+        fields |= {"train.class_images": tmp_path / "classes" / "{class_noun}", "at_once": at_once}
+        return ["--config", "configs/protocol.py", *overrides(workdir, photos, micro, **fields)]
+
+    workdir = tmp_path / "group"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*MODULE, *arguments(workdir, 2)], stdout=log, stderr=log)
+    group = workdir / "groups" / "01"
+    assert kill_when(process, lambda: checkpoints(group)), (tmp_path / "log").read_text()
+    assert not (workdir / "cat" / "evaluation").exists()
+    evaluate.main(arguments(workdir, 2))
+    assert sorted(path.name for path in group.glob("*.safetensors")) == ["cat.safetensors", "dog.safetensors"]
+    evaluate.main(arguments(tmp_path / "alone", 1))
+    grouped, alone = (json.loads((folder / "table.json").read_text()) for folder in (workdir, tmp_path / "alone"))
+    assert grouped["protocol"] == alone["protocol"]
+    for ours, theirs in zip(grouped["rows"], alone["rows"], strict=True):
+        assert ours["label"] == theirs["label"]
+        for name, value in theirs["values"].items():
+            assert ours["values"][name]["mean"] == pytest.approx(value["mean"], abs=1e-4), (ours["label"], name)
+    assert len(list((tmp_path / "classes" / "pet").glob("*.png"))) == 2
+
+    kept = workdir / "cat" / "evaluation" / "step_000060.json"
+    before = kept.stat().st_mtime_ns
+    shutil.rmtree(workdir / "dog" / "evaluation")
+    evaluate.main([*arguments(workdir, 2), "--config.keep_checkpoints=False"])
+    assert json.loads((workdir / "table.json").read_text()) == grouped
+    assert kept.stat().st_mtime_ns == before and not (group / "checkpoints").exists()
+    with pytest.raises(SystemExit, match=r"learning_rate: 0\.002 in the checkpoint, 0\.1 now"):
+        evaluate.main([*arguments(workdir, 2), "--config.train.learning_rate=0.1"])
+
+
+def test_groups_are_subjects_in_their_order(tmp_path):
+    config = config_file.load("configs/protocol.py:tiny,lora")
+    config.update(workdir=str(tmp_path), at_once=4)
+    subjects = check_protocol(config)
+    first, second = groups_of(config, subjects)
+    assert (len(first.subjects), len(second.subjects)) == (4, 2)
+    assert [*first.subjects, *second.subjects] == subjects
+    for group in (first, second):
+        Path(group.config.subjects).parent.mkdir(exist_ok=True)
+        Path(group.config.subjects).write_bytes(group.table)
+        found = read_subjects(absolute_paths(group.config))
+        assert [(one.name, one.class_noun) for one in found] == [(one.name, one.class_noun) for one in group.subjects]
+        assert all(Path(one.photos).is_dir() for one in found)
+    config.at_once = 3
+    with pytest.raises(ConfigError, match=r"01\.csv names other subjects than this config"):
+        check_groups(groups_of(config, subjects))
+    config.at_once = 0
+    with pytest.raises(ConfigError, match="at_once = 0: expected the number of subjects in one program"):
+        check_protocol(config)
+    config.update(at_once=2, train=config_file.load("configs/protocol.py").train)
+    with pytest.raises(ConfigError, match=r"(?s)at_once = 2: .*many subjects share a frozen base"):
+        check_protocol(config)
 
 
 def test_scores_of_another_training_are_not_shown(tmp_path, command):

@@ -6,10 +6,12 @@ from ml_collections import ConfigDict
 from dreambooth_jax.data.sources import list_images
 
 MARK = ".dreambooth_jax.json"  # in folders that this library paints
+NOUN = "{class_noun}"
 
 
 def class_folders(config: ConfigDict) -> tuple[epath.Path, ...]:
-    """The folders of class images; the base's own pictures are painted into the last one.
+    """The folders of class images; the base's own pictures are painted into the last one. `{class_noun}` in
+    `class_images` is the noun, with "_" for spaces.
 
     workdir/class_images, a named folder that was painted by this library, or both a person's folder and
     workdir/class_images for what that folder lacks.
@@ -20,7 +22,8 @@ def class_folders(config: ConfigDict) -> tuple[epath.Path, ...]:
     painted = epath.Path(config.workdir).expanduser() / "class_images"
     if not config.class_images:
         return (painted,)
-    named = epath.Path(config.class_images).expanduser()
+    noun = config.class_noun.replace(" ", "_")
+    named = epath.Path(config.class_images.replace(NOUN, noun)).expanduser()
     if (named / MARK).exists():
         return (named,)
     if list_images(named):

@@ -4,7 +4,6 @@ import functools
 import json
 import shlex
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -43,6 +42,7 @@ from dreambooth_jax.diffusion.step import Metrics, TrainState
 from dreambooth_jax.files.digest import weights_digest
 from dreambooth_jax.files.lora_kohya import write_kohya
 from dreambooth_jax.models.params import Params, Shapes, count
+from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.painting.sheets import paint_rows, save_sheet, text_chunks
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.ahead import compiling_of
@@ -146,15 +146,26 @@ def _set_up(config: ConfigDict, subjects: list[Subject]) -> _Many:
 def _expected(many: _Many) -> tuple[TrainState, Shapes, Lanes, jax.ShapeDtypeStruct]:
     """Shapes of what `_prepare` will give, before class images are painted."""
     config = many.job.config
-    there = sum(len(list_images(folder)) for folder in class_folders(config)) if config.class_images else 0
+    nouns = {subject.class_noun for subject in many.subjects}
+    there = max(map(functools.partial(_class_images_there, config), nouns)) if config.class_images else 0
     return many_shapes(
         many.job,
         len(many.subjects),
         max(len(examples.captions) for examples in many.examples),
         num_class=max(config.num_class_images, there),
         captions=max(len(set(examples.captions)) for examples in many.examples),
-        shared_prior=len({subject.class_noun for subject in many.subjects}) == 1,
+        shared_prior=len(nouns) == 1,
     )
+
+
+def _class_images_there(config: ConfigDict, noun: str) -> int:
+    return sum(len(list_images(folder)) for folder in class_folders(_of_noun(config, noun)))
+
+
+def _of_noun(config: ConfigDict, noun: str) -> ConfigDict:
+    """The config of a noun's class images."""
+    own = {"class_noun": noun, "workdir": str(epath.Path(config.workdir) / "classes" / noun)}
+    return ConfigDict(dict(config) | own)
 
 
 def _prepare(many: _Many, compare: Callable[[Fingerprints], None]) -> tuple[TrainState, Params, Lanes, Array]:
@@ -323,13 +334,13 @@ def _data(many: _Many, params: Params, key: Key[Array, ""], compare: Callable[[F
     job, subjects = many.job, many.subjects
     config, pipeline, mesh = job.config, job.pipeline, job.mesh
     encode = make_encoder(pipeline, mesh, text_states=not reads_tokens(config))
+    painter = functools.cache(lambda: painter_of(config, pipeline, mesh, reuse_features=1))
     priors: dict[str, EncodedExamples | None] = {}
     of_class: Fingerprints = {"class images": {}, "class captions": {}}
     for noun in dict.fromkeys(subject.class_noun for subject in subjects):
-        own = ConfigDict(dict(config) | {"class_noun": noun, "workdir": str(Path(config.workdir) / "classes" / noun)})
         priors[noun] = None
         if config.prior_preservation:
-            examples = _class_images(own, job, params, many.digest)
+            examples = _class_images(_of_noun(config, noun), painter, params, many.digest)
             for kind, digests in zip(of_class, (of_pixels([examples]), of_captions([examples])), strict=True):
                 of_class[kind] |= {f"{noun}/{name}": digest for name, digest in digests.items()}
             priors[noun] = encode(params, examples)
@@ -350,9 +361,8 @@ def _data(many: _Many, params: Params, key: Key[Array, ""], compare: Callable[[F
     return TrainingData(*encoded, *drawn)
 
 
-def _class_images(config: ConfigDict, job: Job, params: Params, digest: str) -> Examples:
+def _class_images(config: ConfigDict, painter: Callable[[], Painter], params: Params, digest: str) -> Examples:
     """The class images of one noun; those that are missing are painted."""
     if missing := agreed(class_images_to_paint(config, digest)):
-        paint = painter_of(config, job.pipeline, job.mesh, reuse_features=1)
-        paint_missing(config, missing, paint, params, digest)
+        paint_missing(config, missing, painter(), params, digest)
     return read_class_images(config)

@@ -1,12 +1,17 @@
-"""The paper's protocol over a data set: a run per subject, one after the other, each scored when it is trained."""
+"""The paper's protocol over a data set: subjects trained one after the other or in groups, each scored when it is
+trained."""
 
+import csv
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dreambooth_jax.data.class_folders import NOUN
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.evaluation.choices import BACKBONES, JUDGES, PROMPTS, TRANSFORMS
 from dreambooth_jax.evaluation.dataset import Subject, read_dataset
@@ -18,13 +23,22 @@ from dreambooth_jax.evaluation.table import Row, as_json, markdown
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable
 from dreambooth_jax.runs.config_file import complete, read_json
-from dreambooth_jax.runs.scoring import protocol_of, questions_of, read_section, score_run, weights_of_step
+from dreambooth_jax.runs.scoring import (
+    OverBase,
+    digest_of_file,
+    protocol_of,
+    questions_of,
+    read_section,
+    score_run,
+    weights_of_step,
+)
 
 _KINDS = {
     "dataset": str,
     "subjects": tuple,
     "workdir": str,
     "keep_checkpoints": bool,
+    "at_once": int,
     "prompts": str,
     "count": int,
     "class_count": int,
@@ -60,6 +74,8 @@ def check_protocol(config: ConfigDict) -> list[Subject]:
     ]
     if not problems and min(config.count, config.class_count) < 2:
         problems.append("count, class_count: diversity and drift need two pictures or more")
+    if not problems and config.at_once < 1:
+        problems.append(f"at_once = {config.at_once}: expected the number of subjects in one program, 1 or more")
     if problems:
         raise ConfigError("the protocol's config cannot be used; see configs/protocol.py:\n  " + "\n  ".join(problems))
     found = read_dataset(config.dataset)
@@ -69,10 +85,15 @@ def check_protocol(config: ConfigDict) -> list[Subject]:
     subjects = [subject for subject in found if not config.subjects or subject.name in config.subjects]
     for subject in subjects:
         check_config(train_config(config, subject))
+    for group in groups_of(config, subjects):
+        try:
+            check_config(group.config)
+        except ConfigError as error:
+            raise ConfigError(f"at_once = {config.at_once}: {error}") from error
     return subjects
 
 
-def _names(subjects: list[Subject]) -> str:
+def _names(subjects: Sequence[Subject]) -> str:
     return ", ".join(subject.name for subject in subjects)
 
 
@@ -83,9 +104,52 @@ def train_config(config: ConfigDict, subject: Subject) -> ConfigDict:
     train.workdir = str(folder / subject.name)
     train.instance_images = str(subject.folder)
     train.class_noun = subject.class_noun
-    train.class_images = str(folder / "class_images" / subject.class_noun.replace(" ", "_"))
+    train.class_images = train.class_images or str(folder / "class_images" / subject.class_noun.replace(" ", "_"))
     train.create_class_images = True
     return train
+
+
+class Group(NamedTuple):
+    """Subjects that train in one program.
+
+    Attributes:
+        table: their table for a run of many.
+        config: of that run.
+    """
+
+    subjects: list[Subject]
+    table: bytes
+    config: ConfigDict
+
+
+def groups_of(config: ConfigDict, subjects: Sequence[Subject]) -> list[Group]:
+    """The subjects in their order, `at_once` in a group; none where every subject has a run of its own."""
+    groups, folder = [], epath.Path(config.workdir).expanduser()
+    for first in range(0, len(subjects) if config.at_once > 1 else 0, config.at_once):
+        own, text = subjects[first : first + config.at_once], io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(("name", "photos", "class_noun"))
+        writer.writerows((one.name, _absolute(one.folder), one.class_noun) for one in own)
+        train = ConfigDict(config.train)
+        train.workdir = str(folder / "groups" / f"{len(groups) + 1:02d}")
+        train.subjects = f"{train.workdir}.csv"
+        train.class_images = train.class_images or str(folder / "class_images" / NOUN)
+        train.create_class_images = True
+        train.sample_prompts = ()  # scores have sheets of their own
+        groups.append(Group(own, text.getvalue().encode(), train))
+    return groups
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Raises ConfigError if the workdir has a group of the same number with other subjects."""
+    for group in groups:
+        table = epath.Path(group.config.subjects)
+        if table.exists() and table.read_bytes() != group.table:
+            raise ConfigError(f"{table} names other subjects than this config: give another --config.workdir")
+
+
+def _absolute(folder: epath.Path) -> str:
+    return str(folder if "://" in str(folder) else folder.resolve())
 
 
 def run_protocol(
@@ -98,12 +162,65 @@ def run_protocol(
         command: line that repeats this, for the page.
     """
     subjects, sections, text = check_protocol(config), {}, ""
-    for number, subject in enumerate(subjects, 1):
-        if runtime.is_first_process():
-            print(f"subject {number} of {len(subjects)}: {subject.name}, {subject.class_noun}", flush=True)
+    groups = groups_of(config, subjects)
+    check_groups(groups)
+    for number, group in enumerate(groups, 1):
+        _say(f"group {number} of {len(groups)}: {_names(group.subjects)}")
+        for name, section in score_group(config, group, judge, mesh, train):
+            sections[name] = section
+            text = write_tables(config, judge, sections, command)
+    for number, subject in enumerate(subjects if not groups else (), 1):
+        _say(f"subject {number} of {len(subjects)}: {subject.name}, {subject.class_noun}")
         sections[subject.name] = score_subject(config, subject, judge, mesh, train)
         text = write_tables(config, judge, sections, command)
     return text
+
+
+def _say(line: str) -> None:
+    if runtime.is_first_process():
+        print(line, flush=True)
+
+
+def score_group(
+    config: ConfigDict, group: Group, judge: Judge, mesh: Mesh, train: Callable[[ConfigDict], None]
+) -> Iterator[tuple[str, Section]]:
+    """(name, scores) of the subjects of a group, trained now unless all have kept scores.
+
+    Raises:
+        ConfigError: the group was trained with another config.
+    """
+    known, owns = {}, {subject.name: train_config(config, subject) for subject in group.subjects}
+    questions = {
+        name: questions_of(own, config.prompts, config.count, config.class_count) for name, own in owns.items()
+    }
+    files = {name: epath.Path(group.config.workdir) / f"{name}.safetensors" for name in owns}
+    for name, own in owns.items():
+        about = (own.steps, protocol_of(judge, questions[name]), digest_of_file(files[name]))
+        known[name] = read_section(epath.Path(own.workdir) / "evaluation", *about)
+    base = None
+    if None in known.values():
+        if runtime.is_first_process():
+            write_atomic(epath.Path(group.config.subjects), group.table)
+        runtime.wait_for_all("the table of a group")
+        train(group.config)
+        runtime.wait_for_all("the adapters of a group")
+        base = OverBase(group.config, judge, mesh)
+    else:
+        check_training(group.config)
+    for name, own in owns.items():
+        section = known[name]
+        if section is None:
+            assert base is not None
+            section = base.score(own, files[name], questions[name])
+        yield name, section._replace(row=section.row._replace(label=name))
+    if not config.keep_checkpoints:
+        _remove_checkpoints(group.config)
+
+
+def _remove_checkpoints(own: ConfigDict) -> None:
+    folder = epath.Path(own.workdir) / "checkpoints"
+    if runtime.is_first_process() and folder.exists():
+        folder.rmtree()
 
 
 def score_subject(
@@ -124,8 +241,8 @@ def score_subject(
     else:
         train(own)
         [known] = score_run(workdir, judge, questions, mesh, [own.steps])
-    if not config.keep_checkpoints and runtime.is_first_process() and (workdir / "checkpoints").exists():
-        (workdir / "checkpoints").rmtree()
+    if not config.keep_checkpoints:
+        _remove_checkpoints(own)
     return known._replace(row=known.row._replace(label=subject.name))
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -21,9 +22,10 @@ from dreambooth_jax.evaluation.page import Section
 from dreambooth_jax.evaluation.scores import Copy, Painted, Scores, read_scores, score
 from dreambooth_jax.evaluation.table import Row
 from dreambooth_jax.evaluation.transforms import Picture
-from dreambooth_jax.families.pipeline import read_params
+from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.json_text import parse_json
+from dreambooth_jax.files.lora_read import read_adapters, with_adapters
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.painting.sheets import contact_sheet, paint_rows, save_png
@@ -116,6 +118,40 @@ def score_run(
             known = _keep(folder, step, protocol_of(judge, questions), weights, painted, score(judge, painted))
         sections.append(known)
     return sections
+
+
+class OverBase:
+    """Scores adapters over one base, which is read once and whose painter is compiled once."""
+
+    def __init__(self, config: ConfigDict, judge: Judge, mesh: Mesh):
+        """
+        Args:
+            config: of a run of any of the adapters.
+        """
+        self.judge = judge
+        pipeline = load_pipeline(config.base, dtype=jnp.dtype(config.dtype))
+        self._shapes, self._params = pipeline.shapes, read_params(pipeline, mesh)
+        self._paint = painter_of(config, pipeline, mesh)
+        self._before: dict[str, list[Picture]] = {}  # class noun -> pictures of the base
+
+    def score(self, config: ConfigDict, file: epath.Path, questions: Questions) -> Section:
+        """The scores of the adapter in `file` as a run with `config` would have them; kept in its workdir.
+
+        Raises:
+            WeightsError: the file is none of this base; see `read_adapters`.
+        """
+        noun, count = config.class_noun, questions.class_count
+        if noun not in self._before:
+            self._before[noun] = paint_all(self._paint, self._params, [CLASS_PROMPT], count, config)[0]
+        params = with_adapters(self._params, read_adapters([str(file)], self._shapes))
+        painted = _painted(config, self._paint, params, questions, self._before[noun])
+        about = (config.steps, protocol_of(self.judge, questions), digest_of_file(file))
+        return _keep(epath.Path(config.workdir) / "evaluation", *about, painted, score(self.judge, painted))
+
+
+def digest_of_file(file: epath.Path) -> str:
+    """The digest of an adapter's bytes; empty where there is no file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
 
 def protocol_of(judge: Judge, questions: Questions) -> str:

@@ -28,8 +28,7 @@ from dreambooth_jax.devices.tpu import (
 )
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.runs import protocol_cost
-from dreambooth_jax.runs.config import absolute_paths, check_config
+from dreambooth_jax.runs.config import absolute_paths
 from dreambooth_jax.runs.job import (
     Job,
     argument_shapes,
@@ -349,36 +348,6 @@ def print_plan(config: ConfigDict, options: argparse.Namespace) -> None:
             if tried.fits:
                 answer = f"fits, peak {tried.cost.peak / GIB:.2f} GiB, {tried.cost.seconds * 1e3:.0f} ms a step"
             print(f"  {changes}: {answer}", flush=True)
-
-
-def plan_protocol(config: ConfigDict, options: argparse.Namespace) -> str:
-    """The cost of the protocol on a slice, as text.
-
-    Raises:
-        ConfigError: see `check_protocol`.
-        ValueError: a subject's training does not fit the slice.
-    """
-    scale = protocol_cost.scale_of(config)
-    train = config.train
-    check_config(train)
-    found = plan(train, options.topology, quick=not options.full)
-    if not found.fits:
-        raise ValueError(
-            f"a subject's training does not fit {options.topology}: {found.excess / GIB:.2f} GiB too much. Plan it "
-            "alone for what to change, and give that as --config.train.FIELD=VALUE"
-        )
-    mesh = make_mesh(train.mesh_data, train.mesh_fsdp, devices_of(options.topology))
-    job = make_job(train, with_cached_text(describe_base(train.base, dtype=jnp.dtype(train.dtype)), mesh), mesh)
-    batch = found.painting_seconds or painting_cost(job, found.chip, quick=not options.full)[1]
-    cost = protocol_cost.cost_of(
-        scale,
-        run=train.steps * found.cost.seconds + found.sheet_batches * found.painting_seconds,
-        class_images=found.class_batches * found.class_seconds,
-        picture=batch / job.config.class_batch_size,
-        score=protocol_cost.scoring_seconds(config, mesh, found.chip, quick=not options.full),
-        chips=found.devices // found.chip.devices,
-    )
-    return protocol_cost.describe(cost, scale, config, options.chip_hour_price)
 
 
 def print_sweep(config: ConfigDict) -> None:

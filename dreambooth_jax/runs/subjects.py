@@ -3,13 +3,13 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data.captions import is_text, read_text
+from dreambooth_jax.data.class_folders import NOUN
 from dreambooth_jax.data.paths import printable
 from dreambooth_jax.evaluation.dataset import CLASSES_FILE, read_dataset
 from dreambooth_jax.files.shipped import shipped
@@ -50,9 +50,9 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
             or the optimizer cannot fill them up.
         ValueError: the table is not text in UTF-8, or no CSV; see `read_table`.
     """
-    path = Path(os.path.expanduser(shipped(config.subjects)))
+    path = epath.Path(os.path.expanduser(shipped(config.subjects)))
     if path.suffix == ".csv" and path.is_file():
-        columns, table = read_table(read_text(epath.Path(path)), path)
+        columns, table = read_table(read_text(path), path)
         rows = list(table.values())
         if unknown := sorted({*columns} - {*Subject._fields}):
             raise ConfigError(
@@ -75,10 +75,10 @@ def read_subjects(config: ConfigDict) -> list[Subject]:
     subjects = [_subject(row, config, f"{path}, {row['photos']}") for row in rows]
     _check_names(config, [subject.name for subject in subjects])
     nouns = sorted({subject.class_noun for subject in subjects})
-    if config.class_images and config.prior_preservation and len(nouns) > 1:
+    if config.class_images and NOUN not in config.class_images and config.prior_preservation and len(nouns) > 1:
         raise ConfigError(
             f"class_images = {config.class_images!r}: one folder cannot hold the class images of {', '.join(nouns)}; "
-            "leave it empty (workdir/classes has a folder per noun), or train once per noun"
+            f"write {NOUN} into its name, or leave it empty (workdir/classes has a folder per noun)"
         )
     if config.lr_schedule != "constant" and {subject.steps for subject in subjects} != {config.steps}:
         raise ConfigError(f"lr_schedule = {config.lr_schedule!r} needs the config's steps for every subject")
@@ -99,7 +99,7 @@ def _subject(row: Mapping[str, str | None], config: ConfigDict, where: str) -> S
             own[name] = read(row.get(name) or config[name])
         except ValueError:
             raise ConfigError(f"{where}: {name} = {row[name]!r}, expected a number") from None
-    subject = Subject(row.get("name") or Path(row["photos"]).name, row["photos"], **own)
+    subject = Subject(row.get("name") or epath.Path(row["photos"]).name, row["photos"], **own)
     try:
         check_config(ConfigDict(dict(subject.config(config)) | {"subjects": ""}))
     except ConfigError as error:
@@ -107,7 +107,7 @@ def _subject(row: Mapping[str, str | None], config: ConfigDict, where: str) -> S
     return subject
 
 
-def _place(folder: Path, photos: str) -> str:
+def _place(folder: epath.Path, photos: str) -> str:
     """The photos that a table in `folder` names: a folder, or a source such as hub:OWNER/NAME as it is."""
     return photos if re.match(r"[a-z]+:", photos) else str(folder / os.path.expanduser(photos))
 
