@@ -31,6 +31,8 @@ class Part(NamedTuple):
         file: name of its weight file.
         role: DENOISER, TEXT or CODEC.
         idle: spec -> regex of parameters that no result depends on: stored, never trained; "" for none.
+        decoder: modules of a CODEC that decode in the dtype of the computation, which its `module` is then given as
+            `decoder_dtype`; all else of a CODEC computes in float32.
     """
 
     spec: Callable[[Mapping[str, Any]], Any]
@@ -38,6 +40,7 @@ class Part(NamedTuple):
     file: str
     role: str
     idle: Callable[[Any], str] = lambda spec: ""
+    decoder: tuple[str, ...] = ()
 
 
 class Models(NamedTuple):

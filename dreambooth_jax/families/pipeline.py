@@ -21,7 +21,7 @@ from dreambooth_jax.diffusion.low_resolution import LowResolution
 from dreambooth_jax.diffusion.process import Process
 from dreambooth_jax.diffusion.sampler import PredictDeep
 from dreambooth_jax.families import FAMILIES
-from dreambooth_jax.families.family import DENOISER, TEXT, Cond, Family, Images, Models, Part, Pictures
+from dreambooth_jax.families.family import CODEC, DENOISER, Cond, Family, Images, Models, Part, Pictures
 from dreambooth_jax.files import bases, single_file
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.diffusers_folder import (
@@ -51,7 +51,7 @@ class Pipeline:
         models: its parts as functions of flat params.
         process: noise levels, prediction and times.
         tokenizers: folder -> tokenizer; empty where only shapes are described.
-        dtypes: part -> dtype of its computation.
+        dtypes: part, or PART.MODULE of a module with another one -> dtype of its computation.
         single_file: LDM file of all weights, where they are not in the folder.
     """
 
@@ -106,8 +106,11 @@ class Pipeline:
         """Names and shapes of frozen parameters: kernels and embeddings in the dtype of their part's computation, which
         rounds them anyway."""
         rounded = {n: x for n, x in self.shapes.items() if n.endswith((".kernel", ".embedding"))}
-        held = {n: jax.ShapeDtypeStruct(x.shape, self.dtypes[n.partition(".")[0]]) for n, x in rounded.items()}
-        return self.shapes | held
+        return self.shapes | {n: jax.ShapeDtypeStruct(x.shape, self._dtype_of(n)) for n, x in rounded.items()}
+
+    def _dtype_of(self, name: str) -> DTypeLike:
+        part, module, *_ = name.split(".")
+        return self.dtypes.get(f"{part}.{module}", self.dtypes[part])
 
     def trainable(self, *roles: str) -> str:
         """A regex for the names of the parameters of these roles that results depend on."""
@@ -200,7 +203,7 @@ def load_pipeline(base: str, *, dtype: DTypeLike = jnp.float32, remat: str = "no
 
     Args:
         base: see `resolve_base`.
-        dtype: precision of the computation, autoencoder excepted; trained params are float32.
+        dtype: precision of the computation, autoencoder excepted (see `Part.decoder`); trained params are float32.
         remat: results that the denoiser's backward pass recomputes: "nothing", "elementwise" or "layers".
 
     Raises:
@@ -239,17 +242,23 @@ def build_pipeline(
     """
     family = _family_of(configs["index"], folder)
     specs = {name: part.spec(configs[name]) for name, part in family.parts.items()}
-    dtypes = {name: dtype if part.role in (DENOISER, TEXT) else jnp.float32 for name, part in family.parts.items()}
-    functions = {name: _functional(part, specs[name], dtypes[name], remat) for name, part in family.parts.items()}
+    dtypes = {name: jnp.float32 if part.role == CODEC else dtype for name, part in family.parts.items()}
+    dtypes |= {f"{name}.{module}": dtype for name, part in family.parts.items() for module in part.decoder}
+    settings = {"dtype": dtype, "remat": remat}
+    functions = {name: _functional(part, specs[name], **settings) for name, part in family.parts.items()}
     models = Models(configs, specs, functions)
     if found := family.problems(models):
         raise UnsupportedConfig(f"{folder}: {'; '.join(found)}")
     return Pipeline(folder, family, models, family.process(configs), {}, dtypes)
 
 
-def _functional(part: Part, spec: Any, dtype: DTypeLike, remat: str) -> Functional:
-    settings = {"remat": remat} if part.role == DENOISER else {}
-    return functional(lambda rngs: part.module(spec, dtype=dtype, rngs=rngs, **settings))
+def _functional(part: Part, spec: Any, *, dtype: DTypeLike, remat: str) -> Functional:
+    settings: dict[str, Any] = {"dtype": jnp.float32 if part.role == CODEC else dtype}
+    if part.role == DENOISER:
+        settings["remat"] = remat
+    if part.decoder:
+        settings["decoder_dtype"] = dtype
+    return functional(lambda rngs: part.module(spec, rngs=rngs, **settings))
 
 
 def describe_base(base: str, *, dtype: DTypeLike = jnp.float32, remat: str = "nothing") -> Pipeline:

@@ -92,8 +92,8 @@ def decode(models: Models, params: Params, latents: Array) -> Float[Array, "b h 
 
 Encoded = TypeVar("Encoded")  # arrays with leading axis b
 # Pixels of a picture from which the autoencoder takes one at a time: its features are 128 to 256 numbers a pixel, a
-# gigabyte at 1024 x 1024 in float32.
-ONE_BY_ONE = 1024**2
+# quarter of a gigabyte at 512 x 512 in float32.
+ONE_BY_ONE = 512**2
 
 
 def _by_picture(function: Callable[[Array], Encoded], batch: Array, size: Sequence[int]) -> Encoded:
@@ -120,7 +120,7 @@ def with_deep(
 
 FAMILY = Family(
     name="StableDiffusionPipeline",
-    parts={"unet": UNET, "vae": VAE, "text_encoder": TEXT_ENCODER},
+    parts={"unet": UNET, "vae": VAE._replace(decoder=("decoder", "post_quant_conv")), "text_encoder": TEXT_ENCODER},
     tokenizers={"tokenizer": "text_encoder"},
     process=lambda configs: process_from_scheduler(configs["scheduler"]),
     problems=problems,

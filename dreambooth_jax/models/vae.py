@@ -154,16 +154,25 @@ class AutoencoderKL(nnx.Module):
     Args:
         spec: from `VAESpec.from_config`.
         dtype: of the computation; parameters are float32.
+        decoder_dtype: of the decoder's; default: `dtype`.
     """
 
-    def __init__(self, spec: VAESpec, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        spec: VAESpec,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        decoder_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
         kw: Setting = {"dtype": dtype, "rngs": rngs}
+        of_decoder: Setting = {"dtype": decoder_dtype or dtype, "rngs": rngs}
         channels = spec.latent_channels
-        self.spec, self.dtype = spec, dtype
+        self.spec, self.dtype, self.decoder_dtype = spec, dtype, of_decoder["dtype"]
         self.encoder = Encoder(spec, **kw)
-        self.decoder = Decoder(spec, **kw)
+        self.decoder = Decoder(spec, **of_decoder)
         self.quant_conv = Conv(2 * channels, 2 * channels, 1, **kw) if spec.use_quant_conv else None
-        self.post_quant_conv = Conv(channels, channels, 1, **kw) if spec.use_post_quant_conv else None
+        self.post_quant_conv = Conv(channels, channels, 1, **of_decoder) if spec.use_post_quant_conv else None
 
     def encode(self, x: Float[Array, "b h w p"]) -> tuple[Float[Array, "b lh lw c"], Float[Array, "b lh lw c"]]:
         """Pixels in [-1, 1] -> posterior mean and log variance of the latents.
@@ -181,5 +190,5 @@ class AutoencoderKL(nnx.Module):
 
     def decode(self, z: Float[Array, "b lh lw c"]) -> Float[Array, "b h w p"]:
         """Latents -> pixels, nominally in [-1, 1] but not clipped."""
-        z = z.astype(self.dtype)
+        z = z.astype(self.decoder_dtype)
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
