@@ -145,6 +145,7 @@ def evaluate_run(options: argparse.Namespace, command: str) -> str:
     """Scores every kept checkpoint of a run into workdir/evaluation; returns the table and where the page is."""
     from dreambooth_jax.devices import runtime
     from dreambooth_jax.devices.sharding import make_mesh
+    from dreambooth_jax.evaluation.dataset import check_photos
     from dreambooth_jax.evaluation.page import page
     from dreambooth_jax.evaluation.scores import MEASURES, best
     from dreambooth_jax.evaluation.table import as_json, markdown
@@ -154,6 +155,7 @@ def evaluate_run(options: argparse.Namespace, command: str) -> str:
     workdir, mesh = options.workdir, make_mesh()
     config = config_file.read_config(workdir)
     steps = kept_steps(workdir)  # before models are read
+    check_photos(config.instance_images)
     questions = questions_of(config, options.prompts, options.count, options.class_count)
     judge = make_judge(options, config.base, mesh)
     sections = score_run(workdir, judge, questions, mesh, steps)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from etils import epath
@@ -83,6 +84,14 @@ def test_what_cannot_be_scored_says_why(tmp_path, finished):
         evaluate.main(arguments(tmp_path))
     with pytest.raises(SystemExit, match="no such folder"):
         evaluate.main(["--workdir", str(finished), "--judge", "published", "--dino", str(tmp_path / "none")])
+    shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(sorted(Path(config["instance_images"]).glob("*.jpg"))[0], photos)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"instance_images": str(photos)}))
+    with pytest.raises(SystemExit, match="photos: scores need two photos or more, found 1"):
+        evaluate.main(arguments(tmp_path / "run"))
 
 
 @pytest.mark.slow

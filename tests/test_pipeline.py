@@ -175,7 +175,7 @@ def test_torch(sd15, program):
 
 
 def test_the_decoder_alone_of_the_autoencoder_computes_in_the_dtype():
-    """In bfloat16 photos are encoded to the bit as in float32, and decoded with more than 45 dB; SDXL's whole one stays in
+    """In bfloat16 photos are encoded to the bit as in float32, and decoded with more than 45 dB. SDXL decodes in
     float32."""
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     means, pixels = [], []

@@ -20,8 +20,9 @@ MODULE = (sys.executable, "-m", "dreambooth_jax.evaluate")
 
 def overrides(workdir, dataset, base, **fields):
     train = SMALL | {"steps": 2, "num_class_images": 2, "base": base, "train_text_encoder": False}
-    named = {"workdir": workdir, "dataset": dataset, "judge": "embedded", "count": 2, "class_count": 2} | fields
+    named = {"workdir": workdir, "dataset": dataset, "judge": "embedded", "count": 2, "class_count": 2}
     named |= {f"train.{name}": value for name, value in train.items() if name not in ("sample_prompts", "sample_count")}
+    named |= fields
     return [f"--config.{name}={value}" for name, value in named.items()]
 
 
@@ -67,7 +68,7 @@ def test_scored_subjects_are_neither_trained_nor_painted_again(scored, monkeypat
     assert not (workdir / "dog" / "checkpoints").exists()
 
 
-GROUPED = {"method": "lora", "lora_rank": 2, "learning_rate": 0.002, "ema_decay": 0.0, "steps": 60, "save_every": 2}
+GROUPED = {"method": "lora", "lora_rank": 2, "learning_rate": 0.002, "ema_decay": 0.0, "steps": 12, "save_every": 4}
 
 
 @pytest.mark.slow
@@ -97,7 +98,7 @@ def test_a_group_has_the_scores_of_subjects_alone(command, micro, tmp_path):
             assert ours["values"][name]["mean"] == pytest.approx(value["mean"], abs=1e-4), (ours["label"], name)
     assert len(list((tmp_path / "classes" / "pet").glob("*.png"))) == 2
 
-    kept = workdir / "cat" / "evaluation" / "step_000060.json"
+    kept = workdir / "cat" / "evaluation" / "step_000012.json"
     before = kept.stat().st_mtime_ns
     shutil.rmtree(workdir / "dog" / "evaluation")
     evaluate.main([*arguments(workdir, 2), "--config.keep_checkpoints=False"])
@@ -120,6 +121,11 @@ def test_groups_are_subjects_in_their_order(tmp_path):
         found = read_subjects(absolute_paths(group.config))
         assert [(one.name, one.class_noun) for one in found] == [(one.name, one.class_noun) for one in group.subjects]
         assert all(Path(one.photos).is_dir() for one in found)
+    config.train.prior_target = "base"
+    assert not train_config(config, subjects[0]).class_images  # it needs none
+    with pytest.raises(ConfigError, match=r'(?s)at_once = 4: .*prior_target = "base" without class_images'):
+        check_protocol(config)
+    config.train.prior_target = "noise"
     config.at_once = 3
     with pytest.raises(ConfigError, match=r"01\.csv names other subjects than this config"):
         check_groups(groups_of(config, subjects))
@@ -145,8 +151,13 @@ def test_scores_of_another_training_are_not_shown(tmp_path, command):
         check_training(train_config(config, subject))
 
 
-def test_mistakes_are_named_before_anything_is_trained(command):
+def test_mistakes_are_named_before_anything_is_trained(command, tmp_path):
     _, arguments = command
+    photos = shutil.copytree(command[0].parent / "photos", tmp_path / "photos")
+    for path in sorted((photos / "cat").glob("*.*"))[1:]:
+        path.unlink()
+    with pytest.raises(SystemExit, match=r"cat: scores need two photos or more, found 1"):
+        evaluate.main([*arguments, f"--config.dataset={photos}"])
     with pytest.raises(SystemExit, match=r"subjects: rex not in .*; there are cat, dog"):
         evaluate.main([*arguments, '--config.subjects=("rex",)'])
     config = evaluate.read_protocol(arguments[1], arguments[2:])

@@ -23,6 +23,13 @@ class Subject(NamedTuple):
     folder: epath.Path
 
 
+def check_photos(source: str | os.PathLike) -> None:
+    """Raises ValueError if a source has fewer than two photos, which scores need: DINO's bound is over pairs."""
+    count = len({item.name for item in list_source(source, "template").items})
+    if count < 2:
+        raise ValueError(f"{source}: scores need two photos or more, found {count}")
+
+
 def read_photos(source: str | os.PathLike) -> list[Picture]:
     """Every photo of a source of `data.sources` once, upright, uint8[h w 3], whole.
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.data.class_folders import NOUN
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.evaluation.choices import BACKBONES, JUDGES, PROMPTS, TRANSFORMS
-from dreambooth_jax.evaluation.dataset import Subject, read_dataset
+from dreambooth_jax.evaluation.dataset import Subject, check_photos, read_dataset
 from dreambooth_jax.evaluation.judge import Judge
 from dreambooth_jax.evaluation.page import Section, page
 from dreambooth_jax.evaluation.protocol import PAPER, summary
@@ -23,6 +23,7 @@ from dreambooth_jax.evaluation.table import Row, as_json, markdown
 from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable
 from dreambooth_jax.runs.config_file import complete, read_json
+from dreambooth_jax.runs.job import pairs_prior
 from dreambooth_jax.runs.scoring import (
     OverBase,
     digest_of_file,
@@ -58,7 +59,7 @@ def check_protocol(config: ConfigDict) -> list[Subject]:
 
     Raises:
         ConfigError: a field is unknown, missing or of the wrong type, or a subject is not in the data set.
-        FileNotFoundError, ValueError: see `read_dataset`.
+        FileNotFoundError, ValueError: see `read_dataset` and `check_photos`.
     """
     problems = [f"{name}: unknown field" for name in sorted(config.keys() - _KINDS.keys())]
     problems += [f"{name}: missing" for name in sorted(_KINDS.keys() - config.keys())]
@@ -84,8 +85,9 @@ def check_protocol(config: ConfigDict) -> list[Subject]:
         raise ConfigError(f"subjects: {', '.join(absent)} not in {config.dataset}; there are {_names(found)}")
     subjects = [subject for subject in found if not config.subjects or subject.name in config.subjects]
     for subject in subjects:
+        check_photos(subject.folder)
         check_config(train_config(config, subject))
-    for group in groups_of(config, subjects):
+    for group in groups_of(config, subjects)[:1]:
         try:
             check_config(group.config)
         except ConfigError as error:
@@ -100,12 +102,19 @@ def _names(subjects: Sequence[Subject]) -> str:
 def train_config(config: ConfigDict, subject: Subject) -> ConfigDict:
     """The training config of a subject: class images are shared by the subjects of a class."""
     folder = epath.Path(config.workdir).expanduser()
-    train = ConfigDict(config.train)
+    train = _with_class_images(config, subject.class_noun.replace(" ", "_"))
     train.workdir = str(folder / subject.name)
     train.instance_images = str(subject.folder)
     train.class_noun = subject.class_noun
-    train.class_images = train.class_images or str(folder / "class_images" / subject.class_noun.replace(" ", "_"))
-    train.create_class_images = True
+    return train
+
+
+def _with_class_images(config: ConfigDict, noun: str) -> ConfigDict:
+    """The training config with the folder of a noun's class images, if it needs any."""
+    train = ConfigDict(config.train)
+    if not pairs_prior(train):
+        folder = epath.Path(config.workdir).expanduser() / "class_images" / noun
+        train.class_images, train.create_class_images = train.class_images or str(folder), True
     return train
 
 
@@ -130,11 +139,9 @@ def groups_of(config: ConfigDict, subjects: Sequence[Subject]) -> list[Group]:
         writer = csv.writer(text)
         writer.writerow(("name", "photos", "class_noun"))
         writer.writerows((one.name, _absolute(one.folder), one.class_noun) for one in own)
-        train = ConfigDict(config.train)
+        train = _with_class_images(config, NOUN)
         train.workdir = str(folder / "groups" / f"{len(groups) + 1:02d}")
         train.subjects = f"{train.workdir}.csv"
-        train.class_images = train.class_images or str(folder / "class_images" / NOUN)
-        train.create_class_images = True
         train.sample_prompts = ()  # scores have sheets of their own
         groups.append(Group(own, text.getvalue().encode(), train))
     return groups

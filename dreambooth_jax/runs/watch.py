@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.diffusion.loss import Losses
 from dreambooth_jax.diffusion.step import TrainState
-from dreambooth_jax.evaluation.dataset import read_photos
+from dreambooth_jax.evaluation.dataset import check_photos, read_photos
 from dreambooth_jax.evaluation.judge import Judge, embedded_judge, published_judge
 from dreambooth_jax.evaluation.nouns import doubt
 from dreambooth_jax.evaluation.prompts import class_only
@@ -72,15 +72,14 @@ def make_watch(config: ConfigDict, mesh: Mesh, workdir: epath.Path, rows: dict[i
 
     Raises:
         FileNotFoundError: a model of the judge is absent.
-        ValueError: a single photo: DINO's bound needs two.
+        ValueError: see `check_photos`.
     """
     if not config.evaluate_every:
         return None
     if not scored_prompts(config):
         return Watch(config, workdir, rows, None, (), 0.0)
+    check_photos(config.instance_images)
     photos = read_photos(config.instance_images)
-    if len(photos) < 2:
-        raise ValueError(f"evaluate_every = {config.evaluate_every}: scores need two photos or more, got {len(photos)}")
     published = {"dino": config.judge_dino, "clip": config.judge_clip}
     judge = embedded_judge(mesh) if config.base == EMBEDDED else published_judge(mesh, **published)
     return Watch(config, workdir, rows, judge, photos, config.best_max_copy or copy_limit(judge, photos))
