@@ -55,7 +55,7 @@ def low_resolution(models: Models) -> LowResolution:
 
 FAMILY = sd.FAMILY._replace(
     name="StableDiffusionUpscalePipeline",
-    parts=sd.FAMILY.parts | {"vae": sd.VAE},  # decodes in float32
+    parts={**sd.FAMILY.parts, "vae": sd.VAE},  # decodes in float32
     schedulers=("scheduler", _LOW),
     problems=problems,
     predict=predict,

@@ -133,7 +133,8 @@ class Group(NamedTuple):
 
 def groups_of(config: ConfigDict, subjects: Sequence[Subject]) -> list[Group]:
     """The subjects in their order, `at_once` in a group; none where every subject has a run of its own."""
-    groups, folder = [], epath.Path(config.workdir).expanduser()
+    groups: list[Group] = []
+    folder = epath.Path(config.workdir).expanduser()
     for first in range(0, len(subjects) if config.at_once > 1 else 0, config.at_once):
         own, text = subjects[first : first + config.at_once], io.StringIO()
         writer = csv.writer(text)
