@@ -1,6 +1,6 @@
 """Four ablations over twelve drawn subjects: the prior, the class noun, the number of photos, the identifier.
 
-    python benchmarks/four_ablations.py             # an hour on two cores; goes on where it was stopped
+    python benchmarks/four_ablations.py             # two hours on two cores; goes on where it was stopped
 
 Each arm is a protocol (configs/protocol.py) with LoRA, whose twelve subjects train in one program; those with
 `prior_target = "base"` train one by one, as they must without class images. The class noun is ablated without the
@@ -26,6 +26,7 @@ from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.evaluation.dataset import read_dataset
 from dreambooth_jax.evaluation.metrics import Interval, bootstrap
 from dreambooth_jax.evaluation.scores import Scores, read_scores
+from dreambooth_jax.files.atomic import write_atomic
 from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.runs import config_file, lease
 from dreambooth_jax.runs.many import train_many
@@ -121,9 +122,7 @@ def few_photos(config: ConfigDict, whole: Path) -> None:
     mesh = make_mesh()
     judge = evaluate.make_judge(config, config.train.base, mesh)
     group = groups_of(config, read_dataset(config.dataset))[0]
-    if not (table := Path(group.config.subjects)).exists():
-        table.parent.mkdir(parents=True)
-        table.write_bytes(group.table)
+    write_atomic(epath.Path(group.config.subjects), group.table)
     with Preemption() as guard, lease.holding(group.config.workdir, guard.at_exit):
         train_many(group.config, guard)
     base = OverBase(group.config, judge, mesh)

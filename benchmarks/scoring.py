@@ -1,12 +1,20 @@
 """What scoring a picture costs beside painting it: floating-point operations of both programs, as the compiler counts
 them, for Stable Diffusion 1.5 at 512 px and the published judge.
 
-python benchmarks/scoring.py          # seconds; nothing is compiled or fetched
+python benchmarks/scoring.py          # half a minute; nothing is fetched
+
+And the seconds in which the judge of the embedded base scores a subject's 132 pictures, here.
 """
+
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.evaluation.judge import embedded_judge
+from dreambooth_jax.evaluation.scores import Painted, score
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextSpec
@@ -27,6 +35,20 @@ def of_pictures(model: Functional, method: str) -> float:
     """Operations per picture of 224 px."""
     pixels = jax.ShapeDtypeStruct((BATCH, 224, 224, 3), jnp.float32)
     return flops(lambda params, x: model.apply(params, x, method=method), model.shapes, pixels) / BATCH
+
+
+def embedded_seconds() -> float:
+    """Of the second call: 25 prompts x 4 pictures and twice 16 of the class."""
+    rng, judge = np.random.default_rng(0), embedded_judge(make_mesh())
+
+    def noise(count: int) -> list[np.ndarray]:
+        return list(rng.integers(0, 256, (count, 64, 64, 3), np.uint8))
+
+    painted = Painted(noise(5), [noise(4) for _ in range(25)], ["a dog"] * 25, noise(16), noise(16), "a dog")
+    score(judge, painted)
+    began = time.monotonic()
+    score(judge, painted)
+    return time.monotonic() - began
 
 
 def main() -> None:
@@ -50,6 +72,7 @@ def main() -> None:
         scoring += own
         print(f"{name}: {own / 1e9:.2f} GFLOP a picture")
     print(f"scoring: {scoring / painting:.4%} of painting")
+    print(f"the embedded judge: {embedded_seconds():.1f} s for 132 pictures")
 
 
 if __name__ == "__main__":
