@@ -63,7 +63,8 @@ def decibels() -> str:
         decoded[dtype] = np.asarray(jax.jit(pipeline.decode)(params, latents))
     between = _psnr(decoded["float32"], decoded["bfloat16"])
     photos = ", ".join(f"{name} {_psnr(pixels, images / 255).mean():.1f}" for name, pixels in decoded.items())
-    return f"{len(images)} photos: {between.mean():.1f} dB between both, lowest {between.min():.1f}; to the photos {photos}"
+    lowest = f"lowest {between.min():.1f}"
+    return f"{len(images)} photos: {between.mean():.1f} dB between both, {lowest}; to the photos {photos}"
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
