@@ -57,10 +57,13 @@ def pretrain(config: ConfigDict) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jax.set_mesh(make_mesh())  # attention splits its batch over it
     config.update(output=os.path.expanduser(config.output), workdir=os.path.expanduser(config.workdir))
+    vocabularies = {"core": world.CORE_NOUNS, "examples": world.EXAMPLE_NOUNS, "all": None}
+    if config.vocabulary not in vocabularies:
+        raise ValueError(f"vocabulary = {config.vocabulary!r}: expected one of {', '.join(vocabularies)}")
     sprites = world.load_sprites(config.world or None)
     words = world.words(sprites)
-    if config.vocabulary == "core":
-        sprites = [sprite for sprite in sprites if sprite.noun in world.CORE_NOUNS]
+    if nouns := vocabularies[config.vocabulary]:
+        sprites = [sprite for sprite in sprites if sprite.noun in nouns]
     logging.info("%d sprites of %d nouns", len(sprites), len({sprite.noun for sprite in sprites}))
     train = train_cascade if "factor" in config else train_base
     train(config, sprites, words)

@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from support.cascade_folders import write_stage_i
 from support.runs import config_of
 
 from dreambooth_jax import plan as plan_command
 from dreambooth_jax.devices import chips, tpu
 from dreambooth_jax.devices.sharding import make_mesh
+from dreambooth_jax.families.frozen_text import lower_encoding
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import FeedForward
@@ -151,6 +153,23 @@ def test_text_and_json_say_the_same(planned, config):
     assert values["fits"] is True and values["run_seconds"] == planned.run_seconds(config)
     without = dataclasses.replace(planned, painting=None, painting_missing=3 * 2**29)
     assert "painting: does NOT fit: 1.50 GiB too much" in plan.describe(without, config) and not without.fits
+
+
+def test_the_encoding_of_prompts_is_planned_where_it_comes_first(planned, config, tmp_path):
+    """T5 is on the devices before anything else is: its program may be the one that does not fit."""
+    assert planned.text is None
+    pipeline = write_stage_i(tmp_path) and describe_base(str(tmp_path), dtype=jnp.bfloat16)
+    mesh = make_mesh(-1, 4, tpu.devices_of("v5e:2x4"))
+    with tpu.for_absent_devices():
+        text = tpu.compile_for(chips.CHIPS["v5e"], lower_encoding(pipeline, mesh))
+    held = sum(2 * x.size for name, x in pipeline.shapes.items() if name.startswith("text_encoder."))
+    assert held / 4 < text.arguments < held and text.seconds > 0
+    found = dataclasses.replace(planned, text=text)
+    assert f"prompts: 4 in {text.seconds * 1e3:.0f} ms, peak" in plan.describe(found, config) and found.fits
+    assert json.dumps(plan.as_json(found, config))
+    without = dataclasses.replace(planned, text_missing=3 * 2**29)
+    assert "prompts: do NOT fit: 1.50 GiB too much" in plan.describe(without, config)
+    assert not without.fits and without.excess == 3 * 2**29
 
 
 def test_a_run_fits_only_if_its_sheets_do(planned, config):

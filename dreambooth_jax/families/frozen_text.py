@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dreambooth_jax.devices.sharding import replicated
+from dreambooth_jax.devices.sharding import placed_shapes, replicated
 from dreambooth_jax.families.family import TEXT, Cond, Models
 from dreambooth_jax.families.pipeline import Pipeline, read_params
 from dreambooth_jax.files.tokenizer import Tokenizer
 from dreambooth_jax.models.params import Params
 
-_BATCH = 4  # prompts at a time
+PROMPTS = 4  # encoded at a time
 
 
 def with_cached_text(pipeline: Pipeline, mesh: Mesh, prompts: Sequence[str] = ()) -> Pipeline:
@@ -54,16 +54,34 @@ def with_cached_text(pipeline: Pipeline, mesh: Mesh, prompts: Sequence[str] = ()
     )
 
 
+def lower_encoding(pipeline: Pipeline, mesh: Mesh) -> jax.stages.Lowered | None:
+    """The program that encodes prompts, from shapes alone; None if the family's text encoders may train."""
+    family = pipeline.family
+    if family.trains_text:
+        return None
+    text = {name: x for name, x in pipeline.frozen_shapes.items() if name.partition(".")[0] in family.names(TEXT)}
+    tokens = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+        family.token_shapes(pipeline.models, PROMPTS),
+    )
+    with jax.set_mesh(mesh):
+        return _encoder(pipeline, mesh).lower(placed_shapes(mesh, text), tokens)
+
+
+def _encoder(pipeline: Pipeline, mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(pipeline.encode_text, out_shardings=replicated(mesh))
+
+
 def _encoded(pipeline: Pipeline, mesh: Mesh, texts: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
     """Text -> its conditions, float32 on the host."""
     family = pipeline.family
     encoders = family._replace(parts={name: family.parts[name] for name in family.names(TEXT)})
     params = read_params(dataclasses.replace(pipeline, family=encoders), mesh, pipeline.frozen_shapes)
-    encode = jax.jit(pipeline.encode_text, out_shardings=replicated(mesh))
+    encode = _encoder(pipeline, mesh)
     found: dict[str, dict[str, np.ndarray]] = {}
-    for start in range(0, len(texts), _BATCH):
-        part = list(texts[start : start + _BATCH])
-        cond = jax.device_get(encode(params, pipeline.tokenize(part + part[-1:] * (_BATCH - len(part)))))
+    for start in range(0, len(texts), PROMPTS):
+        part = list(texts[start : start + PROMPTS])
+        cond = jax.device_get(encode(params, pipeline.tokenize(part + part[-1:] * (PROMPTS - len(part)))))
         for row, text in enumerate(part):
             found[text] = {name: np.asarray(value[row], np.float32) for name, value in cond.items()}
     return found

@@ -26,7 +26,7 @@ from dreambooth_jax.devices.tpu import (
     for_absent_devices,
     shard_bytes,
 )
-from dreambooth_jax.families.frozen_text import with_cached_text
+from dreambooth_jax.families.frozen_text import PROMPTS, lower_encoding, with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.runs.config import absolute_paths
 from dreambooth_jax.runs.job import (
@@ -70,6 +70,9 @@ class Plan:
         class_seconds: for one batch of as many class images, painted without reuse of features.
         class_batches, sheet_batches: numbers of batches that the run paints.
         painting_missing: bytes by which painting does not fit.
+        text: the compiler's answer for encoding `PROMPTS` prompts before anything else; None where the text encoder is
+            part of the other programs.
+        text_missing: bytes by which that does not fit.
         photos: the training photos, in words.
     """
 
@@ -88,12 +91,14 @@ class Plan:
     class_batches: int = 0
     sheet_batches: int = 0
     painting_missing: int = 0
+    text: Cost | None = None
+    text_missing: int = 0
     photos: str = ""
 
     @property
     def fits(self) -> bool:
         """Whether every program of the run does."""
-        return self.cost is not None and not self.painting_missing and self.sheets_fit
+        return self.cost is not None and not self.painting_missing and not self.text_missing and self.sheets_fit
 
     @property
     def sheets_peak(self) -> int:
@@ -108,7 +113,7 @@ class Plan:
     def excess(self) -> int:
         """Bytes by which the program that needs most does not fit."""
         sheets = 0 if self.sheets_fit else self.sheets_peak - self.chip.hbm
-        return max(self.missing, self.painting_missing, sheets)
+        return max(self.missing, self.painting_missing, self.text_missing, sheets)
 
     def run_seconds(self, config: ConfigDict) -> float:
         """The whole run: steps, class images and sheets, without start and compile times."""
@@ -138,6 +143,8 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     batches = painted_batches(job)
     paints = class_images and sum(batches) > 0
     cost, missing, painting, seconds, class_seconds, painting_missing = None, 0, None, 0.0, 0.0, 0
+    text, text_missing = None, 0
+    encoding = lower_encoding(pipeline, mesh)
     lowered = lower_steps(job, state, frozen, data, key, size)
     with for_absent_devices(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
         painted = beside.submit(painting_costs, job, chip, quick=quick) if paints else None
@@ -149,6 +156,10 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
             painting, seconds, class_seconds = painted.result() if paints else (None, 0.0, 0.0)
         except OutOfMemory as error:
             painting_missing = error.missing
+        try:
+            text = encoding and compile_for(chip, encoding, quick=quick)
+        except OutOfMemory as error:
+            text_missing = error.missing
     return Plan(
         topology=topology,
         devices=len(devices),
@@ -165,6 +176,8 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         class_batches=batches[0],
         sheet_batches=batches[1],
         painting_missing=painting_missing,
+        text=text,
+        text_missing=text_missing,
         photos=photos,
     )
 
@@ -257,6 +270,13 @@ def describe(plan: Plan, config: ConfigDict) -> str:
         ("optimizer", f"{plan.optimizer_state / GIB:7.2f} GiB"),
         ("data", f"{plan.data / GIB:7.2f} GiB"),
     ]
+    if plan.text is not None:
+        text = plan.text
+        lines.append(
+            ("prompts", f"{PROMPTS} in {text.seconds * 1e3:.0f} ms, peak {text.peak / GIB:.2f} GiB, before the rest")
+        )
+    if plan.text_missing:
+        lines.append(("prompts", f"do NOT fit: {too_much(plan.text_missing)}: split the text encoder (mesh_fsdp)"))
     if cost is None:
         lines += [("fits", f"NO: {too_much(plan.missing)}")]
         return lines_of(lines)
@@ -316,7 +336,7 @@ def lines_of(lines: Sequence[tuple[str, str]]) -> str:
 def as_json(plan: Plan, config: ConfigDict) -> dict[str, Any]:
     """The figures of `describe`, in bytes and seconds."""
     values = dataclasses.asdict(plan) | {"fits": plan.fits}
-    for name in ("cost", "painting"):
+    for name in ("cost", "painting", "text"):
         if values[name]:
             del values[name]["hlo"]
     if plan.cost is not None:

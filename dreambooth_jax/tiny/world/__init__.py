@@ -8,7 +8,7 @@ It is what the embedded base model is trained on. Licences and attribution: LICE
 
 from dreambooth_jax.tiny.world.captions import words
 from dreambooth_jax.tiny.world.dataset import SUBJECT_SHARE, render
-from dreambooth_jax.tiny.world.names import COLOURS, CORE_NOUNS, SUBJECT_NOUNS
+from dreambooth_jax.tiny.world.names import COLOURS, CORE_NOUNS, EXAMPLE_NOUNS, SUBJECT_NOUNS
 from dreambooth_jax.tiny.world.scenes import BACKGROUNDS, SETTINGS
 from dreambooth_jax.tiny.world.sprites import Sprite, load_sprites
 from dreambooth_jax.tiny.world.tokenizer import rare_words, write_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "BACKGROUNDS",
     "COLOURS",
     "CORE_NOUNS",
+    "EXAMPLE_NOUNS",
     "SETTINGS",
     "SUBJECT_NOUNS",
     "SUBJECT_SHARE",

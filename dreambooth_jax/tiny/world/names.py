@@ -211,6 +211,7 @@ _ADOPTED = {
     "brain": "object",
 } | {f"{c}heart": "object" for c in _HEARTS}
 
+EXAMPLE_NOUNS = ("dog", "cat", "backpack", "teapot", "robot", "car")  # of examples/subjects
 # Classes that DreamBooth's own 30 subjects belong to, as far as this world has them, and our example subjects'.
 SUBJECT_NOUNS = (
     "dog",
