@@ -11,14 +11,13 @@ import re
 import runpy
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
 from support.cascade_folders import write_stage_i
 from support.runs import config_of
 
@@ -32,7 +31,15 @@ from dreambooth_jax.models.unet import FeedForward
 from dreambooth_jax.runs import config_file, protocol_plan, together
 from dreambooth_jax.runs import slices as plan
 from dreambooth_jax.runs.config import ConfigError
-from dreambooth_jax.runs.job import data_shapes, key_shape, lower_steps, make_job, split_shapes, state_shapes
+from dreambooth_jax.runs.job import (
+    argument_shapes,
+    data_shapes,
+    key_shape,
+    lower_steps,
+    make_job,
+    split_shapes,
+    state_shapes,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -110,14 +117,15 @@ def test_remedies_are_compiled_until_one_fits(config, planned, monkeypatch):
     assert names[-1] == "remat=layers, mesh_fsdp=-1, mesh_data=1, moment_dtype=bfloat16"
 
 
-def test_a_lora_of_stable_diffusion_fits_a_chip_of_16_gb():
-    """The real size, by the compiler's own check of memory; full fine-tuning is in benchmarks/RESULTS.md."""
+def test_a_lora_of_stable_diffusion_holds_little():
+    """The real size, by shapes; the compiler's answer is in benchmarks/RESULTS.md."""
     config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"]("sd15,lora")
     assert config.prior_preservation and config.train_text_encoder and config.optimizer == "adamw"
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # gives back the gigabytes that the compiler keeps
-        found = pool.submit(plan.plan, config, "v5e:1x1", class_images=False).result()
-    assert found.optimizer_state / 8 < 1e7  # two moments of four bytes
-    assert found.fits and found.cost.peak < found.chip.hbm
+    mesh = make_mesh(devices=tpu.devices_of("v5e:1x1"))
+    job = make_job(config, describe_base(config.base, dtype=jnp.bfloat16), mesh)
+    state, frozen, _, _ = argument_shapes(job, 5)
+    assert tpu.shard_bytes(state.opt_state) / 8 < 1e7  # two moments of four bytes
+    assert tpu.shard_bytes(state) + tpu.shard_bytes(frozen) < 3e9
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -136,10 +144,10 @@ def test_wide_products_stay_whole(quick):
 
 
 def test_a_sweep_compares_slices_and_settings(config, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "SWEEP_TOPOLOGIES", ("v5e:1x1", "v5e:2x2"))
-    plan.print_sweep(config)
+    monkeypatch.setattr(plan, "SWEEP_TOPOLOGIES", ("v5e:2x2",))
+    plan.print_sweep(ConfigDict(dict(config) | {"prior_preservation": False, "sample_prompts": ()}))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    slices = [("v5e:1x1", "fsdp 1, batch 8"), ("v5e:2x2", "fsdp 1, batch 8"), ("v5e:2x2", "fsdp 4, batch 8")]
+    slices = [("v5e:2x2", "fsdp 1, batch 8"), ("v5e:2x2", "fsdp 4, batch 8")]
     assert [tuple(row[:2]) for row in rows] == slices
     assert all(row[3] == "yes" and float(row[2]) > 0 and float(row[5]) > 0 for row in rows)
 
@@ -159,11 +167,10 @@ def test_the_encoding_of_prompts_is_planned_where_it_comes_first(planned, config
     """T5 is on the devices before anything else is: its program may be the one that does not fit."""
     assert planned.text is None
     pipeline = write_stage_i(tmp_path) and describe_base(str(tmp_path), dtype=jnp.bfloat16)
-    mesh = make_mesh(-1, 4, tpu.devices_of("v5e:2x4"))
+    chip, devices = chips.CHIPS["v5e"], tpu.devices_of("v5e:2x4")
     with tpu.for_absent_devices():
-        text = tpu.compile_for(chips.CHIPS["v5e"], lower_encoding(pipeline, mesh))
-    held = sum(2 * x.size for name, x in pipeline.shapes.items() if name.startswith("text_encoder."))
-    assert held / 4 < text.arguments < held and text.seconds > 0
+        whole, text = (tpu.compile_for(chip, lower_encoding(pipeline, make_mesh(-1, n, devices))) for n in (1, 4))
+    assert text.arguments < whole.arguments and "all-gather" in text.collectives and not whole.collectives
     found = dataclasses.replace(planned, text=text)
     assert f"prompts: 4 in {text.seconds * 1e3:.0f} ms, peak" in plan.describe(found, config) and found.fits
     assert json.dumps(plan.as_json(found, config))
@@ -249,6 +256,7 @@ def test_a_plan_prints_itself_alone_and_leaves_no_programs(micro, tmp_path):
     """Neither complaints of libtpu about a machine without TPU, nor programs that no later plan could read again."""
     command = [sys.executable, "-m", "dreambooth_jax.plan", "--config", "configs/dog.py", "--topology", "v5e:1x1"]
     fields = [f"--config.base={micro}", "--config.resolution=32", "--config.prior_preservation=False"]
+    fields.append("--config.sample_prompts=()")
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run([*command, *fields], env=environment, capture_output=True, text=True)

@@ -132,12 +132,11 @@ def test_two_processes_score_and_keep_the_best_of_one(micro, tmp_path):
     assert kept[0] == kept[1] == [int(tables[0][-1]["best"])]
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_sigterm_to_one_is_a_save_of_all(two, micro, tmp_path, asked):
+def test_sigterm_to_one_is_a_save_of_all(two, micro, tmp_path):
     workdir = tmp_path / "run"
     processes = start_all(workdir, 2, 4, base=micro, steps=4000, save_every=40, sample_every=4000)
     until(lambda: checkpoints(workdir), processes)  # both are in the loop then
-    processes[asked].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signal.SIGTERM)
     wait_all(workdir, processes, [143, 143])
     (saved,) = checkpoints(workdir)
     assert 0 < saved < 4000
@@ -148,9 +147,8 @@ def test_sigterm_to_one_is_a_save_of_all(two, micro, tmp_path, asked):
     np.testing.assert_allclose(found[:steps], losses(two)[:steps], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_is_killed_the_others_say_so_and_the_restart_goes_on(two, micro, tmp_path, killed):
-    workdir = tmp_path / "run"
+def kill_one(workdir: Path, micro: str, killed: int) -> None:
+    """Kills one of two processes that train; the other one says why it ends."""
     processes = start_all(workdir, 2, 4, base=micro, steps=4000, save_every=4, sample_every=4000)
     until(lambda: checkpoints(workdir), processes)
     processes[killed].send_signal(signal.SIGKILL)
@@ -161,6 +159,15 @@ def test_when_one_is_killed_the_others_say_so_and_the_restart_goes_on(two, micro
         "cannot go on without the others" in log or "another task died" in log or "coordination service" in log.lower()
     )
     processes[killed].wait()
+
+
+def test_when_the_second_is_killed_the_first_says_so(micro, tmp_path):
+    kill_one(tmp_path / "run", micro, 1)
+
+
+def test_when_the_first_is_killed_the_second_says_so_and_the_restart_goes_on(two, micro, tmp_path):
+    workdir = tmp_path / "run"
+    kill_one(workdir, micro, 0)
     saved = checkpoints(workdir)[-1]
     wait_all(workdir, start_all(workdir, 2, 4, base=micro, steps=saved + 4, sample_every=4000), [0, 0])
     found = losses(workdir)
