@@ -31,7 +31,7 @@ def ours():
 
 def theirs():
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED_FOLDER, torch_dtype=torch.float32)
-    pipeline.processr = DDIMScheduler.from_config(pipeline.processr.config)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return lambda: (
         pipeline([PROMPT] * BATCH, height=64, width=64, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images

@@ -4,6 +4,7 @@ import csv
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 pytestmark = pytest.mark.slow
 
 FIELDS = {"batch_size": 4, "steps": 12, "save_every": 4, "sample_every": 12, "num_class_images": 10, "mesh_fsdp": 2}
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    """A test that fails leaves no process that trains on."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def start_all(workdir: Path, count: int, devices: int, workdirs=None, **fields):
@@ -34,6 +44,7 @@ def start_all(workdir: Path, count: int, devices: int, workdirs=None, **fields):
         folder = workdirs[number] if workdirs else workdir
         log = workdir.with_name(f"{workdir.name}.{number}")
         processes.append(start(folder, devices=devices, environment=environment, log=log, **FIELDS | fields))
+    STARTED.extend(processes)
     return processes
 
 
@@ -134,7 +145,7 @@ def test_two_processes_score_and_keep_the_best_of_one(micro, tmp_path):
 
 def test_sigterm_to_one_is_a_save_of_all(two, micro, tmp_path):
     workdir = tmp_path / "run"
-    processes = start_all(workdir, 2, 4, base=micro, steps=4000, save_every=40, sample_every=4000)
+    processes = start_all(workdir, 2, 4, base=micro, steps=4000, save_every=12, sample_every=4000)
     until(lambda: checkpoints(workdir), processes)  # both are in the loop then
     processes[1].send_signal(signal.SIGTERM)
     wait_all(workdir, processes, [143, 143])

@@ -17,7 +17,7 @@ from dreambooth_jax.runs.subjects import read_subjects
 def overrides(workdir, dataset, base, **fields):
     train = SMALL | {"steps": 2, "num_class_images": 2, "base": base, "train_text_encoder": False}
     named = {"workdir": workdir, "dataset": dataset, "judge": "embedded", "count": 2, "class_count": 2}
-    named |= {f"train.{name}": value for name, value in train.items() if name not in ("sample_prompts", "sample_count")}
+    named |= {f"train.{name}": value for name, value in train.items()} | {"prompts": "run"}
     named |= fields
     return [f"--config.{name}={value}" for name, value in named.items()]
 
