@@ -1,10 +1,10 @@
 """How time and memory grow with batch, photos, class images, resolution and checkpoints, on the embedded base.
 
-    python benchmarks/growth.py                        # an hour on two cores
+    python benchmarks/growth.py
     python benchmarks/growth.py --only batch photos
 
-Every row is a process of its own, with one cache of compiled programs. "Against the first" is the quotient of seconds
-over the quotient of work, of a row and the first one of its kind: above 1, time grows faster than its work.
+Every row is a process of its own. "Against the first" compares a row with the first of its kind: the ratio of their
+seconds over the ratio of their work. Above 1, time grows faster than work. Reading data includes compiling the encoder.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from dreambooth_jax.diffusion.step import TrainState
 from dreambooth_jax.families.pipeline import read_params
 from dreambooth_jax.runs import checkpoint
 from dreambooth_jax.runs.job import lower_steps
-from dreambooth_jax.runs.setup import Run, begin, prepare_data, set_up, start_state
+from dreambooth_jax.runs.setup import begin, prepare_data, set_up, start_state
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -131,13 +131,13 @@ def measure(row: Row, folder: Path) -> dict[str, float]:
     seconds, state = timed(lambda: rounds(state))
     found["step"] = seconds / STEPS
     if row.checkpoints:
-        found |= of_checkpoints(run, config, state, manager, row.checkpoints)
+        found |= of_checkpoints(config, state, manager, row.checkpoints)
     manager.close()
     return found | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-def of_checkpoints(run: Run, config: ConfigDict, state: TrainState, manager: Any, count: int) -> dict[str, float]:
-    """ "save" and "restore" beside `count` checkpoints."""
+def of_checkpoints(config: ConfigDict, state: TrainState, manager: Any, count: int) -> dict[str, float]:
+    """Seconds to save a checkpoint beside `count` others, and to start from it."""
 
     def save(step: int) -> None:
         checkpoint.save(manager, step, state)

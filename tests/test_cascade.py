@@ -302,7 +302,7 @@ CASCADE = {
 
 
 @pytest.mark.slow
-def test_both_stages_train_in_one_workdir_and_resume_in_either(stages, tmp_path):
+def test_both_stages_train_in_one_workdir_and_the_second_resumes(stages, tmp_path):
     """Stage I as it was trained, and stage II, killed once, as it would have been, to the last bit."""
     fields = CASCADE | {
         "base": str(stages["I"][0]),
