@@ -23,7 +23,7 @@ from dreambooth_jax.diffusion.step import make_step
 from dreambooth_jax.models.layers import Linear
 from dreambooth_jax.models.params import _OneKey, functional
 from dreambooth_jax.models.unet import UNet2DConditionModel
-from dreambooth_jax.ops import convolve
+from dreambooth_jax.ops import channels, convolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,6 +120,23 @@ def test_xla_s_gradients_of_convolutions_are_slow_on_cpu():
         return min(times)
 
     assert seconds(convolve._convolve) > 2 * seconds(convolve.convolve)
+
+
+def test_xla_s_sums_over_rows_are_slow_on_cpu():
+    """The best of a few tries."""
+    x = normal(0, 1 << 16, 64)
+
+    def seconds(sums) -> float:
+        run = jax.jit(sums)
+        jax.block_until_ready(run(x))
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            jax.block_until_ready(run(x))
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert seconds(lambda x: x.sum(0)) > 1.5 * seconds(channels.row_sums)
 
 
 class Chain(nnx.Module):

@@ -83,6 +83,17 @@ WORKAROUNDS = (
         test="test_workarounds.py::test_xla_s_gradients_of_convolutions_are_slow_on_cpu",
     ),
     Workaround(
+        name="sums over rows",
+        why="XLA's CPU backend sums over all axes but the last one element at a time, and computes an argument that is "
+        "fused into several such sums in each of them",
+        package="jaxlib",
+        first=(0, 4),
+        before=None,
+        issue="",
+        where="ops/channels.py",
+        test="test_workarounds.py::test_xla_s_sums_over_rows_are_slow_on_cpu",
+    ),
+    Workaround(
         name="recomputed gradients",
         why="XLA keeps all gradients until their norm is known: to recompute some, a jaxpr is evaluated equation by "
         "equation, with attributes of JAX that are not public; an unknown release keeps the gradients",

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dreambooth_jax.models.clip_text import ACTIVATIONS, CLIPTextSpec, Encoder, TextTransformer
-from dreambooth_jax.models.layers import Setting
+from dreambooth_jax.models.layers import LayerNorm, Setting
 from dreambooth_jax.models.spec import UnsupportedConfig, read_spec
 
 
@@ -58,11 +58,10 @@ class VisionEmbeddings(nnx.Module):
 
 class VisionTransformer(nnx.Module):
     def __init__(self, spec: CLIPVisionSpec, **kw: Unpack[Setting]):
-        norm = {"epsilon": spec.layer_norm_eps, "use_fast_variance": False, **kw}
         self.embeddings = VisionEmbeddings(spec, **kw)
-        self.pre_layrnorm = nnx.LayerNorm(spec.hidden_size, **norm)  # spelt so in the files
+        self.pre_layrnorm = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)  # spelt so in the files
         self.encoder = Encoder(spec, causal=False, **kw)
-        self.post_layernorm = nnx.LayerNorm(spec.hidden_size, **norm)
+        self.post_layernorm = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
 
     def __call__(self, pixels: Float[Array, "b h w colours"]) -> Float[Array, "b c"]:
         return self.post_layernorm(self.encoder(self.pre_layrnorm(self.embeddings(pixels)))[:, 0])

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from dreambooth_jax.models.layers import Linear, Setting
+from dreambooth_jax.models.layers import LayerNorm, Linear, Setting
 from dreambooth_jax.models.spec import not_among, read_spec
 from dreambooth_jax.ops.attention import attention
 
@@ -175,10 +175,9 @@ class MLP(nnx.Module):
 
 class EncoderLayer(nnx.Module):
     def __init__(self, spec: TowerSpec, causal: bool, **kw: Unpack[Setting]):
-        norm = {"epsilon": spec.layer_norm_eps, "use_fast_variance": False, **kw}
-        self.layer_norm1 = nnx.LayerNorm(spec.hidden_size, **norm)
+        self.layer_norm1 = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
         self.self_attn = SelfAttention(spec.hidden_size, spec.num_attention_heads, causal, **kw)
-        self.layer_norm2 = nnx.LayerNorm(spec.hidden_size, **norm)
+        self.layer_norm2 = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
         self.mlp = MLP(spec.hidden_size, spec.intermediate_size, spec.hidden_act, **kw)
 
     def __call__(self, x: Tokens) -> Tokens:
@@ -206,9 +205,7 @@ class TextTransformer(nnx.Module):
     def __init__(self, spec: CLIPTextSpec, **kw: Unpack[Setting]):
         self.embeddings = Embeddings(spec, **kw)
         self.encoder = Encoder(spec, causal=True, **kw)
-        self.final_layer_norm = nnx.LayerNorm(
-            spec.hidden_size, epsilon=spec.layer_norm_eps, use_fast_variance=False, **kw
-        )
+        self.final_layer_norm = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
 
     def __call__(self, ids: Int[Array | np.ndarray, "b l"]) -> Tokens:
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))

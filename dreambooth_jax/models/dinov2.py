@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.clip_text import ACTIVATIONS
-from dreambooth_jax.models.layers import Setting
+from dreambooth_jax.models.layers import LayerNorm, Setting
 from dreambooth_jax.models.spec import not_among, read_spec
 from dreambooth_jax.models.vit import AttentionBlock, PatchEmbeddings, Tokens
 
@@ -90,10 +90,10 @@ class MLP(nnx.Module):
 
 class Layer(nnx.Module):
     def __init__(self, spec: Dinov2Spec, **kw: Unpack[Setting]):
-        self.norm1 = _norm(spec, **kw)
+        self.norm1 = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
         self.attention = AttentionBlock(spec.hidden_size, spec.num_attention_heads, use_bias=spec.qkv_bias, **kw)
         self.layer_scale1 = LayerScale(spec)
-        self.norm2 = _norm(spec, **kw)
+        self.norm2 = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
         self.mlp = MLP(spec, **kw)
         self.layer_scale2 = LayerScale(spec)
 
@@ -114,7 +114,7 @@ class Dinov2Model(nnx.Module):
         kw: Setting = {"dtype": dtype, "rngs": rngs}
         self.embeddings = Embeddings(spec, **kw)
         self.encoder = Encoder(spec, **kw)
-        self.layernorm = _norm(spec, **kw)
+        self.layernorm = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
 
     def __call__(self, pixels: Float[Array, "b h w p"]) -> Tokens:
         """The last hidden states, normed; the class token's come first."""
@@ -140,7 +140,3 @@ def bicubic(size: int, wanted: int) -> np.ndarray:
             near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
             matrix[row, min(max(tap, 0), size - 1)] += near if d <= 1 else far
     return matrix
-
-
-def _norm(spec: Dinov2Spec, **kw: Unpack[Setting]) -> nnx.LayerNorm:
-    return nnx.LayerNorm(spec.hidden_size, epsilon=spec.layer_norm_eps, use_fast_variance=False, **kw)

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dreambooth_jax.ops.channels import spread
 from dreambooth_jax.ops.convolve import Given, Image, convolve
 from dreambooth_jax.ops.group_norm import group_norm
 from dreambooth_jax.ops.quantise import dequantise, product
@@ -33,7 +34,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b cin"]) -> Float[Array, "*b cout"]:
         y = adapted(self, jnp.matmul, x.astype(self.dtype))
-        return y if self.bias is None else y + self.bias.astype(self.dtype)
+        return y if self.bias is None else y + spread(self.bias.astype(self.dtype), y.shape)
 
 
 class Conv(nnx.Module):
@@ -63,7 +64,8 @@ class Conv(nnx.Module):
                 return x @ kernel[0, 0]
             return convolve(x, kernel, self.stride, self.padding)
 
-        return adapted(self, times, jnp.asarray(x)) + self.bias.astype(self.dtype)
+        y = adapted(self, times, jnp.asarray(x))
+        return y + spread(self.bias.astype(self.dtype), y.shape)
 
 
 def adapted(
@@ -115,6 +117,22 @@ class GroupNorm(nnx.Module):
         return group_norm(x, scale, bias, self.groups, self.eps, silu, self.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) scale + bias over the last axis (arXiv 1607.06450), statistics in float32."""
+
+    def __init__(self, channels: int, eps: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.eps, self.dtype = eps, dtype
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        scale, bias = (spread(vector.get_value(), x.shape) for vector in (self.scale, self.bias))
+        return (normed * scale + bias).astype(self.dtype)
+
+
 class ResnetBlock2D(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + proj(silu(temb))))); `temb_dim` None leaves the time embedding out."""
 
@@ -131,7 +149,7 @@ class ResnetBlock2D(nnx.Module):
     def __call__(self, x: Image, temb: Float[Array, "b e"] | None = None) -> Image:
         h = self.conv1(self.norm1(x, silu=True))
         if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(jax.nn.silu(temb))[:, None, None]
+            h = h + spread(self.time_emb_proj(jax.nn.silu(temb)), h.shape)
         h = self.conv2(self.norm2(h, silu=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

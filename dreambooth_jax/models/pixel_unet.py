@@ -17,10 +17,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Real
 
-from dreambooth_jax.models.layers import Conv, GroupNorm, Image, Linear, Setting
+from dreambooth_jax.models.layers import Conv, GroupNorm, Image, LayerNorm, Linear, Setting
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
 from dreambooth_jax.models.unet import REMAT, timestep_embedding
 from dreambooth_jax.ops.attention import attention
+from dreambooth_jax.ops.channels import spread
 
 Tokens = Float[Array, "b l c"]
 ACTIVATIONS = {
@@ -170,10 +171,10 @@ class TextTimeEmbedding(nnx.Module):
     """The pooled text as a summand of the embedding of time. Padding takes part, as in the reference."""
 
     def __init__(self, text_dim: int, out: int, heads: int, **kw: Unpack[Setting]):
-        self.norm1 = nnx.LayerNorm(text_dim, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm1 = LayerNorm(text_dim, 1e-5, **kw)
         self.pool = AttentionPooling(text_dim, heads, **kw)
         self.proj = Linear(text_dim, out, **kw)
-        self.norm2 = nnx.LayerNorm(out, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm2 = LayerNorm(out, 1e-5, **kw)
 
     def __call__(self, text: Tokens) -> Float[Array, "b t"]:
         return self.norm2(self.proj(self.pool(self.norm1(text))))
@@ -234,8 +235,8 @@ class ResnetBlock2D(nnx.Module):
     def __call__(self, x: Image, temb: Float[Array, "b t"]) -> Image:
         act = ACTIVATIONS[self.act]
         h = self.conv1(self.resize(act(self.norm1(x))))
-        time = self.time_emb_proj(temb if self.skip_time_act else act(temb))[:, None, None]
-        scale, shift = jnp.split(time, 2, axis=-1)
+        time = self.time_emb_proj(temb if self.skip_time_act else act(temb))
+        scale, shift = (spread(part, h.shape) for part in jnp.split(time, 2, axis=-1))
         h = self.conv2(act(self.norm2(h) * (1 + scale) + shift))
         x = self.resize(x)
         return ((x if self.conv_shortcut is None else self.conv_shortcut(x)) + h) / self.divisor

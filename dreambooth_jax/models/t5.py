@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dreambooth_jax.models.layers import Linear, Setting
 from dreambooth_jax.models.spec import not_among, read_spec
+from dreambooth_jax.ops.channels import spread
 
 Tokens = Float[Array, "b l c"]
 Bias = Float[Array, "1 n l l"]
@@ -109,7 +110,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Tokens) -> Tokens:
         x = x.astype(jnp.float32)
         normed = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-        return (normed * self.scale).astype(self.dtype)
+        return (normed * spread(self.scale.get_value(), x.shape)).astype(self.dtype)
 
 
 class SelfAttention(nnx.Module):

@@ -19,6 +19,7 @@ from dreambooth_jax.models.layers import (
     Downsample2D,
     GroupNorm,
     Image,
+    LayerNorm,
     Linear,
     ResnetBlock2D,
     Setting,
@@ -199,11 +200,11 @@ class BasicTransformerBlock(nnx.Module):
 
     def __init__(self, channels: int, context_dim: int, heads: int, *, only_cross: bool, **kw: Unpack[Setting]):
         self.only_cross = only_cross
-        self.norm1 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm1 = LayerNorm(channels, 1e-5, **kw)
         self.attn1 = Attention(channels, context_dim if only_cross else channels, heads, **kw)
-        self.norm2 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm2 = LayerNorm(channels, 1e-5, **kw)
         self.attn2 = Attention(channels, context_dim, heads, **kw)
-        self.norm3 = nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, **kw)
+        self.norm3 = LayerNorm(channels, 1e-5, **kw)
         self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: Tokens, context: Float[Array, "b k e"]) -> Tokens:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dreambooth_jax.models.clip_text import ACTIVATIONS
-from dreambooth_jax.models.layers import Setting
+from dreambooth_jax.models.layers import LayerNorm, Linear, Setting
 from dreambooth_jax.models.spec import not_among, read_spec
 from dreambooth_jax.ops.attention import attention
 
@@ -66,7 +66,7 @@ class Embeddings(nnx.Module):
 class SelfAttention(nnx.Module):
     def __init__(self, channels: int, heads: int, *, use_bias: bool, **kw: Unpack[Setting]):
         self.heads = heads
-        self.query, self.key, self.value = (nnx.Linear(channels, channels, use_bias=use_bias, **kw) for _ in range(3))
+        self.query, self.key, self.value = (Linear(channels, channels, use_bias=use_bias, **kw) for _ in range(3))
 
     def __call__(self, x: Tokens) -> Tokens:
         heads = (*x.shape[:2], self.heads, -1)
@@ -78,7 +78,7 @@ class Projected(nnx.Module):
     """`dense`, alone in a module as the format has it."""
 
     def __init__(self, cin: int, cout: int, **kw: Unpack[Setting]):
-        self.dense = nnx.Linear(cin, cout, **kw)
+        self.dense = Linear(cin, cout, **kw)
 
 
 class AttentionBlock(nnx.Module):
@@ -93,9 +93,9 @@ class AttentionBlock(nnx.Module):
 class Layer(nnx.Module):
     def __init__(self, spec: ViTSpec, **kw: Unpack[Setting]):
         self.activation = ACTIVATIONS[spec.hidden_act]
-        self.layernorm_before = _norm(spec, **kw)
+        self.layernorm_before = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
         self.attention = AttentionBlock(spec.hidden_size, spec.num_attention_heads, use_bias=spec.qkv_bias, **kw)
-        self.layernorm_after = _norm(spec, **kw)
+        self.layernorm_after = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
         self.intermediate = Projected(spec.hidden_size, spec.intermediate_size, **kw)
         self.output = Projected(spec.intermediate_size, spec.hidden_size, **kw)
 
@@ -116,7 +116,7 @@ class ViTModel(nnx.Module):
         kw: Setting = {"dtype": dtype, "rngs": rngs}
         self.embeddings = Embeddings(spec, **kw)
         self.encoder = Encoder(spec, **kw)
-        self.layernorm = _norm(spec, **kw)
+        self.layernorm = LayerNorm(spec.hidden_size, spec.layer_norm_eps, **kw)
 
     def __call__(self, pixels: Float[Array, "b h w p"]) -> Tokens:
         """The last hidden states, normed; the class token's come first."""
@@ -133,7 +133,3 @@ class ViTModel(nnx.Module):
         """Unit vectors of the class token: what DINO scores compare."""
         first = self(pixels)[:, 0]
         return first / jnp.linalg.norm(first, axis=-1, keepdims=True)
-
-
-def _norm(spec: ViTSpec, **kw: Unpack[Setting]) -> nnx.LayerNorm:
-    return nnx.LayerNorm(spec.hidden_size, epsilon=spec.layer_norm_eps, use_fast_variance=False, **kw)

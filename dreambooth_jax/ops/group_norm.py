@@ -6,12 +6,15 @@ argument, and SiLU keeps its argument and the sigmoid: all of them are written o
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from dreambooth_jax.ops.channels import repeat_channels, row_sums
 
 Image = Float[Array | np.ndarray, "b h w c"]
 Vector = Float[Array | np.ndarray, "c"]
@@ -32,9 +35,8 @@ def group_norm(
 def _forward(
     x: Image, scale: Vector, bias: Vector, groups: int, eps: float, silu: bool, dtype: DTypeLike
 ) -> tuple[Float[Array, "b h w c"], Saved]:
-    grouped = _grouped(x, groups)
-    mean = grouped.mean((1, 3))
-    variance = jnp.square(grouped - mean[:, None, :, None]).mean((1, 3))
+    mean = _group_means(row_sums(_float32(x), 1), x, groups)
+    variance = _group_means(row_sums(jnp.square(_float32(x) - _per_channel(mean, x)), 1), x, groups)
     rate = jax.lax.rsqrt(variance + eps)
     y = (_normed(x, mean, rate) * scale + bias).astype(dtype)
     return jax.nn.silu(y) if silu else y, (x, scale, bias, mean, rate)
@@ -51,18 +53,27 @@ def _backward(
         _, pull = jax.vjp(jax.nn.silu, (normed * scale + bias).astype(dtype))
         (dy,) = pull(dy)
     dy = dy.astype(jnp.float32)
-    d, n = _grouped(dy * scale, groups), _grouped(normed, groups)
-    dx = d - d.mean((1, 3), keepdims=True) - n * (d * n).mean((1, 3), keepdims=True)
-    dx = (dx * rate[:, None, :, None]).reshape(x.shape).astype(x.dtype)
-    return dx, (dy * normed).sum((0, 1, 2)).astype(scale.dtype), dy.sum((0, 1, 2)).astype(bias.dtype)
+    by_bias, by_scale = row_sums(dy, 1), row_sums(dy * normed, 1)
+    first, second = (_per_channel(_group_means(d * scale, x, groups), x) for d in (by_bias, by_scale))
+    dx = (dy * scale - first - normed * second) * _per_channel(rate, x)
+    return dx.astype(x.dtype), by_scale.sum(0).astype(scale.dtype), by_bias.sum(0).astype(bias.dtype)
 
 
-def _grouped(x: Image, groups: int) -> Float[Array, "b hw g n"]:
-    return jnp.asarray(x, jnp.float32).reshape(len(x), -1, groups, x.shape[-1] // groups)
+def _float32(x: Image) -> Float[Array, "b h w c"]:
+    return jnp.asarray(x, jnp.float32)
+
+
+def _group_means(sums: Float[Array, "b c"], x: Image, groups: int) -> Float[Array, "b g"]:
+    """Means over the pixels of `x` and the channels of a group, from the sums over pixels."""
+    return sums.reshape(len(sums), groups, -1).sum(-1) / (math.prod(x.shape[1:]) // groups)
+
+
+def _per_channel(of_groups: Float[Array, "b g"], x: Image) -> Float[Array, "b 1 1 c"]:
+    return repeat_channels(of_groups, x.shape[-1] // of_groups.shape[-1])[:, None, None]
 
 
 def _normed(x: Image, mean: Float[Array, "b g"], rate: Float[Array, "b g"]) -> Float[Array, "b h w c"]:
-    return ((_grouped(x, mean.shape[1]) - mean[:, None, :, None]) * rate[:, None, :, None]).reshape(x.shape)
+    return (_float32(x) - _per_channel(mean, x)) * _per_channel(rate, x)
 
 
 group_norm.defvjp(_forward, _backward)
