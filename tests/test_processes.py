@@ -76,32 +76,27 @@ def one(micro, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(micro, tmp_path_factory):
-    """The same as two processes of four devices each."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    wait_all(workdir, start_all(workdir, 2, 4, base=micro), [0, 0])
+def four(micro, tmp_path_factory):
+    """The same as four processes of two devices each."""
+    workdir = tmp_path_factory.mktemp("four") / "run"
+    wait_all(workdir, start_all(workdir, 4, 2, base=micro, mesh_fsdp=4), [0] * 4)
     return workdir
 
 
-def test_two_processes_are_one_process_with_all_devices(one, two):
-    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5, atol=1e-5)
-    assert pictures(two / "class_images").keys() == pictures(one / "class_images").keys()
-    assert len(pictures(two / "class_images")) == 10
-    assert pictures(two / "samples").keys() == pictures(one / "samples").keys()
-    assert checkpoints(two) == checkpoints(one)
+def test_four_processes_are_one_process_with_all_devices(one, four):
+    np.testing.assert_allclose(losses(four), losses(one), rtol=1e-5, atol=1e-5)
+    assert pictures(four / "class_images").keys() == pictures(one / "class_images").keys()
+    assert len(pictures(four / "class_images")) == 10
+    assert pictures(four / "samples").keys() == pictures(one / "samples").keys()
+    assert checkpoints(four) == checkpoints(one)
 
 
-def test_one_process_speaks_for_all(two):
-    logs = [log_of(two.with_name(f"{two.name}.{number}")).read_text() for number in range(2)]
-    assert "Done. Checkpoint" in logs[0] and "training:" in logs[0]
-    assert "Done. Checkpoint" not in logs[1] and "training:" not in logs[1] and "class images:" not in logs[1]
-    assert len(list((two / "tensorboard").glob("events*"))) == 1
-
-
-def test_four_processes(one, micro, tmp_path):
-    workdir = tmp_path / "run"
-    wait_all(workdir, start_all(workdir, 4, 2, base=micro, mesh_fsdp=4), [0] * 4)
-    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-5, atol=1e-5)
+def test_one_process_speaks_for_all(four):
+    first, *others = [log_of(four.with_name(f"{four.name}.{number}")).read_text() for number in range(4)]
+    assert "Done. Checkpoint" in first and "training:" in first
+    for log in others:
+        assert "Done. Checkpoint" not in log and "training:" not in log and "class images:" not in log
+    assert len(list((four / "tensorboard").glob("events*"))) == 1
 
 
 def test_two_processes_train_a_subject_each(micro, tmp_path):
@@ -143,24 +138,30 @@ def test_two_processes_score_and_keep_the_best_of_one(micro, tmp_path):
     assert kept[0] == kept[1] == [int(tables[0][-1]["best"])]
 
 
-def test_sigterm_to_one_is_a_save_of_all(two, micro, tmp_path):
+def train_on(workdir: Path, one: Path, micro: str, **fields) -> list[subprocess.Popen]:
+    """Two processes of four devices each, with the class images of the run `one`, that paint no sheets."""
+    fields |= {"sample_every": 4000, "class_images": str(one / "class_images")}
+    return start_all(workdir, 2, 4, base=micro, **fields)
+
+
+def test_sigterm_to_one_is_a_save_of_all(one, micro, tmp_path):
     workdir = tmp_path / "run"
-    processes = start_all(workdir, 2, 4, base=micro, steps=4000, save_every=12, sample_every=4000)
+    processes = train_on(workdir, one, micro, steps=4000, save_every=12)
     until(lambda: checkpoints(workdir), processes)  # both are in the loop then
     processes[1].send_signal(signal.SIGTERM)
     wait_all(workdir, processes, [143, 143])
     (saved,) = checkpoints(workdir)
     assert 0 < saved < 4000
-    wait_all(workdir, start_all(workdir, 2, 4, base=micro, steps=saved + 4, sample_every=4000), [0, 0])
+    wait_all(workdir, train_on(workdir, one, micro, steps=saved + 4), [0, 0])
     found = losses(workdir)
     assert len(found) == saved + 4
-    steps = min(len(found), len(losses(two)))
-    np.testing.assert_allclose(found[:steps], losses(two)[:steps], rtol=1e-5, atol=1e-5)
+    steps = min(len(found), len(losses(one)))
+    np.testing.assert_allclose(found[:steps], losses(one)[:steps], rtol=1e-5, atol=1e-5)
 
 
-def kill_one(workdir: Path, micro: str, killed: int) -> None:
+def kill_one(workdir: Path, one: Path, micro: str, killed: int) -> None:
     """Kills one of two processes that train; the other one says why it ends."""
-    processes = start_all(workdir, 2, 4, base=micro, steps=4000, save_every=4, sample_every=4000)
+    processes = train_on(workdir, one, micro, steps=4000, save_every=4)
     until(lambda: checkpoints(workdir), processes)
     processes[killed].send_signal(signal.SIGKILL)
     other = processes[1 - killed]
@@ -172,18 +173,18 @@ def kill_one(workdir: Path, micro: str, killed: int) -> None:
     processes[killed].wait()
 
 
-def test_when_the_second_is_killed_the_first_says_so(micro, tmp_path):
-    kill_one(tmp_path / "run", micro, 1)
+def test_when_the_second_is_killed_the_first_says_so(one, micro, tmp_path):
+    kill_one(tmp_path / "run", one, micro, 1)
 
 
-def test_when_the_first_is_killed_the_second_says_so_and_the_restart_goes_on(two, micro, tmp_path):
+def test_when_the_first_is_killed_the_second_says_so_and_the_restart_goes_on(one, micro, tmp_path):
     workdir = tmp_path / "run"
-    kill_one(workdir, micro, 0)
+    kill_one(workdir, one, micro, 0)
     saved = checkpoints(workdir)[-1]
-    wait_all(workdir, start_all(workdir, 2, 4, base=micro, steps=saved + 4, sample_every=4000), [0, 0])
+    wait_all(workdir, train_on(workdir, one, micro, steps=saved + 4), [0, 0])
     found = losses(workdir)
     assert len(found) == saved + 4
-    np.testing.assert_allclose(found[:12], losses(two)[: len(found)], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[:12], losses(one)[: len(found)], rtol=1e-5, atol=1e-5)
 
 
 def test_hosts_that_share_no_folder_are_told(micro, tmp_path):

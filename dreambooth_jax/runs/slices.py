@@ -7,10 +7,10 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -44,6 +44,7 @@ from dreambooth_jax.runs.loop import is_painted
 from dreambooth_jax.runs.setup import read_subject
 
 GIB = 2**30
+Compiled = TypeVar("Compiled")
 # Tried in this order, each on top of the ones before: what costs least comes first.
 REMEDIES = (
     ("remat=layers", {"remat": "layers"}),
@@ -142,24 +143,14 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     others = [data_shapes(job, n, config.num_class_images, other) for other, n in counts.items() if other != size]
     batches = painted_batches(job)
     paints = class_images and sum(batches) > 0
-    cost, missing, painting, seconds, class_seconds, painting_missing = None, 0, None, 0.0, 0.0, 0
-    text, text_missing = None, 0
     encoding = lower_encoding(pipeline, mesh)
     lowered = lower_steps(job, state, frozen, data, key, size)
     with for_absent_devices(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
         painted = beside.submit(painting_costs, job, chip, quick=quick) if paints else None
-        try:
-            cost = compile_for(chip, lowered, quick=quick)
-        except OutOfMemory as error:
-            missing = error.missing
-        try:
-            painting, seconds, class_seconds = painted.result() if paints else (None, 0.0, 0.0)
-        except OutOfMemory as error:
-            painting_missing = error.missing
-        try:
-            text = encoding and compile_for(chip, encoding, quick=quick)
-        except OutOfMemory as error:
-            text_missing = error.missing
+        cost, missing = _or_missing(lambda: compile_for(chip, lowered, quick=quick))
+        costs, painting_missing = _or_missing(painted.result) if painted else (None, 0)
+        text, text_missing = _or_missing(lambda: compile_for(chip, encoding, quick=quick)) if encoding else (None, 0)
+    painting, seconds, class_seconds = costs or (None, 0.0, 0.0)
     return Plan(
         topology=topology,
         devices=len(devices),
@@ -180,6 +171,14 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         text_missing=text_missing,
         photos=photos,
     )
+
+
+def _or_missing(compiled: Callable[[], Compiled]) -> tuple[Compiled | None, int]:
+    """What `compiled` gives and 0, or None and the bytes that a device lacks for it."""
+    try:
+        return compiled(), 0
+    except OutOfMemory as error:
+        return None, error.missing
 
 
 def count_examples(job: Job) -> tuple[dict[Size, int], str]:
