@@ -23,7 +23,7 @@ setup(
     ],
     package_dir={"dreambooth_jax.shipped.configs": "configs", "dreambooth_jax.shipped.examples": "examples"},
     package_data={
-        "dreambooth_jax": ["tiny/base/**/*", "tiny/world/*.md", "data/*.tsv", "**/*.html"],
+        "dreambooth_jax": ["tiny/base/**/*", "tiny/cascade/**/*", "tiny/world/*.md", "data/*.tsv", "**/*.html"],
         "dreambooth_jax.shipped.examples": ["subjects/**/*"],
     },
     install_requires=[

@@ -6,6 +6,7 @@ python -m dreambooth_jax.train --config configs/dog.py:sd15,lora # LoRA instead 
 python -m dreambooth_jax.train --config configs/dog.py:paper     # the paper's own settings, on Stable Diffusion 1.5
 python -m dreambooth_jax.train --config configs/dog.py:if        # DeepFloyd IF, the paper's kind of model: 64, then 256
                                                                  # pixels, one stage after the other; also :if_xl
+python -m dreambooth_jax.train --config configs/dog.py:tiny_stage1 # the same kind, embedded: 32 pixels, any laptop
 
 Result: samples/step_000300.png in the workdir shows the dog of the photos in five settings, and "a dog" that is still
 another dog. Time: two to three minutes on two CPU cores; `python -m dreambooth_jax.plan` estimates it for a TPU.
@@ -31,7 +32,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config = ConfigDict()
 
     # What is learnt, from what
-    config.base = "tiny"  # "tiny" ships with the package; else a diffusers folder or a model hub name
+    config.base = "tiny"  # "tiny" and "tiny_stage1" ship with the package; else a diffusers folder or a model hub name
     config.workdir = "runs/dog"  # checkpoints, class images, samples, metrics; local or gs://
     config.instance_images = "examples/subjects/dog"  # a folder, hub:OWNER/NAME or tfds:NAME:SPLIT (docs/data.md)
     config.subjects = ""  # many subjects in one program: a folder of folders of images, or a table (configs/many.py)
@@ -134,9 +135,9 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.guidance_scale = 2.5
     config.negative_prompt = ""
 
-    if base != "tiny":
-        if base not in HUB_MODELS:
-            raise ValueError(f"dog.py:{base}: expected one of tiny, {', '.join(HUB_MODELS)}")
+    if base not in ("tiny", "tiny_stage1", *HUB_MODELS):
+        raise ValueError(f"dog.py:{base}: expected one of tiny, tiny_stage1, {', '.join(HUB_MODELS)}")
+    if base in HUB_MODELS:
         config.base = HUB_MODELS[base]
         config.num_class_images = 200
         config.class_batch_size = 8
@@ -178,6 +179,11 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         config.sampler = "ddpm"
         config.sampling_steps = 100
         config.guidance_scale = 7.0
+    if base == "tiny_stage1":
+        config.base = base
+        config.train_text_encoder = False
+        config.sampler = "ddpm"
+        config.sampling_steps = 50
     if method:
         rates = {
             "lora": 1e-4,
@@ -192,7 +198,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
             raise ValueError(f"dog.py:{base_and_method}: expected nothing after the base, or one of {', '.join(rates)}")
         config.method = method
         config.learning_rate = rates[method]
-        if base == "tiny":
+        if base not in HUB_MODELS:
             config.learning_rate = 1e-2 if method == "inversion" else 2e-3
         if method in ("inversion", "pivotal", "custom"):
             config.identifier = "<sks>"  # a new word

@@ -122,7 +122,7 @@ def settle(options: argparse.Namespace, config: ConfigDict | None) -> None:
 
 def embedded(judge: str, base: str) -> bool:
     """Whether the models beside the embedded base judge a run of `base`."""
-    return judge == "embedded" or (judge == "auto" and base == EMBEDDED)
+    return judge == "embedded" or (judge == "auto" and base in EMBEDDED)
 
 
 def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: "Mesh") -> "Judge":

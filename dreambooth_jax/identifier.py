@@ -73,11 +73,11 @@ def propose_nouns(options: argparse.Namespace) -> str:
 
     photos = read_photos(options.photos)
     known = nouns.read_nouns()
-    if options.clip is None and options.base == EMBEDDED:
+    if options.clip is None and options.base in EMBEDDED:
         known = nouns.taught_nouns(known, EMBEDDED_FOLDER / "clip")
     known = nouns.known_nouns(known, load_tokenizer(resolve_base(options.base)))
     runtime.start()
-    if options.clip is None and options.base == EMBEDDED:
+    if options.clip is None and options.base in EMBEDDED:
         images, texts = judge.embedded_clip(make_mesh())
     else:
         images, texts = judge.published_clip(make_mesh(), options.clip or judge.CLIP)

@@ -53,13 +53,13 @@ def pretrain(config: ConfigDict) -> None:
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.tiny import world
 
+    vocabularies = {"core": world.CORE_NOUNS, "examples": world.EXAMPLE_NOUNS, "all": None}
+    if config.vocabulary not in vocabularies:
+        raise ValueError(f"vocabulary = {config.vocabulary!r}: expected one of {', '.join(vocabularies)}")
     runtime.start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jax.set_mesh(make_mesh())  # attention splits its batch over it
     config.update(output=os.path.expanduser(config.output), workdir=os.path.expanduser(config.workdir))
-    vocabularies = {"core": world.CORE_NOUNS, "examples": world.EXAMPLE_NOUNS, "all": None}
-    if config.vocabulary not in vocabularies:
-        raise ValueError(f"vocabulary = {config.vocabulary!r}: expected one of {', '.join(vocabularies)}")
     sprites = world.load_sprites(config.world or None)
     words = world.words(sprites)
     if nouns := vocabularies[config.vocabulary]:

@@ -16,7 +16,9 @@ from support.flags import xla_flags
 from support.npm_packages import write_packages
 from support.runs import kill_when
 
+from dreambooth_jax import pretrain
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.runs import config_file
 
 pytestmark = pytest.mark.slow
 
@@ -151,3 +153,10 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(start, undisturbed, tm
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(value, found[name], err_msg=f"{path.parent.name}: {name}")
+
+
+def test_an_unknown_vocabulary_is_refused_before_anything_is_fetched(tmp_path):
+    config = config_file.load(str(ROOT / "configs" / "tiny_cascade.py"))
+    config.update(vocabulary="more", world=str(tmp_path / "none"), workdir=str(tmp_path), output=str(tmp_path))
+    with pytest.raises(ValueError, match="vocabulary = 'more': expected one of core, examples, all"):
+        pretrain.pretrain(config)

@@ -11,13 +11,16 @@ from dreambooth_jax.files.json_text import parse_json
 from dreambooth_jax.files.layouts import split_base
 from dreambooth_jax.files.weight_files import WEIGHT_FILES, WeightsError, choose, converting_command
 
-EMBEDDED = "tiny"
 PICKLE = "pytorch_model.bin"  # of transformers
-EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "base"
+_TINY = Path(__file__).parent.parent / "tiny"
+EMBEDDED_FOLDER = _TINY / "base"  # with the models that judge pictures of its world
+# Bases that ship with the package: a latent model, and stage I of a cascade in pixels.
+EMBEDDED = {"tiny": EMBEDDED_FOLDER, "tiny_stage1": _TINY / "cascade" / "stage1"}
 
 
 def resolve_base(base: str) -> Path:
-    """The local folder of a base: "tiny" (ships with the package), a folder, or a model hub name, which is fetched.
+    """The local folder of a base: one of `EMBEDDED` (ship with the package), a folder, or a model hub name, which is
+    fetched.
     Of "model.safetensors@TEMPLATE" (files/layouts.py) it is the template's.
 
     Raises:
@@ -26,14 +29,14 @@ def resolve_base(base: str) -> Path:
     """
     given = base
     file, base = split_base(base)
-    if base == EMBEDDED:
-        return EMBEDDED_FOLDER
+    if base in EMBEDDED:
+        return EMBEDDED[base]
     if (local := Path(os.path.expanduser(base))).is_dir():
         return _readable(local)
     if not is_hub_name(base):
         raise FileNotFoundError(
             f"base = {base!r}: no such folder. Give a diffusers folder, a hub name such as "
-            f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or '{EMBEDDED}' for the model that ships with the package."
+            f"'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'tiny' for the model that ships with the package."
         )
     try:
         return _fetch(base, weights=file is None)

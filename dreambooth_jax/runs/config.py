@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dreambooth_jax.data import captions
 from dreambooth_jax.data.captions import is_text
+from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.files.layouts import at_template
 from dreambooth_jax.files.shipped import shipped
 
@@ -332,10 +333,10 @@ def _absolute(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_path(name: str) -> str:
-    """Absolute path of a model's folder, or of FILE or FILE@TEMPLATE; the name of a hub, or "tiny", as it is."""
+    """Absolute path of a model's folder, or of FILE or FILE@TEMPLATE; hub names and embedded bases as they are."""
     place, template = at_template(name)
     path = os.path.expanduser(place)
-    if name == "tiny" or not os.path.exists(path):
+    if name in EMBEDDED or not os.path.exists(path):
         return name
     return os.path.abspath(path) + (f"@{_model_path(template)}" if template else "")
 

@@ -72,7 +72,7 @@ IDLE = (
     Idle(("best_max_prompt_loss", "best_max_copy"), lambda c: not c.keep_best, "with keep_best = False"),
     Idle(
         ("judge_dino", "judge_clip"),
-        lambda c: not c.evaluate_every or c.base == EMBEDDED,
+        lambda c: not c.evaluate_every or c.base in EMBEDDED,
         "without evaluate_every, or for the embedded base, which the models beside it score",
     ),
     Idle(("negative_prompt",), lambda c: c.guidance_scale == 1, "with guidance_scale = 1"),

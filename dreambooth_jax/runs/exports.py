@@ -210,7 +210,7 @@ def has_layout(run: Trained) -> bool:
 
 
 def _for_all_tools(subject: Subject, kind: str, opened: str) -> str:
-    if subject.run.config.base == EMBEDDED:
+    if subject.run.config.base in EMBEDDED:
         return f"this library and diffusers ({opened}) alone: no other tool has the embedded base"
     return f"{kind} for ComfyUI, A1111, Forge, InvokeAI, kohya's scripts and diffusers ({opened})"
 

@@ -79,7 +79,7 @@ def scoring_seconds(config: ConfigDict, mesh: Mesh, chip: Chip, *, quick: bool =
 
     Published judges are taken as the default ones, ViT-S/16 and CLIP ViT-B/32, or as `--dino` and `--clip` folders.
     """
-    if config.judge == "embedded" or (config.judge == "auto" and config.train.base == EMBEDDED):
+    if config.judge == "embedded" or (config.judge == "auto" and config.train.base in EMBEDDED):
         dino, clip = EMBEDDED_FOLDER / "vit", EMBEDDED_FOLDER / "clip"
     else:
         dino, clip = Path(config.dino), Path(config.clip)

@@ -70,7 +70,7 @@ def _base_of(base: str) -> tuple[str, bool]:
 
 def _licence(subject: Subject) -> str:
     """Licence of the published weights of the base's kind."""
-    if subject.run.config.base == EMBEDDED:
+    if subject.run.config.base in EMBEDDED:
         return "apache-2.0"
     if not has_layout(subject.run):  # a cascade's
         return "other"

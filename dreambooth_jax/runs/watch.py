@@ -81,7 +81,7 @@ def make_watch(config: ConfigDict, mesh: Mesh, workdir: epath.Path, rows: dict[i
     check_photos(config.instance_images)
     photos = read_photos(config.instance_images)
     published = {"dino": config.judge_dino, "clip": config.judge_clip}
-    judge = embedded_judge(mesh) if config.base == EMBEDDED else published_judge(mesh, **published)
+    judge = embedded_judge(mesh) if config.base in EMBEDDED else published_judge(mesh, **published)
     return Watch(config, workdir, rows, judge, photos, config.best_max_copy or copy_limit(judge, photos))
 
 
@@ -199,7 +199,7 @@ def noun_warning(watch: Watch | None) -> str:
 
     The CLIP beside the embedded base knows its world's pictures in their own colours alone.
     """
-    if watch is None or watch.judge is None or watch.config.base == EMBEDDED:
+    if watch is None or watch.judge is None or watch.config.base in EMBEDDED:
         return ""
     return doubt(watch.config.class_noun, watch.judge.image, watch.judge.text, watch.photos)
 
