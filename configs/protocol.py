@@ -17,7 +17,7 @@ DOG = Path(__file__).parent / "dog.py"
 
 def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config = ConfigDict()
-    embedded = base_and_method.split(",")[0] == "tiny"
+    embedded = base_and_method.split(",")[0] in ("tiny", "tiny_stage1")
 
     # Subjects
     config.dataset = "examples/subjects" if embedded else "dreambooth/dataset"  # NAME/*.jpg, prompts_and_classes.txt

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.diffusion.sampler import make_sampler, noise_for_seeds
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
-from dreambooth_jax.files.hub import EMBEDDED_FOLDER
+from dreambooth_jax.files.hub import EMBEDDED, EMBEDDED_FOLDER
+from dreambooth_jax.files.tokenizer import load_tokenizer
 from dreambooth_jax.tiny import world
 
 
@@ -25,14 +26,16 @@ def test_fits_in_the_package():
     assert size < 40e6
 
 
-def test_the_licences_of_its_pictures_lie_beside_it():
-    assert "Fluent" in (EMBEDDED_FOLDER / "LICENSES.md").read_text()
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_licences_of_its_pictures_lie_beside_it(name):
+    assert "Fluent" in (EMBEDDED[name] / "LICENSES.md").read_text()
 
 
-def test_identifiers_are_rare_single_tokens(base):
-    pipeline, _ = base
-    assert check_identifier(pipeline.tokenizer, "sks") == []
-    assert check_identifier(pipeline.tokenizer, "dog")  # a common word is warned of
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_identifiers_are_rare_single_tokens(name):
+    tokenizer = load_tokenizer(EMBEDDED[name])
+    assert check_identifier(tokenizer, "sks") == []
+    assert check_identifier(tokenizer, "dog")  # a common word is warned of
 
 
 @pytest.mark.slow

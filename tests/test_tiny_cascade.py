@@ -7,7 +7,6 @@ import torch
 from diffusers import IFPipeline
 from support.runs import get_config
 
-from dreambooth_jax.data.identifiers import check_identifier
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.hub import EMBEDDED
@@ -26,17 +25,7 @@ def base():
 
 
 def test_fits_in_the_package():
-    assert 1e6 < sum(path.stat().st_size for path in FOLDER.rglob("*")) < 7.5e6
-
-
-def test_the_licences_of_its_pictures_lie_beside_it():
-    assert "Fluent" in (FOLDER / "LICENSES.md").read_text()
-
-
-def test_identifiers_are_rare_single_tokens(base):
-    pipeline, _ = base
-    assert check_identifier(pipeline.tokenizer, "sks") == []
-    assert check_identifier(pipeline.tokenizer, "dog")  # a common word is warned of
+    assert 1e6 < sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 7.5e6
 
 
 def test_diffusers_opens_it_and_reads_prompts_alike(base):
@@ -69,5 +58,5 @@ def test_prompts_are_understood(base):
 def test_its_preset_passes(preset):
     config = get_config(preset)
     check_config(config)
-    check_effects(config, get_config(preset))
+    check_effects(config, get_config())  # what it changes has an effect
     assert config.base == "tiny_stage1"

@@ -101,6 +101,18 @@ def test_collections_take_time_from_tracing():
     assert default > 20 and default > 10 * raised
 
 
+def least_seconds(function, argument, *, tries: int) -> float:
+    """Of the compiled function, the best of some tries."""
+    run = jax.jit(function)
+    jax.block_until_ready(run(argument))
+    times = []
+    for _ in range(tries):
+        started = time.perf_counter()
+        jax.block_until_ready(run(argument))
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 def test_xla_s_gradients_of_convolutions_are_slow_on_cpu():
     """Inside a loop, the best of a few tries."""
     kernel, x = normal(0, 3, 3, 32, 32), normal(1, 2, 32, 32, 32)
@@ -110,14 +122,7 @@ def test_xla_s_gradients_of_convolutions_are_slow_on_cpu():
             loss = lambda kernel: jnp.square(conv(jnp.tanh(conv(x, kernel, 1, 1)), kernel, 2, 1)).sum()  # noqa: E731
             return kernel - 1e-9 * jax.grad(loss)(kernel), None
 
-        run = jax.jit(lambda kernel: jax.lax.scan(step, kernel, length=2)[0])
-        jax.block_until_ready(run(kernel))
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            jax.block_until_ready(run(kernel))
-            times.append(time.perf_counter() - started)
-        return min(times)
+        return least_seconds(lambda kernel: jax.lax.scan(step, kernel, length=2)[0], kernel, tries=3)
 
     assert seconds(convolve._convolve) > 2 * seconds(convolve.convolve)
 
@@ -126,17 +131,7 @@ def test_xla_s_sums_over_rows_are_slow_on_cpu():
     """The best of a few tries."""
     x = normal(0, 1 << 16, 64)
 
-    def seconds(sums) -> float:
-        run = jax.jit(sums)
-        jax.block_until_ready(run(x))
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            jax.block_until_ready(run(x))
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    assert seconds(lambda x: x.sum(0)) > 1.5 * seconds(channels.row_sums)
+    assert least_seconds(lambda x: x.sum(0), x, tries=5) > 1.5 * least_seconds(channels.row_sums, x, tries=5)
 
 
 class Chain(nnx.Module):

@@ -84,8 +84,8 @@ WORKAROUNDS = (
     ),
     Workaround(
         name="sums over rows",
-        why="XLA's CPU backend sums over all axes but the last one element at a time, and computes an argument that is "
-        "fused into several such sums in each of them",
+        why="XLA's CPU backend takes sums over all axes but the last one element at a time, and computes the argument "
+        "of several such sums once for each",
         package="jaxlib",
         first=(0, 4),
         before=None,

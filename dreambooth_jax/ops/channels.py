@@ -1,4 +1,4 @@
-"""Sums over pixels and tokens, and broadcasts whose gradients are such sums, fast on CPU too (see
+"""Sums over pixels and tokens, broadcasts whose gradients are such sums, and repeated channels, fast on CPU too (see
 devices/workarounds.py, "sums over rows")."""
 
 import functools
