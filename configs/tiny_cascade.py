@@ -16,6 +16,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     config.workdir = "runs/tiny_cascade"  # checkpoints of every part; a killed run goes on from them
     config.output = "runs/tiny_cascade/base"  # folders stage1 and stage2
     config.world = ""  # folder with the three npm tarballs; "" fetches them
+    config.start = ""  # stage I, a base whose T5 stage II reads captions with; "" trains both first
     config.seed = 0
     config.vocabulary = "examples"  # or "core", "all": the 6 class nouns of examples/subjects, 77, or 581
     config.resolution = 64  # of stage II
@@ -59,11 +60,13 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     config.stage1.learning_rate = 2e-3
     config.stage1.weight_decay = 1e-2
     config.stage1.ema_decay = 0.998  # average of the weights, which is what is written
-    config.stage1.model = _unet((32, 64, 96), sample_size=32, in_channels=3)
+    config.stage1.level_power = 1.0  # stage II: noise level of the small picture T u^level_power, u uniform
+    config.stage1.model = _unet((32, 64, 96), 1, sample_size=32, in_channels=3)
 
     config.stage2 = config.stage1.copy_and_resolve_references()
-    config.stage2.update(steps=4000, decay_steps=2000)
-    config.stage2.model = _unet((16, 32, 64), sample_size=64, in_channels=6, class_embed_type="timestep")
+    config.stage2.update(steps=2600, decay_steps=1300, level_power=2.0)
+    config.stage2.model = _unet((16, 32, 64), 2, sample_size=64, in_channels=6, class_embed_type="timestep")
+    config.stage2.model.norm_num_groups = 4  # groups of one channel lose its mean, and with it the colour
 
     if budget == "gpu":
         config.vocabulary = "core"
@@ -79,16 +82,16 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     return config
 
 
-def _unet(widths: tuple[int, ...], **fields: Any) -> dict[str, Any]:
-    """IF's UNet: no attention at the full resolution."""
-    deeper = len(widths) - 1
+def _unet(widths: tuple[int, ...], plain: int, **fields: Any) -> dict[str, Any]:
+    """IF's UNet, without attention at its `plain` highest resolutions."""
+    deeper = len(widths) - plain
     return {
         "_class_name": "UNet2DConditionModel",
         "out_channels": 6,
         "block_out_channels": list(widths),
-        "down_block_types": ["ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * deeper],
+        "down_block_types": ["ResnetDownsampleBlock2D"] * plain + ["SimpleCrossAttnDownBlock2D"] * deeper,
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "up_block_types": [*["SimpleCrossAttnUpBlock2D"] * deeper, "ResnetUpsampleBlock2D"],
+        "up_block_types": ["SimpleCrossAttnUpBlock2D"] * deeper + ["ResnetUpsampleBlock2D"] * plain,
         "layers_per_block": 1,
         "act_fn": "silu",
         "norm_num_groups": 16,

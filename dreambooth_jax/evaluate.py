@@ -90,6 +90,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--backbone", choices=BACKBONES, help="of LPIPS (default: alex)")
     options, rest = parser.parse_known_args(arguments)
     options.workdir = options.workdir and os.path.expanduser(options.workdir)
+    if options.workdir and (folders := config_file.stage_folders(options.workdir)):
+        options.workdir = folders[-1]  # of a cascade: the last stage's pictures are the cascade's
     options.overrides = [text for text in rest if options.config and re.match(r"--config\.[\w.]+=", text)]
     if unknown := [text for text in rest if text not in options.overrides]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -206,26 +208,15 @@ def evaluate_many(options: argparse.Namespace) -> str:
 
 def evaluate_protocol(config: ConfigDict, command: str) -> str:
     """Trains and scores every subject of a protocol; returns the table and where the page is."""
+    from dreambooth_jax import train
     from dreambooth_jax.devices.sharding import make_mesh
-    from dreambooth_jax.runs import lease
-    from dreambooth_jax.runs.many import train_many
-    from dreambooth_jax.runs.preemption import Preemption
     from dreambooth_jax.runs.protocol import check_protocol, run_protocol
-    from dreambooth_jax.runs.setup import set_up
-    from dreambooth_jax.runs.training import train
 
     check_protocol(config)  # before models are read
     mesh = make_mesh(config.train.mesh_data, config.train.mesh_fsdp)
     judge = make_judge(config, config.train.base, mesh)
 
-    def train_one(one: ConfigDict) -> None:
-        with Preemption() as guard, lease.holding(one.workdir, guard.at_exit):
-            if one.subjects:
-                train_many(one, guard)
-            else:
-                train(set_up(one), guard)
-
-    text = run_protocol(config, judge, mesh, train_one, command)
+    text = run_protocol(config, judge, mesh, train.run, command)
     return f"{text}\n\nJudged by {judge.title}.\nPage: {config.workdir}/index.html"
 
 

@@ -115,12 +115,14 @@ def train_base(config: ConfigDict, sprites: list["Sprite"], words: list[str]) ->
 
 
 def train_cascade(config: ConfigDict, sprites: list["Sprite"], words: list[str]) -> None:
-    """Stage I with its text encoder, then stage II; writes an IFPipeline and an IFSuperResolutionPipeline."""
+    """Stage I with its text encoder, then stage II; writes an IFPipeline and an IFSuperResolutionPipeline. With
+    `config.start`, stage II alone."""
     import jax
     import numpy as np
 
     from dreambooth_jax.families.family import NOISE_LEVEL
     from dreambooth_jax.families.imagen import NOISING, UPSCALE
+    from dreambooth_jax.files.hub import resolve_base
     from dreambooth_jax.files.safetensors import save_model
     from dreambooth_jax.files.tokenizer import load_tokenizer
     from dreambooth_jax.files.weight_files import WEIGHT_FILES
@@ -128,25 +130,30 @@ def train_cascade(config: ConfigDict, sprites: list["Sprite"], words: list[str])
     from dreambooth_jax.tiny import pixels, world
     from dreambooth_jax.tiny.world.atlas import make_atlas
 
-    folders = [Path(config.output) / name for name in ("stage1", "stage2")]
-    for folder in folders:
-        world.write_unigram(folder / "tokenizer", words, config.max_length)
-    tokenizer = load_tokenizer(folders[0])
+    output = Path(config.output)
+    if config.start:
+        shutil.copytree(resolve_base(config.start) / "tokenizer", output / "stage2" / "tokenizer", dirs_exist_ok=True)
+    else:
+        for name in ("stage1", "stage2"):
+            world.write_unigram(output / name / "tokenizer", words, config.max_length)
+    tokenizer = load_tokenizer(output / "stage2")
     atlas = make_atlas(sprites, tokenizer, config.resolution, subject_share=config.subject_share)
-    small, large = pixels.train_stages(config, atlas, tokenizer, jax.random.key(config.seed))
-
-    def write(folder: Path, stage: Mapping[str, pixels.Part], name: str, schedulers: Schedulers, about: dict) -> None:
-        for part, file in zip(("unet", "text_encoder"), WEIGHT_FILES, strict=True):
-            logging.info("%s/%s: %.2f M parameters", folder.name, part, count(stage[part].params) / 1e6)
-            save_model(folder / part, stage[part].params, stage[part].config, dtype=np.float16, file=file)
-        classes = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer", "unet": UNET, "watermarker": None}
-        write_index(folder, name, classes, schedulers, about)
+    stages = pixels.train_stages(config, atlas, tokenizer, jax.random.key(config.seed))
 
     denoising: Schedulers = {"scheduler": ("DDPMScheduler", config.scheduler.to_dict())}
     noising: Schedulers = {NOISING: ("DDPMScheduler", config.noising.to_dict())}
-    write(folders[0], small, "IFPipeline", denoising, {})
     low = {UPSCALE: config.factor, NOISE_LEVEL: pixels.USUAL_LEVEL}
-    write(folders[1], large, "IFSuperResolutionPipeline", denoising | noising, low)
+    pipelines = {
+        "stage1": ("IFPipeline", denoising, {}),
+        "stage2": ("IFSuperResolutionPipeline", denoising | noising, low),
+    }
+    classes = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer", "unet": UNET, "watermarker": None}
+    for stage, models in stages.items():
+        for part, file in zip(("unet", "text_encoder"), WEIGHT_FILES, strict=True):
+            logging.info("%s/%s: %.2f M parameters", stage, part, count(models[part].params) / 1e6)
+            save_model(output / stage / part, models[part].params, models[part].config, dtype=np.float16, file=file)
+        name, schedulers, about = pipelines[stage]
+        write_index(output / stage, name, classes, schedulers, about)
 
 
 def write_index(

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from support.cascade_folders import write_stage_i, write_stage_ii, write_upscale
 from support.runs import assert_same_state, checkpoints, config_of, finish, kill_when, read_state, start
 from support.torch_folders import unchanged
 
-from dreambooth_jax import export, sample
+from dreambooth_jax import evaluate, export, sample
 from dreambooth_jax.adapters.lora import lora
 from dreambooth_jax.data.encode import make_encoder
 from dreambooth_jax.data.images import Examples
@@ -32,7 +33,9 @@ from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Request, make_paint_batch, make_painter
 from dreambooth_jax.runs.cascade import _name
 from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.config_file import read_config
 from dreambooth_jax.runs.job import make_job, painting_settings
+from dreambooth_jax.runs.records import steps_of
 from dreambooth_jax.runs.stages import stage_configs
 
 PROMPT, NEGATIVE, STEPS = "A photo of a sks dog", "a cat", 3
@@ -253,6 +256,13 @@ def test_a_picture_of_the_stage_before_is_of_its_weights(finished):
     assert len(names) == 3 and _name(request, (config_of(finished),)) in names
 
 
+def test_a_copied_run_is_read_where_it_lies(finished, tmp_path):
+    """The stages of a copied cascade would otherwise paint with the weights of another place, or untrained."""
+    shutil.copytree(finished, tmp_path / "copy")
+    config = read_config(tmp_path / "copy")
+    assert config.workdir == str(tmp_path / "copy") and steps_of(Path(config.workdir) / "checkpoints")
+
+
 def test_crops_show_parts_of_the_photo():
     sizes = np.zeros((2, 2), np.int32)
     examples = Examples(np.stack([photo(64)] * 2), ("", ""), ("a", "a"), sizes, sizes)
@@ -334,3 +344,38 @@ def test_both_stages_train_in_one_workdir_and_the_second_resumes(stages, tmp_pat
     opened = IFSuperResolutionPipeline.from_pretrained(tmp_path / "model")
     assert opened.scheduler.config.variance_type == "fixed_small"
     assert load_pipeline(str(tmp_path / "model")).low_resolution.usual_level == 0
+
+
+@pytest.mark.slow
+def test_a_cascade_is_scored_as_other_runs_are(stages, tmp_path, capsys):
+    """By the protocol, in which subjects of a class share class images of every stage; and a run of it alone."""
+    for name in ("dog", "cat"):
+        shutil.copytree(f"examples/subjects/{name}", tmp_path / "photos" / name)
+    (tmp_path / "photos" / "prompts_and_classes.txt").write_text("subject_name,class\ncat,pet\ndog,pet\n")
+    train = CASCADE | {
+        "base": str(stages["I"][0]),
+        "stages": (str(stages["x4"][0]),),
+        "stage_fields": ((("learning_rate", 1e-4), ("sampler", "ddim"), ("sr_crop", 32)),),
+        "steps": 2,
+        "sample_every": 2,
+        "sample_prompts": ("a {identifier} {class_noun} in the snow",),
+    }
+    named = {"dataset": tmp_path / "photos", "workdir": tmp_path / "run", "judge": "embedded", "prompts": "run"}
+    named |= {"count": 2, "class_count": 2} | {f"train.{name}": value for name, value in train.items()}
+    arguments = ["--config", "configs/protocol.py", *(f"--config.{name}={value}" for name, value in named.items())]
+    evaluate.main(arguments)
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert [row["label"] for row in table["rows"]][2:] == ["cat", "dog"]
+    for folder, side in (("pet", 16), ("pet_stage2", 64)):
+        pictures = list((tmp_path / "run" / "class_images" / folder).glob("*.png"))
+        assert len(pictures) == 4 and {Image.open(path).size for path in pictures} == {(side, side)}
+    capsys.readouterr()
+    evaluate.main(
+        ["--workdir", str(tmp_path / "run" / "dog"), "--judge", "embedded", "--count", "2", "--class_count", "2"]
+    )
+    assert "step 2" in capsys.readouterr().out and (tmp_path / "run" / "dog" / "stage2" / "evaluation").is_dir()
+    with pytest.raises(SystemExit, match="at_once = 2: not implemented for a cascade"):
+        evaluate.main([*arguments, "--config.at_once=2"])
+    shutil.move(tmp_path / "run" / "dog" / "stage2", tmp_path / "stage2")
+    with pytest.raises(SystemExit, match="enlarges pictures of the stage before it"):
+        evaluate.main(["--workdir", str(tmp_path / "stage2"), "--judge", "embedded", "--prompts", "world"])

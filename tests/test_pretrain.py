@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,12 @@ from support.runs import kill_when
 
 from dreambooth_jax import pretrain
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
+from dreambooth_jax.files.hub import EMBEDDED
+from dreambooth_jax.files.tokenizer import load_tokenizer
 from dreambooth_jax.runs import config_file
+from dreambooth_jax.tiny import pixels
+from dreambooth_jax.tiny.world import load_sprites
+from dreambooth_jax.tiny.world.atlas import make_atlas
 
 pytestmark = pytest.mark.slow
 
@@ -58,8 +64,8 @@ def get_config():
         stage.update(steps=6, decay_steps=2, batch_size=8)
         stage.model.update(
             sample_size=side, block_out_channels=[8, 16], cross_attention_dim=32, encoder_hid_dim=16,
-            attention_head_dim=8, norm_num_groups=4, down_block_types=stage.model.down_block_types[:2],
-            up_block_types=stage.model.up_block_types[-2:],
+            attention_head_dim=8, norm_num_groups=4, down_block_types=stage.model.down_block_types[-2:],
+            up_block_types=stage.model.up_block_types[:2],
         )
     return config
 """
@@ -160,3 +166,18 @@ def test_an_unknown_vocabulary_is_refused_before_anything_is_fetched(tmp_path):
     config.update(vocabulary="more", world=str(tmp_path / "none"), workdir=str(tmp_path), output=str(tmp_path))
     with pytest.raises(ValueError, match="vocabulary = 'more': expected one of core, examples, all"):
         pretrain.pretrain(config)
+
+
+def test_stage_ii_is_trained_for_a_stage_i_that_is_there(monkeypatch, tmp_path):
+    """With its T5; of stage I nothing is trained or written."""
+    config = config_file.load(str(ROOT / "configs" / "tiny_cascade.py"))
+    config.update(start="tiny_stage1", workdir=str(tmp_path))
+    monkeypatch.setattr(pixels, "fit", lambda name, step, params, *_: params)
+    tokenizer = load_tokenizer(EMBEDDED["tiny_stage1"])
+    sprites = load_sprites(write_packages(tmp_path))
+    atlas = make_atlas(sprites, tokenizer, config.resolution, subject_share=config.subject_share)
+    stages = pixels.train_stages(config, atlas, tokenizer, jax.random.key(0))
+    assert stages.keys() == {"stage2"}
+    kept = read_params(load_pipeline("tiny_stage1"))
+    for name, value in stages["stage2"]["text_encoder"].params.items():
+        np.testing.assert_array_equal(value, kept[f"text_encoder.{name}"])

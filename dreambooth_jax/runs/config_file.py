@@ -145,7 +145,7 @@ def stage_folders(workdir: str) -> list[str]:
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
-    """The config that `train` wrote into its workdir.
+    """The config that `train` wrote into its workdir. A copied or moved run has its new place as `workdir`.
 
     Fields that older versions did not have are filled in, see `complete`.
 
@@ -161,6 +161,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     config = as_config(complete(read_json(path))[0])
     if wrong := wrong_kinds(config):
         raise ConfigError(f"{path} is damaged; restore it from a checkpoint's run.json:\n  " + "\n  ".join(wrong))
+    config.workdir = os.fspath(path.parent)
     return config
 
 

@@ -5,7 +5,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 from jax.sharding import Mesh
@@ -33,6 +33,7 @@ from dreambooth_jax.runs.scoring import (
     score_run,
     weights_of_step,
 )
+from dreambooth_jax.runs.stages import stage_configs
 
 _KINDS = {
     "dataset": str,
@@ -84,9 +85,14 @@ def check_protocol(config: ConfigDict) -> list[Subject]:
     if absent:
         raise ConfigError(f"subjects: {', '.join(absent)} not in {config.dataset}; there are {_names(found)}")
     subjects = [subject for subject in found if not config.subjects or subject.name in config.subjects]
+    if config.at_once > 1 and config.train.stages:
+        raise ConfigError(
+            f"at_once = {config.at_once}: not implemented for a cascade, whose stages train in turn; give 1"
+        )
     for subject in subjects:
         check_photos(subject.folder)
-        check_config(train_config(config, subject))
+        check_config(own := train_config(config, subject))
+        stage_configs(own)
     for group in groups_of(config, subjects)[:1]:
         try:
             check_config(group.config)
@@ -106,6 +112,7 @@ def train_config(config: ConfigDict, subject: Subject) -> ConfigDict:
     train.workdir = str(folder / subject.name)
     train.instance_images = str(subject.folder)
     train.class_noun = subject.class_noun
+    train.stage_fields = _with_shared(train)
     return train
 
 
@@ -116,6 +123,18 @@ def _with_class_images(config: ConfigDict, noun: str) -> ConfigDict:
         folder = epath.Path(config.workdir).expanduser() / "class_images" / noun
         train.class_images, train.create_class_images = train.class_images or str(folder), True
     return train
+
+
+def _with_shared(train: ConfigDict) -> tuple[tuple[tuple[str, Any], ...], ...]:
+    """The fields of a cascade's further stages: class images that a stage paints are shared as those of stage I are."""
+    given = [*train.stage_fields, *[()] * (len(train.stages) - len(train.stage_fields))]
+    if not train.class_images:
+        return tuple(given)
+    shared = []
+    for number, fields in enumerate(given, 2):
+        own = () if "class_images" in dict(fields) else (("class_images", f"{train.class_images}_stage{number}"),)
+        shared.append((*fields, *own))
+    return tuple(shared)
 
 
 class Group(NamedTuple):
@@ -234,23 +253,28 @@ def _remove_checkpoints(own: ConfigDict) -> None:
 def score_subject(
     config: ConfigDict, subject: Subject, judge: Judge, mesh: Mesh, train: Callable[[ConfigDict], None]
 ) -> Section:
-    """The scores of a subject's last step: those that an earlier call has kept, or else trained and scored now.
+    """The scores of a subject's last step, in a cascade of its last stage: those that an earlier call has kept, or else
+    trained and scored now.
 
     Raises:
         ConfigError: the scores are of a run with another config.
     """
-    own = train_config(config, subject)
-    questions = questions_of(own, config.prompts, config.count, config.class_count)
-    workdir = epath.Path(own.workdir)
-    weights = weights_of_step(workdir, own.steps)
-    known = read_section(workdir / "evaluation", own.steps, protocol_of(judge, questions), weights)
+    whole = train_config(config, subject)
+    stages = stage_configs(whole)
+    last = stages[-1]
+    questions = questions_of(last, config.prompts, config.count, config.class_count)
+    workdir = epath.Path(last.workdir)
+    weights = weights_of_step(workdir, last.steps)
+    known = read_section(workdir / "evaluation", last.steps, protocol_of(judge, questions), weights)
     if known is not None:
-        check_training(own)
+        for own in stages:
+            check_training(own)
     else:
-        train(own)
-        [known] = score_run(workdir, judge, questions, mesh, [own.steps])
+        train(whole)
+        [known] = score_run(workdir, judge, questions, mesh, [last.steps])
     if not config.keep_checkpoints:
-        _remove_checkpoints(own)
+        for own in stages:
+            _remove_checkpoints(own)
     return known._replace(row=known.row._replace(label=subject.name))
 
 
@@ -262,7 +286,7 @@ def check_training(own: ConfigDict) -> None:
 def write_tables(config: ConfigDict, judge: Judge, sections: dict[str, Section], command: str) -> str:
     """Writes table.md, table.json and index.html of the subjects so far; returns the Markdown."""
     rows = [section.row for section in sections.values()]
-    label = f"{config.train.method} on {config.train.base}, ours"
+    label = f"{config.train.method} on {', '.join((config.train.base, *config.train.stages))}, ours"
     scores = {name: section.scores for name, section in sections.items()}
     both: list[Row] = summary(label, rows[0].protocol, scores)
     text = markdown([*both, *rows], list(MEASURES), PAPER)

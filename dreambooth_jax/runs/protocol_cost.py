@@ -19,6 +19,7 @@ from dreambooth_jax.models.clip_text import CLIPTextSpec
 from dreambooth_jax.models.params import Functional, functional
 from dreambooth_jax.models.vit import ViTModel, ViTSpec
 from dreambooth_jax.runs.protocol import check_protocol
+from dreambooth_jax.runs.stages import stage_configs
 
 SUBJECTS, CLASSES, PHOTOS, PROMPTS = 30, 15, 5, 25  # of google/dreambooth
 DINO_S16 = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}  # facebook/dino-vits16
@@ -114,10 +115,10 @@ def _seconds(model: Functional, size: int, method: str, mesh: Mesh, chip: Chip, 
 
 def describe(cost: Cost, scale: Scale, config: ConfigDict, price: float) -> str:
     """For a person; `price` is that of a chip and hour, 0 if it is not known."""
-    train = config.train
+    steps = " + ".join(str(own.steps) for own in stage_configs(config.train))
     rows = {
         "subjects": f"{scale.subjects} of {scale.classes} class nouns, {scale.pictures} pictures each",
-        "training": f"{_time(cost.training)} for {scale.subjects} x {train.steps} steps",
+        "training": f"{_time(cost.training)} for {scale.subjects} x {steps} steps",
         "class images": f"{_time(cost.class_images)} for {scale.classes} nouns",
         "painting": f"{_time(cost.painting)} for {scale.subjects * scale.pictures} pictures",
         "scoring": f"{_time(cost.scoring)}, {cost.scoring / max(cost.painting, 1e-9):.1%} of painting",

@@ -30,6 +30,7 @@ from dreambooth_jax.models.params import Params
 from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.painting.sheets import contact_sheet, paint_rows, save_png
 from dreambooth_jax.runs import checkpoint
+from dreambooth_jax.runs.cascade import from_prompts
 from dreambooth_jax.runs.command import BEST
 from dreambooth_jax.runs.config_file import read_config
 from dreambooth_jax.runs.job import painter_of
@@ -104,16 +105,18 @@ def score_run(
     workdir: str | epath.Path, judge: Judge, questions: Questions, mesh: Mesh, steps: Sequence[int]
 ) -> list[Section]:
     """Scores the checkpoints of `steps`; what an earlier call of the same protocol has kept is read."""
-    folder, sections, paint, before = epath.Path(workdir) / "evaluation", [], None, None
+    folder, sections, compiled, before = epath.Path(workdir) / "evaluation", [], None, None
     for step in steps:
         weights = weights_of_step(workdir, step)
         known = read_section(folder, step, protocol_of(judge, questions), weights)
         if known is None:
             config, pipeline, params = open_run(workdir, mesh, step)
-            paint = paint or painter_of(config, pipeline, mesh)
+            compiled = compiled or painter_of(config, pipeline, mesh)
             if before is None:
+                untrained = from_prompts(config, pipeline, mesh, compiled, bases=True)
                 count = questions.class_count
-                before = paint_all(paint, read_params(pipeline, mesh), [CLASS_PROMPT], count, config)[0]
+                before = paint_all(untrained, read_params(pipeline, mesh), [CLASS_PROMPT], count, config)[0]
+            paint = from_prompts(config, pipeline, mesh, compiled)
             painted = _painted(config, paint, params, questions, before)
             known = _keep(folder, step, protocol_of(judge, questions), weights, painted, score(judge, painted))
         sections.append(known)

@@ -42,10 +42,10 @@ from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.models.params import Params, Shapes
 from dreambooth_jax.painting.painter import Painter
 from dreambooth_jax.runs import checkpoint
-from dreambooth_jax.runs.cascade import enlarging, painted_below, photos_below
+from dreambooth_jax.runs.cascade import enlarging, kept_below, painted_below, photos_below
 from dreambooth_jax.runs.command import BEST
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config, check_resumable, fill
-from dreambooth_jax.runs.config_file import DOG, complete, load, stage_folder
+from dreambooth_jax.runs.config_file import DOG, complete, load, read_config, stage_folder
 from dreambooth_jax.runs.fingerprints import Fingerprints
 from dreambooth_jax.runs.held_out import divide
 from dreambooth_jax.runs.job import (
@@ -127,8 +127,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device] | None = None, befo
     painters = {n: painter_of(config, pipeline, mesh, reuse_features=n) for n in (1, config.reuse_features)}
     examples, held_out = read_subject(job)
     if low := pipeline.low_resolution:
-        folder = workdir / "samples" / f"stage{config.stage - 1}"
-        below = painted_below(before, mesh, folder) if before else photos_below(examples[0], low.factor)
+        below = painted_below(before, mesh, kept_below(config)) if before else photos_below(examples[0], low.factor)
         painters = {n: enlarging(paint, below, max(2, config.stage)) for n, paint in painters.items()}
     elif before or config.sr_crop or (not config.stages and config.sr_noise != load(str(DOG)).sr_noise):
         raise ConfigError(
@@ -336,7 +335,9 @@ def _class_images_before(run: Run) -> Callable[[int], np.ndarray | None]:
     if run.pipeline.low_resolution is None:
         return lambda number: None
     stage = run.config.stage
-    folder = epath.Path(stage_folder(str(run.workdir.parent), stage - 1)) / "class_images"
+    before = epath.Path(stage_folder(str(run.workdir.parent), stage - 1))
+    shared = (before / "config.json").exists()  # they may lie in a folder that it names
+    folder = class_folders(read_config(before))[-1] if shared else before / "class_images"
 
     def low(number: int) -> np.ndarray:
         path = folder / f"class_{number:05d}.png"

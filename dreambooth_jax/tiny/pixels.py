@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from dreambooth_jax.diffusion.low_resolution import UNIFORM, LowResolution, make_augment
+from dreambooth_jax.diffusion.low_resolution import UNIFORM, Cond, LowResolution, make_augment
 from dreambooth_jax.diffusion.process import Process, corrupt, target
 from dreambooth_jax.families.imagen import enlarging, process
+from dreambooth_jax.files.hub import resolve_base
+from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.files.tokenizer import Tokenizer
 from dreambooth_jax.models.params import Functional, Params, functional, under_prefix, with_prefix
 from dreambooth_jax.models.pixel_unet import PixelUNet, PixelUNetSpec
@@ -50,7 +52,15 @@ def shrink(images: UInt8[Array, "b h w 3"], factor: int) -> UInt8[Array, "b rows
     return images
 
 
-def pixel_loss(unet: Functional, texts: Texts, noise: Process, *, factor: int, low: LowResolution | None) -> Loss:
+def pixel_loss(
+    unet: Functional,
+    texts: Texts,
+    noise: Process,
+    *,
+    factor: int,
+    low: LowResolution | None,
+    level_power: float = 1.0,
+) -> Loss:
     """||target - f(x_t, t, c)||^2 of Imagen's stages (arXiv 2205.11487, section 2).
 
     Args:
@@ -58,6 +68,7 @@ def pixel_loss(unet: Functional, texts: Texts, noise: Process, *, factor: int, l
         noise: noise levels and the prediction.
         factor: side of the batch's pictures over that of stage I's.
         low: the condition of stage II, whose noise has any level; None for stage I.
+        level_power: level = levels u^level_power of a uniform u: above 1, fewer draws at the noisiest levels.
     """
 
     def loss(params: Params, batch: Pictures, key: Array) -> Float[Array, ""]:
@@ -71,8 +82,15 @@ def pixel_loss(unet: Functional, texts: Texts, noise: Process, *, factor: int, l
         states = texts.encoder.apply(under_prefix("text_encoder.", params), ids)
         x, level = corrupt(noise, x0, eps, t), None
         if low is not None:
-            augment = make_augment(low, x0.shape[1], UNIFORM)
-            cond = jax.vmap(augment)({"low": small.reshape(len(small), -1)}, jax.random.split(low_key, len(small)))
+            level_key, noise_key = jax.random.split(low_key)
+            uniform = jax.random.uniform(level_key, (len(small),))
+            levels = (len(low.sigma) * uniform**level_power).astype(jnp.int32)
+            keys = jax.random.split(noise_key, len(small))
+
+            def augment(picture: Array, level: Array, key: Array) -> Cond:
+                return make_augment(low, x0.shape[1], UNIFORM, level)({"low": picture}, key)
+
+            cond = jax.vmap(augment)(small.reshape(len(small), -1), levels, keys)
             x, level = jnp.concatenate([x, cond["low"]], -1), cond["level"].astype(jnp.float32)
         output = unet.apply(under_prefix("unet.", params), x, t.astype(jnp.float32), states, level)
         prediction, _ = jnp.split(output, 2, -1)  # IF's folders have channels of the variance too, and they stay idle
@@ -92,29 +110,32 @@ def text_config(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def train_stages(
-    config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Array
-) -> tuple[Mapping[str, Part], Mapping[str, Part]]:
-    """Stage I together with T5, then stage II with T5 as it is; UNet and text encoder of each."""
+def train_stages(config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Array) -> dict[str, Mapping[str, Part]]:
+    """Stage I together with T5, unless `config.start` has both; then stage II with T5 as it is.
+
+    Returns:
+        UNet and text encoder of each trained stage, "stage1" and "stage2".
+    """
     text_key, first_key, second_key = jax.random.split(key, 3)
     about = text_config(config, tokenizer)
     spec = T5Spec.from_config(about)
     encoder = functional(lambda rngs: T5EncoderModel(spec, dtype=jnp.dtype(config.dtype), rngs=rngs))
     empty = tokenizer("", padding="max_length", max_length=config.max_length).input_ids
     texts = Texts(encoder, tuple(empty), config.unconditional)
+    unets: dict[str, Params] = {}
+    if config.start:
+        text = read_model(resolve_base(config.start) / "text_encoder", encoder.shapes)
+    else:
+        start = with_prefix("text_encoder.", first_weights(encoder, spec, text_key))
+        trained = _train_stage(config, "stage1", atlas, texts, None, first_key, start, {})
+        unets["stage1"], text = (under_prefix(prefix, trained) for prefix in ("unet.", "text_encoder."))
     low = enlarging(config.noising.to_dict(), config.factor, USUAL_LEVEL)
-    start = with_prefix("text_encoder.", first_weights(encoder, spec, text_key))
-    small = _train_stage(config, "stage1", atlas, texts, None, first_key, start, {})
-    text = {name: value for name, value in small.items() if name.startswith("text_encoder.")}
-    large = _train_stage(config, "stage2", atlas, texts, low, second_key, {}, text)
-
-    def parts(name: str, params: Params) -> dict[str, Part]:
-        return {
-            "unet": Part(under_prefix("unet.", params), config[name].model.to_dict()),
-            "text_encoder": Part(under_prefix("text_encoder.", text), about),
-        }
-
-    return parts("stage1", small), parts("stage2", large)
+    frozen = with_prefix("text_encoder.", text)
+    unets["stage2"] = under_prefix("unet.", _train_stage(config, "stage2", atlas, texts, low, second_key, {}, frozen))
+    return {
+        name: {"unet": Part(params, config[name].model.to_dict()), "text_encoder": Part(text, about)}
+        for name, params in unets.items()
+    }
 
 
 def _train_stage(
@@ -132,7 +153,7 @@ def _train_stage(
     spec = PixelUNetSpec.from_config(part.model.to_dict())
     unet = functional(lambda rngs: PixelUNet(spec, dtype=dtype, rngs=rngs))
     noise = process({"scheduler": config.scheduler.to_dict()})
-    loss = pixel_loss(unet, texts, noise, factor=config.factor, low=low)
+    loss = pixel_loss(unet, texts, noise, factor=config.factor, low=low, level_power=part.level_power)
     start = start | with_prefix("unet.", unet.init(key))
     optimizer = muon(part)
     draw = draw_any(View(part.batch_size, config.resolution, config.max_length))
