@@ -3,7 +3,6 @@
 import inspect
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +30,10 @@ from dreambooth_jax.families.pipeline import load_pipeline, read_params, save_pi
 from dreambooth_jax.files.lora_peft import write_peft
 from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Request, make_paint_batch, make_painter
-from dreambooth_jax.runs.cascade import _name
+from dreambooth_jax.runs.cascade import _name, open_stages
 from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.config_file import read_config
 from dreambooth_jax.runs.job import make_job, painting_settings
-from dreambooth_jax.runs.records import steps_of
 from dreambooth_jax.runs.stages import stage_configs
 
 PROMPT, NEGATIVE, STEPS = "A photo of a sks dog", "a cat", 3
@@ -258,9 +256,13 @@ def test_a_picture_of_the_stage_before_is_of_its_weights(finished):
 
 def test_a_copied_run_is_read_where_it_lies(finished, tmp_path):
     """The stages of a copied cascade would otherwise paint with the weights of another place, or untrained."""
-    shutil.copytree(finished, tmp_path / "copy")
-    config = read_config(tmp_path / "copy")
-    assert config.workdir == str(tmp_path / "copy") and steps_of(Path(config.workdir) / "checkpoints")
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    config = read_config(copy)
+    assert config.workdir == str(copy)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(FileNotFoundError, match=f"{copy}"):
+        open_stages([config], make_mesh())
 
 
 def test_crops_show_parts_of_the_photo():

@@ -34,11 +34,15 @@ Below = Callable[[Sequence[Request]], list[np.ndarray]]
 
 
 def open_stages(configs: Sequence[ConfigDict], mesh: Mesh, *, bases: bool = False) -> list[Stage]:
-    """A painter and params per stage: of its newest checkpoint, or of its base if it was not trained, or with
-    `bases`."""
+    """A painter and params per stage: of its newest checkpoint, or of its base if its training was not begun, or with
+    `bases`.
+
+    Raises:
+        FileNotFoundError: the training of a stage was begun, and there is no checkpoint.
+    """
     stages = []
     for config in configs:
-        trained = not bases and any((epath.Path(config.workdir) / "checkpoints").glob("[0-9]*"))
+        trained = not bases and (epath.Path(config.workdir) / "config.json").exists()
         if trained:
             config, pipeline, params = open_run(config.workdir, mesh)
         else:
@@ -90,7 +94,7 @@ def from_prompts(config: ConfigDict, pipeline: Pipeline, mesh: Mesh, paint: Pain
     folders = [stage_folder(str(workdir.parent), number) for number in range(1, config.stage)]
     if not folders or not set(folders) <= set(stage_folders(str(workdir.parent))):
         raise ConfigError(
-            f"{workdir}: {config.base} enlarges pictures of the stage before it, and {folders or 'none'} is not there. "
+            f"{workdir}: {config.base} enlarges pictures of the stage before it, which was not trained beside it. "
             "Train the whole cascade, stage = 0"
         )
     before = [read_config(folder) for folder in folders]
