@@ -6,7 +6,8 @@ python -m dreambooth_jax.train --config configs/dog.py:sd15,lora # LoRA instead 
 python -m dreambooth_jax.train --config configs/dog.py:paper     # the paper's own settings, on Stable Diffusion 1.5
 python -m dreambooth_jax.train --config configs/dog.py:if        # DeepFloyd IF, the paper's kind of model: 64, then 256
                                                                  # pixels, one stage after the other; also :if_xl
-python -m dreambooth_jax.train --config configs/dog.py:tiny_stage1 # the same kind, embedded: 32 pixels, any laptop
+python -m dreambooth_jax.train --config configs/dog.py:tiny_cascade # the same kind, embedded: 32, then 64 pixels, any
+                                                                 # laptop; :tiny_stage1 is its stage I alone
 
 Result: samples/step_000300.png in the workdir shows the dog of the photos in five settings, and "a dog" that is still
 another dog. Time: two to three minutes on two CPU cores; `python -m dreambooth_jax.plan` estimates it for a TPU.
@@ -25,6 +26,7 @@ HUB_MODELS = {
 }
 # A third stage, to 1024 pixels: append "stabilityai/stable-diffusion-x4-upscaler" and its fields to these.
 FURTHER_STAGES = {"if": ("DeepFloyd/IF-II-M-v1.0",), "if_xl": ("DeepFloyd/IF-II-L-v1.0",)}
+EMBEDDED = ("tiny", "tiny_stage1", "tiny_cascade")
 
 
 def get_config(base_and_method: str = "tiny") -> ConfigDict:
@@ -32,7 +34,7 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config = ConfigDict()
 
     # What is learnt, from what
-    config.base = "tiny"  # "tiny" and "tiny_stage1" ship with the package; else a diffusers folder or a model hub name
+    config.base = "tiny"  # "tiny", "tiny_stage1", "tiny_stage2" ship with the package; else a folder or a hub name
     config.workdir = "runs/dog"  # checkpoints, class images, samples, metrics; local or gs://
     config.instance_images = "examples/subjects/dog"  # a folder, hub:OWNER/NAME or tfds:NAME:SPLIT (docs/data.md)
     config.subjects = ""  # many subjects in one program: a folder of folders of images, or a table (configs/many.py)
@@ -135,8 +137,8 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config.guidance_scale = 2.5
     config.negative_prompt = ""
 
-    if base not in ("tiny", "tiny_stage1", *HUB_MODELS):
-        raise ValueError(f"dog.py:{base}: expected one of tiny, tiny_stage1, {', '.join(HUB_MODELS)}")
+    if base not in (*EMBEDDED, *HUB_MODELS):
+        raise ValueError(f"dog.py:{base}: expected one of {', '.join((*EMBEDDED, *HUB_MODELS))}")
     if base in HUB_MODELS:
         config.base = HUB_MODELS[base]
         config.num_class_images = 200
@@ -179,11 +181,18 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
         config.sampler = "ddpm"
         config.sampling_steps = 100
         config.guidance_scale = 7.0
-    if base == "tiny_stage1":
-        config.base = base
+    if base in ("tiny_stage1", "tiny_cascade"):
+        config.base = "tiny_stage1"
         config.train_text_encoder = False
         config.sampler = "ddpm"
         config.sampling_steps = 50
+        config.steps = 400
+        config.learning_rate = 3e-4
+    if base == "tiny_cascade":
+        config.stages = ("tiny_stage2",)
+        config.stage_fields = (
+            (("steps", 200), ("learning_rate", 2e-4), ("guidance_scale", 1.5), ("sampling_steps", 25)),
+        )
     if method:
         rates = {
             "lora": 1e-4,

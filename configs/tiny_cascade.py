@@ -1,6 +1,7 @@
 """The embedded cascade: Imagen's recipe at 1/1000 of its size, 32 pixels, then 64, on the world of the embedded base.
 
-python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py       # six nouns; its stage I ships; a CPU, hours
+python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py       # six nouns; what ships; a CPU, hours
+python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py --config.start=tiny_stage1  # its stage II alone
 python -m dreambooth_jax.pretrain --config configs/tiny_cascade.py:gpu   # wider, 77 nouns, for one accelerator
 
 The settings of XLA_FLAGS and GLIBC_TUNABLES in configs/tiny_base.py help here too.
@@ -16,7 +17,7 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     config.workdir = "runs/tiny_cascade"  # checkpoints of every part; a killed run goes on from them
     config.output = "runs/tiny_cascade/base"  # folders stage1 and stage2
     config.world = ""  # folder with the three npm tarballs; "" fetches them
-    config.start = ""  # stage I, a base whose T5 stage II reads captions with; "" trains both first
+    config.start = ""  # a stage I to take UNet and T5 from; "" trains both first
     config.seed = 0
     config.vocabulary = "examples"  # or "core", "all": the 6 class nouns of examples/subjects, 77, or 581
     config.resolution = 64  # of stage II
@@ -62,6 +63,13 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     config.stage1.ema_decay = 0.998  # average of the weights, which is what is written
     config.stage1.level_power = 1.0  # stage II: noise level of the small picture T u^level_power, u uniform
     config.stage1.model = _unet((32, 64, 96), 1, sample_size=32, in_channels=3)
+
+    config.rare_words = ConfigDict()  # T5 once more, to tell apart words that no caption has (tiny/rare_words.py)
+    config.rare_words.steps = 1500
+    config.rare_words.batch_size = 64
+    config.rare_words.learning_rate = 2e-3
+    config.rare_words.lr_schedule = "cosine"
+    config.rare_words.ema_decay = 0.0
 
     config.stage2 = config.stage1.copy_and_resolve_references()
     config.stage2.update(steps=2600, decay_steps=1300, level_power=2.0)

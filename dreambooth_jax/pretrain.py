@@ -115,8 +115,8 @@ def train_base(config: ConfigDict, sprites: list["Sprite"], words: list[str]) ->
 
 
 def train_cascade(config: ConfigDict, sprites: list["Sprite"], words: list[str]) -> None:
-    """Stage I with its text encoder, then stage II; writes an IFPipeline and an IFSuperResolutionPipeline. With
-    `config.start`, stage II alone."""
+    """Stage I with its text encoder, unless `config.start` has both, then stage II; writes an IFPipeline and an
+    IFSuperResolutionPipeline."""
     import jax
     import numpy as np
 
@@ -131,11 +131,11 @@ def train_cascade(config: ConfigDict, sprites: list["Sprite"], words: list[str])
     from dreambooth_jax.tiny.world.atlas import make_atlas
 
     output = Path(config.output)
-    if config.start:
-        shutil.copytree(resolve_base(config.start) / "tokenizer", output / "stage2" / "tokenizer", dirs_exist_ok=True)
-    else:
-        for name in ("stage1", "stage2"):
-            world.write_unigram(output / name / "tokenizer", words, config.max_length)
+    for folder in (output / name / "tokenizer" for name in ("stage1", "stage2")):
+        if config.start:
+            shutil.copytree(resolve_base(config.start) / "tokenizer", folder, dirs_exist_ok=True)
+        else:
+            world.write_unigram(folder, words, config.max_length)
     tokenizer = load_tokenizer(output / "stage2")
     atlas = make_atlas(sprites, tokenizer, config.resolution, subject_share=config.subject_share)
     stages = pixels.train_stages(config, atlas, tokenizer, jax.random.key(config.seed))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,9 @@ from dreambooth_jax import pretrain
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.files.tokenizer import load_tokenizer
+from dreambooth_jax.models.params import Functional, with_prefix
 from dreambooth_jax.runs import config_file
-from dreambooth_jax.tiny import pixels
+from dreambooth_jax.tiny import pixels, rare_words
 from dreambooth_jax.tiny.world import load_sprites
 from dreambooth_jax.tiny.world.atlas import make_atlas
 
@@ -59,6 +61,7 @@ CASCADE = """
 def get_config():
     config = made("gpu")
     config.resolution, config.steps_per_call, config.save_seconds = 32, 2, 0
+    config.rare_words.update(steps=4, batch_size=8)
     config.text.update(d_ff=16, d_kv=8, d_model=16, num_heads=2, num_layers=1)
     for stage, side in ((config.stage1, 16), (config.stage2, 32)):
         stage.update(steps=6, decay_steps=2, batch_size=8)
@@ -169,15 +172,41 @@ def test_an_unknown_vocabulary_is_refused_before_anything_is_fetched(tmp_path):
 
 
 def test_stage_ii_is_trained_for_a_stage_i_that_is_there(monkeypatch, tmp_path):
-    """With its T5; of stage I nothing is trained or written."""
+    """Of stage I nothing is trained."""
     config = config_file.load(str(ROOT / "configs" / "tiny_cascade.py"))
     config.update(start="tiny_stage1", workdir=str(tmp_path))
+    config.rare_words.steps = 0
     monkeypatch.setattr(pixels, "fit", lambda name, step, params, *_: params)
     tokenizer = load_tokenizer(EMBEDDED["tiny_stage1"])
     sprites = load_sprites(write_packages(tmp_path))
     atlas = make_atlas(sprites, tokenizer, config.resolution, subject_share=config.subject_share)
     stages = pixels.train_stages(config, atlas, tokenizer, jax.random.key(0))
-    assert stages.keys() == {"stage2"}
     kept = read_params(load_pipeline("tiny_stage1"))
-    for name, value in stages["stage2"]["text_encoder"].params.items():
-        np.testing.assert_array_equal(value, kept[f"text_encoder.{name}"])
+    for stage, part in (("stage1", "unet"), ("stage1", "text_encoder"), ("stage2", "text_encoder")):
+        params = stages[stage][part].params
+        assert len(params) > 10 and all(np.array_equal(value, kept[f"{part}.{name}"]) for name, value in params.items())
+
+
+def test_rare_words_are_those_of_no_caption_and_the_loss_asks_for_their_vectors(tmp_path):
+    """A T5 that reads as before is at 0 but for the rare words, whose wanted states are the normed vectors."""
+    tokenizer = load_tokenizer(EMBEDDED["tiny_stage1"])
+    atlas = make_atlas(load_sprites(write_packages(tmp_path)), tokenizer, 64, subject_share=0.5)
+    rare = rare_words.rare_tokens(atlas, len(tokenizer), 3)
+    sks, dog = (tokenizer(word).input_ids[0] for word in ("sks", "dog"))
+    assert sks in rare and dog not in rare and len(rare) > 100
+    ids = rare_words.draw_captions(4, 77)(atlas, jax.random.key(0))
+    assert len(np.unique(ids)) > 4 and not set(rare) & set(np.unique(ids).tolist())
+    vector = jax.random.normal(jax.random.key(1), (len(tokenizer), 8))
+
+    def encode(params, ids):  # one vector a token, and nothing of the others
+        return params["shared.embedding"][ids] / jnp.sqrt(
+            jnp.square(params["shared.embedding"][ids]).mean(-1, keepdims=True)
+        )
+
+    encoder = Functional(shapes={}, init=None, apply=encode)
+    loss = rare_words.rare_loss(encoder, rare, tuple(np.asarray(ids[0]).tolist()), 0.1, tokenizer.pad_token_id)
+    params = {"shared.embedding": vector, rare_words.LAST_NORM: jnp.ones(8)}
+    both = with_prefix("before.", params) | with_prefix("text_encoder.", params)
+    assert loss(both, ids, jax.random.key(2)) < 1e-10
+    other = both | {"text_encoder.shared.embedding": vector.at[jnp.asarray(rare)].multiply(-1)}
+    assert loss(other, ids, jax.random.key(2)) > 0.1

@@ -14,8 +14,12 @@ from dreambooth_jax.files.weight_files import WEIGHT_FILES, WeightsError, choose
 PICKLE = "pytorch_model.bin"  # of transformers
 _TINY = Path(__file__).parent.parent / "tiny"
 EMBEDDED_FOLDER = _TINY / "base"  # with the models that judge pictures of its world
-# Bases that ship with the package: a latent model, and stage I of a cascade in pixels.
-EMBEDDED = {"tiny": EMBEDDED_FOLDER, "tiny_stage1": _TINY / "cascade" / "stage1"}
+# Bases that ship with the package: a latent model, and the stages of a cascade in pixels.
+EMBEDDED = {
+    "tiny": EMBEDDED_FOLDER,
+    "tiny_stage1": _TINY / "cascade" / "stage1",
+    "tiny_stage2": _TINY / "cascade" / "stage2",
+}
 
 
 def resolve_base(base: str) -> Path:

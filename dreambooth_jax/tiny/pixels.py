@@ -21,8 +21,9 @@ from dreambooth_jax.models.pixel_unet import PixelUNet, PixelUNetSpec
 from dreambooth_jax.models.t5 import T5EncoderModel, T5Spec
 from dreambooth_jax.ops.pixels import from_bytes
 from dreambooth_jax.tiny.contrastive import Loss, Pictures, View, draw_any
-from dreambooth_jax.tiny.fit import fit, make_step, muon
+from dreambooth_jax.tiny.fit import adam, fit, make_step, muon
 from dreambooth_jax.tiny.parts import Part
+from dreambooth_jax.tiny.rare_words import draw_captions, louder, rare_loss, rare_tokens
 from dreambooth_jax.tiny.world.atlas import Atlas
 
 USUAL_LEVEL = 100  # of 1,000: noise on the picture of the stage before when an untuned stage II paints
@@ -111,10 +112,11 @@ def text_config(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def train_stages(config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Array) -> dict[str, Mapping[str, Part]]:
-    """Stage I together with T5, unless `config.start` has both; then stage II with T5 as it is.
+    """Stage I together with T5, unless `config.start` has both; T5 once more, so that it tells rare words apart; then
+    stage II with this T5.
 
     Returns:
-        UNet and text encoder of each trained stage, "stage1" and "stage2".
+        UNet and text encoder of "stage1" and "stage2".
     """
     text_key, first_key, second_key = jax.random.split(key, 3)
     about = text_config(config, tokenizer)
@@ -122,20 +124,41 @@ def train_stages(config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Ar
     encoder = functional(lambda rngs: T5EncoderModel(spec, dtype=jnp.dtype(config.dtype), rngs=rngs))
     empty = tokenizer("", padding="max_length", max_length=config.max_length).input_ids
     texts = Texts(encoder, tuple(empty), config.unconditional)
-    unets: dict[str, Params] = {}
     if config.start:
-        text = read_model(resolve_base(config.start) / "text_encoder", encoder.shapes)
+        folder = resolve_base(config.start)
+        first = read_model(folder / "unet", _unet(config, "stage1").shapes)
+        text = read_model(folder / "text_encoder", encoder.shapes)
     else:
         start = with_prefix("text_encoder.", first_weights(encoder, spec, text_key))
         trained = _train_stage(config, "stage1", atlas, texts, None, first_key, start, {})
-        unets["stage1"], text = (under_prefix(prefix, trained) for prefix in ("unet.", "text_encoder."))
+        first, text = (under_prefix(prefix, trained) for prefix in ("unet.", "text_encoder."))
+    text = _train_text(config, atlas, tokenizer, texts, text)
     low = enlarging(config.noising.to_dict(), config.factor, USUAL_LEVEL)
     frozen = with_prefix("text_encoder.", text)
-    unets["stage2"] = under_prefix("unet.", _train_stage(config, "stage2", atlas, texts, low, second_key, {}, frozen))
+    second = under_prefix("unet.", _train_stage(config, "stage2", atlas, texts, low, second_key, {}, frozen))
     return {
         name: {"unet": Part(params, config[name].model.to_dict()), "text_encoder": Part(text, about)}
-        for name, params in unets.items()
+        for name, params in (("stage1", first), ("stage2", second))
     }
+
+
+def _train_text(config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, texts: Texts, text: Params) -> Params:
+    """T5 as `text` that tells rare words apart; see `rare_words`."""
+    part = config.rare_words
+    if not part.steps:
+        return text
+    pad = tokenizer.pad_token_id
+    rare = rare_tokens(atlas, len(tokenizer), 1 + max(pad, tokenizer.eos_token_id, tokenizer.unk_token_id))
+    optimizer = adam(part)
+    loss = rare_loss(texts.encoder, rare, texts.empty, texts.unconditional, pad)
+    step = make_step(loss, optimizer, draw_captions(part.batch_size, config.max_length), part.ema_decay)
+    start, frozen = with_prefix("text_encoder.", louder(text, rare)), with_prefix("before.", text)
+    return under_prefix("text_encoder.", fit("rare_words", step, start, frozen, optimizer, atlas, config, part))
+
+
+def _unet(config: ConfigDict, name: str) -> Functional:
+    spec, dtype = PixelUNetSpec.from_config(config[name].model.to_dict()), jnp.dtype(config.dtype)
+    return functional(lambda rngs: PixelUNet(spec, dtype=dtype, rngs=rngs))
 
 
 def _train_stage(
@@ -149,9 +172,7 @@ def _train_stage(
     frozen: Params,
 ) -> Params:
     """A UNet from random weights, and what is in `start`."""
-    part, dtype = config[name], jnp.dtype(config.dtype)
-    spec = PixelUNetSpec.from_config(part.model.to_dict())
-    unet = functional(lambda rngs: PixelUNet(spec, dtype=dtype, rngs=rngs))
+    part, unet = config[name], _unet(config, name)
     noise = process({"scheduler": config.scheduler.to_dict()})
     loss = pixel_loss(unet, texts, noise, factor=config.factor, low=low, level_power=part.level_power)
     start = start | with_prefix("unet.", unet.init(key))
