@@ -17,7 +17,8 @@ DOG = Path(__file__).parent / "dog.py"
 
 def get_config(base_and_method: str = "tiny") -> ConfigDict:
     config = ConfigDict()
-    embedded = base_and_method.split(",")[0] in ("tiny", "tiny_stage1")
+    dog = runpy.run_path(str(DOG))
+    embedded = base_and_method.split(",")[0] in dog["EMBEDDED"]
 
     # Subjects
     config.dataset = "examples/subjects" if embedded else "dreambooth/dataset"  # NAME/*.jpg, prompts_and_classes.txt
@@ -39,6 +40,6 @@ def get_config(base_and_method: str = "tiny") -> ConfigDict:
 
     # Training: every field of configs/dog.py; workdir, photos and class noun are set per subject. "{class_noun}" in
     # class_images is the noun; "" is workdir/class_images/NOUN
-    config.train = runpy.run_path(str(DOG))["get_config"](base_and_method)
+    config.train = dog["get_config"](base_and_method)
     config.train.sample_prompts = ()
     return config

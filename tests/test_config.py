@@ -415,7 +415,7 @@ def test_paths_become_absolute_and_names_do_not(tmp_path, monkeypatch):
     assert single.base == f"{tmp_path}/one.safetensors@{tmp_path}/base"
     assert (found.workdir, found.base) == (f"{tmp_path}/run", f"{tmp_path}/base")
     assert (found.class_images, found.instance_images) == (f"{Path.cwd()}/own", f"{tmp_path}/photos")
-    for name in ("tiny", "tiny_stage1", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
+    for name in ("tiny", "tiny_stage1", "tiny_stage2", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
         assert absolute_paths(config_of(tmp_path, base=name)).base == name
     for name in ("tfds:a:train", "gs://bucket/photos", "hub:diffusers/dog-example"):
         assert absolute_paths(config_of(tmp_path, instance_images=name)).instance_images == name

@@ -28,7 +28,7 @@ from dreambooth_jax.families.frozen_text import lower_encoding
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import FeedForward
-from dreambooth_jax.runs import config_file, protocol_plan, together
+from dreambooth_jax.runs import config_file, protocol_cost, protocol_plan, together
 from dreambooth_jax.runs import slices as plan
 from dreambooth_jax.runs.config import ConfigError
 from dreambooth_jax.runs.job import (
@@ -299,6 +299,22 @@ def test_the_protocol_in_groups_is_priced(micro, crowd, monkeypatch):
     monkeypatch.setattr(together, "together", lambda *_, **__: dataclasses.replace(crowd[1], cost=None, missing=2**30))
     with pytest.raises(ValueError, match=r"training of 6 subjects at once does not fit v5e:2x4: 1\.00 GiB .* lower"):
         protocol_plan.plan_protocol(config, options)
+
+
+def test_the_protocol_of_a_cascade_is_the_sum_of_its_stages(monkeypatch):
+    """6 subjects x (1 + 2) minutes; 6 nouns x 20 s; 6 x 132 pictures of 0.2 s."""
+    chip = chips.CHIPS["v5e"]
+
+    def stage(own: ConfigDict, topology: str, quick: bool) -> protocol_plan._Part:
+        assert own.base == f"tiny_stage{own.stage}"
+        return protocol_plan._Part(60.0 * own.stage, class_images=10.0, picture=0.1, chip=chip, chips=1)
+
+    monkeypatch.setattr(protocol_plan, "_subject", stage)
+    monkeypatch.setattr(protocol_cost, "scoring_seconds", lambda *_, **__: 60.0)
+    options = argparse.Namespace(topology="v5e:1x1", full=False, chip_hour_price=0.0)
+    said = protocol_plan.plan_protocol(config_file.load("configs/protocol.py:tiny_cascade"), options)
+    assert "18.0 min for 6 x (400 + 200) steps" in said and "2.0 min for 6 nouns" in said
+    assert "2.6 min for 792 pictures" in said and "6.0 min" in said
 
 
 def test_subjects_together_exchange_metrics_alone(crowd):

@@ -87,7 +87,7 @@ def test_fields_that_contradict_each_other_are_named_at_once(tmp_path):
         assert name in str(error.value)
 
 
-@pytest.mark.parametrize("base", ["tiny", "tiny_stage1", "sd14", "sd15", "sd21"])
+@pytest.mark.parametrize("base", ["tiny", "tiny_stage1", "tiny_cascade", "sd14", "sd15", "sd21"])
 def test_the_shipped_configs_pass(base):
     check_config(get_config(base))
 

@@ -115,7 +115,8 @@ def _seconds(model: Functional, size: int, method: str, mesh: Mesh, chip: Chip, 
 
 def describe(cost: Cost, scale: Scale, config: ConfigDict, price: float) -> str:
     """For a person; `price` is that of a chip and hour, 0 if it is not known."""
-    steps = " + ".join(str(own.steps) for own in stage_configs(config.train))
+    each = [str(own.steps) for own in stage_configs(config.train)]
+    steps = each[0] if len(each) == 1 else f"({' + '.join(each)})"
     rows = {
         "subjects": f"{scale.subjects} of {scale.classes} class nouns, {scale.pictures} pictures each",
         "training": f"{_time(cost.training)} for {scale.subjects} x {steps} steps",

@@ -36,7 +36,7 @@ def louder(text: Params, rare: tuple[int, ...]) -> Params:
     """T5 with the vectors of the rare tokens made longer."""
     table = np.array(text["shared.embedding"])
     table[list(rare)] *= LOUD
-    return text | {"shared.embedding": table}
+    return text | {"shared.embedding": jnp.asarray(table)}
 
 
 def draw_captions(count: int, length: int) -> Callable[[Atlas, Array], Int[Array, "b l"]]:
