@@ -28,8 +28,8 @@ def rare_tokens(atlas: Atlas, vocabulary: int, special: int) -> tuple[int, ...]:
         special: number of the first ones that are no words.
     """
     phrases = (atlas.medium, atlas.thing, atlas.place)
-    known = np.unique(np.concatenate([np.asarray(part.ids).ravel() for part in phrases]))
-    return tuple(token for token in range(special, vocabulary) if token not in set(known.tolist()))
+    known = {int(token) for part in phrases for token in np.unique(part.ids)}
+    return tuple(token for token in range(special, vocabulary) if token not in known)
 
 
 def louder(text: Params, rare: tuple[int, ...]) -> Params:
