@@ -69,7 +69,7 @@ class Ruler:
         ]
         self.sprites = [sprite for part in known for sprite in part if sprite.style == "3d"]
         features = imagenet_features(Path("~/.cache/dreambooth_jax/efficientnet-lite0").expanduser(), make_mesh())
-        self._features = lambda images: jnp.asarray(_units(features.of(list(images))))
+        self._features = lambda images: jnp.asarray(units(features.of(list(images))))
 
     def __call__(self, subject: str, noun: str, painted: np.ndarray, photos: np.ndarray) -> float:
         """(painted - others) / (itself - others), each the mean cosine of pictures to the photos."""
@@ -93,7 +93,7 @@ class Ruler:
         return np.stack(pictures)
 
 
-def _units(rows: np.ndarray) -> np.ndarray:
+def units(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 

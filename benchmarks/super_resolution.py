@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ablation import PLACES, ROOT, SETTINGS, SUBJECTS
+from ablation import PLACES, ROOT, SETTINGS, SUBJECTS, interval, units
 from kept import kept
 from ml_collections import ConfigDict
 from PIL import Image
@@ -32,14 +32,11 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.evaluation import metrics
 from dreambooth_jax.evaluation.features import ImageFeatures, lpips_features, subject_features
-from dreambooth_jax.families.frozen_text import with_cached_text
-from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.painting.cascade import Stage, paint_stages
 from dreambooth_jax.painting.painter import Request
 from dreambooth_jax.painting.sheets import contact_sheet, save_png
 from dreambooth_jax.runs.cascade import open_stages
-from dreambooth_jax.runs.job import painter_of
 from dreambooth_jax.runs.stages import stage_configs
 from dreambooth_jax.tiny.world import load_sprites
 
@@ -79,8 +76,9 @@ def crops(images: np.ndarray) -> list[np.ndarray]:
     return [image[top : top + half, left : left + half] for image in images for top, left in corners]
 
 
-def units(features: np.ndarray) -> np.ndarray:
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+def folder_of(arm: str, folder: Path) -> Path:
+    """The workdir of a subject's arm."""
+    return folder / arm.replace(", ", "_").replace(" ", "_")
 
 
 def settings(subject: str, folder: Path, arm: str, steps: int) -> ConfigDict:
@@ -89,7 +87,7 @@ def settings(subject: str, folder: Path, arm: str, steps: int) -> ConfigDict:
     (fields,) = config.stage_fields
     own = dict(fields) | {"steps": steps, "sr_noise": ARMS[arm][1]}
     config.update(
-        workdir=str(folder / arm.replace(", ", "_").replace(" ", "_")),
+        workdir=str(folder_of(arm, folder)),
         instance_images=str(ROOT / "examples" / "subjects" / subject),
         class_noun=SUBJECTS[subject],
         num_class_images=CLASS_PICTURES,
@@ -118,13 +116,8 @@ def first_pictures(config: ConfigDict, prompts: list[str]) -> list[np.ndarray]:
 
 def second_stage(config: ConfigDict, tuned: bool) -> Stage:
     """Stage II of a trained arm, or the base."""
-    own = stage_configs(config)[1]
-    if tuned:
-        (stage,) = open_stages([own], make_mesh())
-        return stage
-    mesh = make_mesh()
-    pipeline = with_cached_text(load_pipeline(own.base), mesh)
-    return Stage(painter_of(own, pipeline, mesh, trained=False), read_params(pipeline, mesh))
+    (stage,) = open_stages(stage_configs(config)[1:], make_mesh(), bases=not tuned)
+    return stage
 
 
 def enlarge(stage: Stage, prompts: list[str], small: list[np.ndarray]) -> np.ndarray:
@@ -172,7 +165,7 @@ def run_subject(
 def save_sheet(subject: str, folder: Path) -> None:
     """One picture per setting: the truth and what each arm makes of it; what stage I painted and what each arm makes of
     that."""
-    found = {arm: np.load(folder / arm.replace(", ", "_").replace(" ", "_") / "pictures.npz") for arm in ARMS}
+    found = {arm: np.load(folder_of(arm, folder) / "pictures.npz") for arm in ARMS}
     first = found[next(iter(ARMS))]
 
     def doubled(images: np.ndarray) -> list[np.ndarray]:
@@ -187,13 +180,6 @@ def save_sheet(subject: str, folder: Path) -> None:
     save_png(folder.parent / f"{subject}.png", contact_sheet(enlarged, labels, SETTINGS), {})
 
 
-def interval(values: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over subjects."""
-    picks = rng.integers(len(values), size=(10_000, len(values)))
-    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
-    return float(low), float(high)
-
-
 def table(results: list[dict]) -> str:
     """Means with intervals per arm, then paired differences."""
     rng = np.random.default_rng(0)
@@ -204,7 +190,7 @@ def table(results: list[dict]) -> str:
         return np.array([rows[subject, arm][measure] for subject in complete])
 
     def cell(values: np.ndarray, sign: str = "") -> str:
-        low, high = interval(values, rng)
+        low, high = interval(values[:, None], rng)
         return f"{values.mean():{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
     lines = [f"| {len(complete)} subjects | " + " | ".join(MEASURES) + " |", "|---|" + "---|" * len(MEASURES)]
