@@ -17,7 +17,7 @@ from dreambooth_jax.devices import workarounds
 
 def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
     """Joins the hosts of a pod, opens the cache of compiled programs, turns the caches of listings of buckets off and
-    applies `workarounds`. Call before the first computation.
+    applies `workarounds`. Call before the first computation; a second call changes nothing.
 
     On TPU VMs and GKE, JAX finds the other hosts. Elsewhere the environment names them: JAX_COORDINATOR_ADDRESS
     (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -34,15 +34,20 @@ def start(cache: str = "~/.cache/dreambooth_jax/xla") -> None:
         fsspec.config.conf.setdefault(bucket, {})["use_listings_cache"] = False
     gc.set_threshold(50_000)
     logging.set_verbosity(logging.WARNING)  # Orbax logs every save at INFO
+    if not jax.distributed.is_initialized():
+        _join_hosts()
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _join_hosts() -> None:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
         jax.distributed.initialize(**{name: int(os.environ[key]) for name, key in names.items() if key in os.environ})
     elif _has_tpu():
         jax.distributed.initialize()
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
-    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _platforms() -> str | None:

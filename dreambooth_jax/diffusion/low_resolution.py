@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dreambooth_jax.ops.pixels import from_bytes
 
@@ -67,7 +67,7 @@ class LowResolution(NamedTuple):
 
 
 def make_augment(
-    low: LowResolution, side: int, noise: str, level: int | None = None
+    low: LowResolution, side: int, noise: str, level: int | Int[Array, ""] | None = None
 ) -> Callable[[Cond, Key[Array, ""]], Cond]:
     """Builds `augment(condition of one example, key)`: turns its "low", uint8 [h*w*3], into the float picture that goes
     into the model, in [-1, 1] before noise, and adds its "level".
