@@ -1,11 +1,12 @@
 """Stable Diffusion 1.5 on one TPU chip, as its compiler sees it: the training step with its settings, and sampling.
+And the training steps of DeepFloyd IF and of the x4 upscaler on their slices.
 
     pip install -e ".[plan]" && python benchmarks/tpu_step.py          # a quarter of an hour; --full: hours
     python benchmarks/tpu_step.py --full --only "v5e, (1+1)"           # some rows
 
 512 pixels, bfloat16, AdamW in float32, prior preservation: (1+1) is one subject image and one class image. Every row is
-the program that `train` would run, compiled from shapes. Rows are kept in runs/, and the programs as HLO text beside
-them, for cycles.py; a stopped run goes on.
+the program that `train` would run, compiled from shapes; IF's prompts are encoded before it. Rows are kept in runs/, and
+the programs as HLO text beside them, for cycles.py; a stopped run goes on.
 """
 
 import argparse
@@ -17,12 +18,14 @@ import jax.numpy as jnp
 from kept import kept
 
 from dreambooth_jax.devices import runtime
-from dreambooth_jax.devices.chips import CHIPS
+from dreambooth_jax.devices.chips import CHIPS, chip_of
 from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.devices.tpu import Cost, devices_of
+from dreambooth_jax.devices.tpu import Cost, compile_for, devices_of, for_absent_devices
+from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.runs.job import make_job
+from dreambooth_jax.runs.job import argument_shapes, lower_steps, make_job, training_size
 from dreambooth_jax.runs.slices import Plan, painting_cost, plan
+from dreambooth_jax.runs.stages import stage_configs
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -46,6 +49,23 @@ SETTINGS = [
 DDIM = {"sampler": "ddim", "sampling_steps": 50}
 SAMPLERS = [(chip, 4, DDIM) for chip in ("v5e", "v6e")]
 SAMPLERS += [("v5e", 4, DDIM | {"reuse_features": n}) for n in (3, 5)]
+
+
+# name, preset of configs/dog.py, stage, slice, what differs from the preset
+UPSCALER = {
+    "base": "stabilityai/stable-diffusion-x4-upscaler",
+    "train_text_encoder": False,
+    "sr_crop": 256,
+    "resolution": 1024,
+}
+CASCADES = [
+    ("IF-I-M", "if", 1, "v5e:1x1", ELEMENTWISE),
+    ("IF-I-M", "if", 1, "v5e:1x1", {"remat": "nothing"}),
+    ("IF-I-XL", "if_xl,lora", 1, "v5e:1x1", ELEMENTWISE),
+    ("IF-I-XL", "if_xl", 1, "v5e:2x4", LAYERS | {"batch_size": 8, "mesh_fsdp": 8}),
+    ("IF-II-L", "if_xl", 2, "v5e:2x2", LAYERS | {"batch_size": 4, "mesh_fsdp": 4}),
+    ("x4", "sd15", 1, "v5e:1x1", UPSCALER),
+]
 
 
 def title(chip: str, images: int, fields: dict) -> str:
@@ -74,6 +94,17 @@ def figures(cost: Cost, hlo: Path) -> dict:
         "cycles": cost.cycle_seconds,
         "compile": cost.compile_seconds,
     }
+
+
+def training(config, topology: str, hlo: Path, *, quick: bool) -> dict:
+    """What is kept of a training step alone, on five photos."""
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices_of(topology))
+    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    job = make_job(config, with_cached_text(pipeline, mesh), mesh)
+    size = training_size(job.config)
+    lowered = lower_steps(job, *argument_shapes(job, 5, size), size)
+    with for_absent_devices():
+        return figures(compile_for(chip_of(topology), lowered, quick=quick), hlo)
 
 
 def painting(config, chip: str, hlo: Path, *, quick: bool) -> dict:
@@ -130,6 +161,13 @@ def main() -> None:
         show(
             f"{chip}, painting {images}, {fields['sampling_steps']} steps of {fields['sampler']}{reuse}",
             lambda hlo, config=config, chip=chip: painting(config, chip, hlo, quick=not options.full),
+        )
+    for model, preset, stage, topology, fields in CASCADES:
+        config = stage_configs(get_config(preset))[stage - 1]
+        config.update(fields)
+        show(
+            f"{model} ({preset}), {topology}, ({config.batch_size}+{config.batch_size}), remat={config.remat}",
+            lambda hlo, config=config, topology=topology: training(config, topology, hlo, quick=not options.full),
         )
 
 

@@ -21,9 +21,8 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     config.output = "runs/tiny_base/base"  # folder of the result
     config.world = ""  # folder with the three npm tarballs; "" fetches them
     config.lpips = "~/.cache/dreambooth_jax/lpips-alex"  # folder of LPIPS weights; "" for none
-    config.start = ""  # base whose weights the parts begin with; "" for random ones
     config.seed = 0
-    config.vocabulary = "core"  # or "all", "examples": 77, 581, or the 6 class nouns of examples/subjects
+    config.vocabulary = "subjects"  # DreamBooth's classes, 18; or "examples" (6), "core" (77), "all" (581)
     config.resolution = 64
     config.max_length = 24  # tokens of a prompt
     config.unconditional = 0.1  # share of examples without caption, for classifier-free guidance
@@ -44,10 +43,12 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     }
 
     config.vae = ConfigDict()
-    config.vae.steps = 20_000
+    config.vae.start = ""  # base whose weights the part begins with; "" for random ones
+    config.vae.steps = 1600
+    config.vae.decay_steps = 800  # the last ones, over which the learning rate falls to 0
     config.vae.batch_size = 32
-    config.vae.learning_rate = 1e-3
-    config.vae.lr_schedule = "cosine"
+    config.vae.learning_rate = 2e-3
+    config.vae.weight_decay = 1e-4
     config.vae.ema_decay = 0.0
     config.vae.kl_weight = 1e-6
     config.vae.lpips_weight = 0.5
@@ -67,8 +68,9 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     }
 
     config.clip = ConfigDict()
-    config.clip.steps = 1600
-    config.clip.decay_steps = 1560  # the last ones, over which the learning rate falls to 0
+    config.clip.start = "tiny"  # its text tower is taken too, as the UNet's
+    config.clip.steps = 0  # 1600 from random weights
+    config.clip.decay_steps = 1560
     config.clip.batch_size = 128
     config.clip.learning_rate = 2e-3
     config.clip.weight_decay = 1e-2
@@ -92,7 +94,8 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     }
 
     config.vit = ConfigDict()
-    config.vit.steps = 700
+    config.vit.start = "tiny"
+    config.vit.steps = 0  # 700 from random weights
     config.vit.decay_steps = 680
     config.vit.batch_size = 128  # 64 pairs
     config.vit.learning_rate = 2e-3
@@ -110,12 +113,13 @@ def get_config(budget: str = "cpu") -> ConfigDict:
     }
 
     config.unet = ConfigDict()
-    config.unet.steps = 30_000
-    config.unet.decay_steps = 4000  # the last ones, over which the learning rate falls to 0
-    config.unet.batch_size = 128
-    config.unet.learning_rate = 1e-3
+    config.unet.start = ""
+    config.unet.steps = 2700
+    config.unet.decay_steps = 1200
+    config.unet.batch_size = 64
+    config.unet.learning_rate = 2e-3
     config.unet.weight_decay = 1e-2
-    config.unet.ema_decay = 0.999  # average of the weights, which is what is written
+    config.unet.ema_decay = 0.998  # average of the weights, which is what is written
     config.unet.t_power = 1.0  # t = T u^t_power, u uniform: above 1, fewer draws at the noisiest levels
     config.unet.model = {
         "_class_name": "UNet2DConditionModel",
@@ -124,20 +128,23 @@ def get_config(budget: str = "cpu") -> ConfigDict:
         "out_channels": 16,
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "block_out_channels": [128, 224],
+        "block_out_channels": [96, 192],
         "layers_per_block": 1,
         "cross_attention_dim": 128,
-        "attention_head_dim": [4, 7],
+        "attention_head_dim": [3, 6],
         "norm_num_groups": 16,
     }
 
     if budget == "gpu":
+        config.vocabulary = "core"
         config.dtype = "bfloat16"
         config.steps_per_call = 50
         config.save_seconds = 120
-        config.vae.batch_size, config.vae.steps, config.vae.learning_rate = 256, 4000, 2e-3
-        config.clip.batch_size = config.vit.batch_size = 512
-        config.unet.batch_size, config.unet.steps, config.unet.decay_steps = 512, 12_000, 2000
+        config.vae.batch_size, config.vae.steps, config.vae.decay_steps = 256, 4000, 2000
+        config.clip.update(start="", steps=1600, batch_size=512)
+        config.vit.update(start="", steps=700, batch_size=512)
+        config.unet.update(batch_size=512, steps=12_000, decay_steps=2000, learning_rate=1e-3, ema_decay=0.999)
+        config.unet.model.update(block_out_channels=[128, 224], attention_head_dim=[4, 7])
     elif budget == "more":
         _continue_shipped_base(config)
     elif budget != "cpu":
@@ -147,9 +154,10 @@ def get_config(budget: str = "cpu") -> ConfigDict:
 
 def _continue_shipped_base(config: ConfigDict) -> None:
     """The architecture of the shipped base. Its encoder, CLIP and ViT stay: features remain comparable."""
-    config.start = "tiny"
+    config.vocabulary = "core"
+    config.vae.start = config.unet.start = "tiny"
     config.scheduler.update(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    config.vae.update(trainable="decoder|post_quant", steps=3000, learning_rate=5e-4)
+    config.vae.update(trainable="decoder|post_quant", steps=3000, decay_steps=2000, learning_rate=5e-4)
     config.vae.model = {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -163,7 +171,6 @@ def _continue_shipped_base(config: ConfigDict) -> None:
         "sample_size": 64,
         "scaling_factor": 0.6580073237419128,
     }
-    config.clip.steps = config.vit.steps = 0
     config.unet.update(steps=4000, decay_steps=0, batch_size=48, learning_rate=5e-4, ema_decay=0.998, t_power=1.3)
     config.unet.model = {
         "_class_name": "UNet2DConditionModel",

@@ -53,7 +53,12 @@ def pretrain(config: ConfigDict) -> None:
     from dreambooth_jax.devices.sharding import make_mesh
     from dreambooth_jax.tiny import world
 
-    vocabularies = {"core": world.CORE_NOUNS, "examples": world.EXAMPLE_NOUNS, "all": None}
+    vocabularies = {
+        "core": world.CORE_NOUNS,
+        "subjects": frozenset(world.SUBJECT_NOUNS),
+        "examples": world.EXAMPLE_NOUNS,
+        "all": None,
+    }
     if config.vocabulary not in vocabularies:
         raise ValueError(f"vocabulary = {config.vocabulary!r}: expected one of {', '.join(vocabularies)}")
     runtime.start()
@@ -75,6 +80,7 @@ def train_base(config: ConfigDict, sprites: list["Sprite"], words: list[str]) ->
     import numpy as np
 
     from dreambooth_jax.evaluation.nouns import TAUGHT
+    from dreambooth_jax.files.hub import resolve_base
     from dreambooth_jax.files.safetensors import save_model
     from dreambooth_jax.files.tokenizer import load_tokenizer
     from dreambooth_jax.files.weight_files import WEIGHT_FILES
@@ -103,7 +109,10 @@ def train_base(config: ConfigDict, sprites: list["Sprite"], words: list[str]) ->
     ):
         logging.info("%s: %.2f M parameters", name, count(part.params) / 1e6)
         save_model(output / name, part.params, part.config, dtype=np.float16, file=stem)
-    (output / "clip" / TAUGHT).write_text("".join(f"{noun}\n" for noun in sorted({s.noun for s in sprites})))
+    if config.clip.steps or not config.clip.start:
+        (output / "clip" / TAUGHT).write_text("".join(f"{noun}\n" for noun in sorted({s.noun for s in sprites})))
+    else:
+        shutil.copyfile(resolve_base(config.clip.start) / "clip" / TAUGHT, output / "clip" / TAUGHT)
     index = {
         "image_encoder": None,
         "text_encoder": "CLIPTextModel",

@@ -3,6 +3,7 @@
 import shlex
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,10 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.evaluation import features, transforms
 from dreambooth_jax.files.hub import resolve_model
+from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.files.weight_files import WeightsError
+from dreambooth_jax.models.lpips import LPIPS
+from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.spec import UnsupportedConfig
 
 SIZES = ((70, 51), (48, 48), (301, 280))  # height, width
@@ -140,6 +144,18 @@ def test_lpips_distances(tmp_path, pictures, mesh, backbone):
         wanted = theirs(pixels[:1], pixels[1:])[0]
     found = features.distances(ours.of(pictures[:2]))
     np.testing.assert_allclose(found, [[0, wanted], [wanted, 0]], rtol=1e-4, atol=1e-7)
+
+
+def test_lpips_in_bfloat16(tmp_path):
+    """Of float32 pictures, as the training of the embedded base asks for it."""
+    weights = save_weights(TorchLPIPS("alex"), tmp_path)
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 2, 64, 64, 3)), jnp.float32)
+    exact, half = (
+        functional(lambda rngs, dtype=dtype: LPIPS("alex", dtype=dtype, rngs=rngs))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    params = read_model(weights, exact.shapes)
+    np.testing.assert_allclose(half.apply(params, *images), exact.apply(params, *images), rtol=0.02)
 
 
 def test_lpips_backbones_have_names(tmp_path, mesh):

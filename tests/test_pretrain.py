@@ -19,12 +19,15 @@ from support.npm_packages import write_packages
 from support.runs import kill_when
 
 from dreambooth_jax import pretrain
+from dreambooth_jax.diffusion.step import init_state
 from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.hub import EMBEDDED
+from dreambooth_jax.files.safetensors import save_model
 from dreambooth_jax.files.tokenizer import load_tokenizer
-from dreambooth_jax.models.params import Functional, with_prefix
+from dreambooth_jax.models.lpips import LPIPS
+from dreambooth_jax.models.params import Functional, functional, with_prefix
 from dreambooth_jax.runs import config_file
-from dreambooth_jax.tiny import pixels, rare_words
+from dreambooth_jax.tiny import parts, pixels, rare_words
 from dreambooth_jax.tiny.world import load_sprites
 from dreambooth_jax.tiny.world.atlas import make_atlas
 
@@ -167,8 +170,35 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(start, undisturbed, tm
 def test_an_unknown_vocabulary_is_refused_before_anything_is_fetched(tmp_path):
     config = config_file.load(str(ROOT / "configs" / "tiny_cascade.py"))
     config.update(vocabulary="more", world=str(tmp_path / "none"), workdir=str(tmp_path), output=str(tmp_path))
-    with pytest.raises(ValueError, match="vocabulary = 'more': expected one of core, examples, all"):
+    with pytest.raises(ValueError, match="vocabulary = 'more': expected one of core, subjects, examples, all"):
         pretrain.pretrain(config)
+
+
+@pytest.mark.parametrize("preset", ["", ":gpu", ":more"])
+def test_the_steps_of_the_base_fit_their_models(preset, monkeypatch, tmp_path):
+    """At full size and in the preset's dtype, traced and not run."""
+    config = config_file.load(f"{ROOT / 'configs' / 'tiny_base.py'}{preset}")
+    config.update(workdir=str(tmp_path), lpips=str(tmp_path / "lpips"))
+    distance = functional(lambda rngs: LPIPS("alex", rngs=rngs))
+    save_model(tmp_path / "lpips", distance.init(jax.random.key(0)), {})
+    traced = []
+
+    def trace(name, step, params, frozen, optimizer, data, *_):
+        state = init_state(params, optimizer, ema=True)
+        after, (loss,) = jax.eval_shape(step, state, frozen, data, jax.random.key(0))
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, after) and loss.shape == ()
+        traced.append(name)
+        return params
+
+    monkeypatch.setattr(parts, "fit", trace)
+    monkeypatch.setattr(parts, "latent_statistics", lambda *_: (jnp.zeros(16), jnp.ones(16)))
+    tokenizer = load_tokenizer(EMBEDDED["tiny"])
+    atlas = make_atlas(load_sprites(write_packages(tmp_path)), tokenizer, config.resolution, subject_share=0.5)
+    key = jax.random.key(0)
+    vae, clip = parts.train_vae(config, atlas, key), parts.train_clip(config, atlas, tokenizer, key)
+    parts.train_vit(config, atlas, key)
+    parts.train_unet(config, atlas, tokenizer, vae, clip, key)
+    assert traced == (["vae", "clip", "vit", "unet"] if preset == ":gpu" else ["vae", "unet"])
 
 
 def test_stage_ii_is_trained_for_a_stage_i_that_is_there(monkeypatch, tmp_path):

@@ -60,7 +60,7 @@ class LPIPS(nnx.Module):
     """Images in [-1, 1] -> features -> distances. `backbone` is "alex" or "vgg"."""
 
     def __init__(self, backbone: str, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
-        self.steps = BACKBONES[backbone]
+        self.steps, self.dtype = BACKBONES[backbone], dtype
         convs, cin = {}, 3
         for step in self.steps:
             sizes = {"stride": step.stride, "padding": step.padding}
@@ -74,7 +74,7 @@ class LPIPS(nnx.Module):
     def maps(self, images: Float[Array, "b h w 3"]) -> list[Array]:
         """The five feature maps, each place a unit vector times the square roots of the layer's weights, so that the
         squared distance of two maps, averaged over places and summed over layers, is LPIPS."""
-        x = (images - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
+        x = ((images - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)).astype(self.dtype)
         kept: list[Array] = []
         for step in self.steps:
             if step.pool is not None:
@@ -82,7 +82,7 @@ class LPIPS(nnx.Module):
             x = jax.nn.relu(self.features[str(step.number)](x))
             if step.kept:
                 head = getattr(self, f"lin{len(kept)}").kernel[0, 0, :, 0]
-                kept.append(_unit(x) * jnp.sqrt(head))
+                kept.append(_unit(x.astype(jnp.float32)) * jnp.sqrt(head))
         return kept
 
     def __call__(self, images: Float[Array, "b h w 3"], others: Float[Array, "b h w 3"]) -> Float[Array, "b"]:

@@ -1,5 +1,5 @@
 """The parts of the embedded base: autoencoder, CLIP, ViT, UNet with its text tower; each from random weights or from
-those of a finished base, `config.start`."""
+those of a finished base, the part's `start`."""
 
 import os
 import re
@@ -37,7 +37,7 @@ from dreambooth_jax.tiny.contrastive import (
     vit_loss,
 )
 from dreambooth_jax.tiny.denoiser import unet_loss
-from dreambooth_jax.tiny.fit import adam, fit, make_step, muon
+from dreambooth_jax.tiny.fit import fit, make_step, muon
 from dreambooth_jax.tiny.world.atlas import Atlas
 
 
@@ -48,9 +48,9 @@ class Part(NamedTuple):
     config: dict[str, Any]
 
 
-def _start(config: ConfigDict, folder: str, model: Functional, key: Array) -> Params:
-    """Initial parameters: those of `config.start`, or random ones."""
-    return read_model(resolve_base(config.start) / folder, model.shapes) if config.start else model.init(key)
+def _start(base: str, folder: str, model: Functional, key: Array) -> Params:
+    """Initial parameters: those of a base, or random ones where `base` is ""."""
+    return read_model(resolve_base(base) / folder, model.shapes) if base else model.init(key)
 
 
 def _view(config: ConfigDict, part: ConfigDict) -> View:
@@ -63,14 +63,14 @@ def train_vae(config: ConfigDict, atlas: Atlas, key: Array) -> Part:
     dtype = jnp.dtype(config.dtype)
     spec = VAESpec.from_config(part.model.to_dict())
     vae = functional(lambda rngs: AutoencoderKL(spec, dtype=dtype, rngs=rngs))
-    start = with_prefix("vae.", _start(config, "vae", vae, key))
+    start = with_prefix("vae.", _start(part.start, "vae", vae, key))
     trainable = {name: value for name, value in start.items() if re.search(part.trainable, name)}
     frozen = {name: value for name, value in start.items() if name not in trainable}
     lpips = None
     if config.lpips:
         lpips = functional(lambda rngs: LPIPS("alex", dtype=dtype, rngs=rngs))
         frozen |= with_prefix("lpips.", read_model(Path(os.path.expanduser(config.lpips)), lpips.shapes))
-    optimizer = adam(part)
+    optimizer = muon(part)
     loss = vae_loss(vae, lpips, kl_weight=part.kl_weight, lpips_weight=part.lpips_weight)
     step = make_step(loss, optimizer, draw_any(_view(config, part)), part.ema_decay)
     trained = fit("vae", step, trainable, frozen, optimizer, atlas, config, part)
@@ -109,7 +109,7 @@ def train_clip(config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, key: Arra
     vision = part.vision.to_dict()
     towers = CLIPTextSpec.from_config(text), CLIPVisionSpec.from_config(vision)
     clip = functional(lambda rngs: CLIPModel(*towers, part.projection_dim, rngs=rngs))
-    start = _start(config, "clip", clip, key)
+    start = _start(part.start, "clip", clip, key)
     draw = draw_alike(_view(config, part))
     params = _train_tower("clip", clip_loss(clip, tokenizer.eos_token_id), draw, start, atlas, config)
     about = {
@@ -126,7 +126,7 @@ def train_vit(config: ConfigDict, atlas: Atlas, key: Array) -> Part:
     """The image features of subject fidelity."""
     part = config.vit
     vit = functional(lambda rngs: ViTModel(ViTSpec.from_config(part.model.to_dict()), rngs=rngs))
-    start = _start(config, "vit", vit, key)
+    start = _start(part.start, "vit", vit, key)
     draw = draw_pairs(_view(config, part))
     params = _train_tower("vit", vit_loss(vit, part.temperature), draw, start, atlas, config)
     return Part(params, part.model.to_dict() | {"architectures": ["ViTModel"], "model_type": "vit"})
@@ -150,7 +150,7 @@ def _train_tower(
 def train_unet(
     config: ConfigDict, atlas: Atlas, tokenizer: Tokenizer, vae: Part, clip: Part, key: Array
 ) -> tuple[Part, Part]:
-    """UNet and text tower, trained together; without `config.start` the tower begins as CLIP's."""
+    """UNet and text tower, trained together; the tower begins as that of CLIP's `start`, or as the CLIP's own."""
     part, dtype = config.unet, jnp.dtype(config.dtype)
     text_config, unet_spec = clip.config["text_config"], UNetSpec.from_config(part.model.to_dict())
     vae_spec, text_spec = VAESpec.from_config(vae.config), CLIPTextSpec.from_config(text_config)
@@ -158,9 +158,9 @@ def train_unet(
     unet = functional(lambda rngs: UNet2DConditionModel(unet_spec, dtype=dtype, rngs=rngs))
     tower = functional(lambda rngs: CLIPTextModel(text_spec, dtype=dtype, rngs=rngs))
     text = {name: value for name, value in clip.params.items() if name.startswith("text_model.")}
-    if config.start:
-        text = _start(config, "text_encoder", tower, key)
-    start = with_prefix("unet.", _start(config, "unet", unet, key)) | with_prefix("text_encoder.", text)
+    if config.clip.start:
+        text = _start(config.clip.start, "text_encoder", tower, key)
+    start = with_prefix("unet.", _start(part.start, "unet", unet, key)) | with_prefix("text_encoder.", text)
     optimizer = muon(part)
     empty = tokenizer("", padding="max_length", max_length=config.max_length).input_ids
     loss = unet_loss(
