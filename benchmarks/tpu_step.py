@@ -5,8 +5,8 @@ And the training steps of DeepFloyd IF and of the x4 upscaler on their slices.
     python benchmarks/tpu_step.py --full --only "v5e, (1+1)"           # some rows
 
 512 pixels, bfloat16, AdamW in float32, prior preservation: (1+1) is one subject image and one class image. Every row is
-the program that `train` would run, compiled from shapes; IF's prompts are encoded before it. Rows are kept in runs/, and
-the programs as HLO text beside them, for cycles.py; a stopped run goes on.
+the program that `train` would run, compiled from shapes; IF's prompts are encoded before it. Rows are kept in runs/,
+and the programs as HLO text beside them, for cycles.py; a stopped run goes on.
 """
 
 import argparse

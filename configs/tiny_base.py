@@ -1,7 +1,7 @@
 """The embedded base: Stable Diffusion's recipe at 1/100 of its size, on a picture world of openly licensed sprites.
 
-python -m dreambooth_jax.pretrain --config configs/tiny_base.py       # from random weights, a CPU, many hours
-python -m dreambooth_jax.pretrain --config configs/tiny_base.py:gpu   # larger batches, bfloat16, for one accelerator
+python -m dreambooth_jax.pretrain --config configs/tiny_base.py       # 18 nouns, a CPU, two hours
+python -m dreambooth_jax.pretrain --config configs/tiny_base.py:gpu   # 77 nouns, larger batches, for one accelerator
 python -m dreambooth_jax.pretrain --config configs/tiny_base.py:more  # the shipped base further on this world, a CPU
 
 The perceptual loss reads LPIPS weights: python benchmarks/convert_weights.py lpips-alex
