@@ -24,6 +24,7 @@ from dreambooth_jax.families.pipeline import load_pipeline, read_params
 from dreambooth_jax.files.hub import EMBEDDED
 from dreambooth_jax.files.safetensors import save_model
 from dreambooth_jax.files.tokenizer import load_tokenizer
+from dreambooth_jax.files.weight_files import WEIGHT_FILES
 from dreambooth_jax.models.lpips import LPIPS
 from dreambooth_jax.models.params import Functional, functional, with_prefix
 from dreambooth_jax.runs import config_file
@@ -180,7 +181,7 @@ def test_the_steps_of_the_base_fit_their_models(preset, monkeypatch, tmp_path):
     config = config_file.load(f"{ROOT / 'configs' / 'tiny_base.py'}{preset}")
     config.update(workdir=str(tmp_path), lpips=str(tmp_path / "lpips"))
     distance = functional(lambda rngs: LPIPS("alex", rngs=rngs))
-    save_model(tmp_path / "lpips", distance.init(jax.random.key(0)), {})
+    save_model(tmp_path / "lpips", distance.init(jax.random.key(0)), {}, file=WEIGHT_FILES[1])
     traced = []
 
     def trace(name, step, params, frozen, optimizer, data, *_):
