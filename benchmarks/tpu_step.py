@@ -20,7 +20,7 @@ from kept import kept
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.chips import CHIPS, chip_of
 from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.devices.tpu import Cost, compile_for, devices_of, for_absent_devices
+from dreambooth_jax.devices.tpu import Cost, compile_for, devices_of
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.runs.job import argument_shapes, lower_steps, make_job, training_size
@@ -49,15 +49,13 @@ SETTINGS = [
 DDIM = {"sampler": "ddim", "sampling_steps": 50}
 SAMPLERS = [(chip, 4, DDIM) for chip in ("v5e", "v6e")]
 SAMPLERS += [("v5e", 4, DDIM | {"reuse_features": n}) for n in (3, 5)]
-
-
-# name, preset of configs/dog.py, stage, slice, what differs from the preset
 UPSCALER = {
     "base": "stabilityai/stable-diffusion-x4-upscaler",
     "train_text_encoder": False,
     "sr_crop": 256,
     "resolution": 1024,
 }
+# model, preset of configs/dog.py, stage, slice, what differs from the preset
 CASCADES = [
     ("IF-I-M", "if", 1, "v5e:1x1", ELEMENTWISE),
     ("IF-I-M", "if", 1, "v5e:1x1", {"remat": "nothing"}),
@@ -103,8 +101,7 @@ def training(config, topology: str, hlo: Path, *, quick: bool) -> dict:
     job = make_job(config, with_cached_text(pipeline, mesh), mesh)
     size = training_size(job.config)
     lowered = lower_steps(job, *argument_shapes(job, 5, size), size)
-    with for_absent_devices():
-        return figures(compile_for(chip_of(topology), lowered, quick=quick), hlo)
+    return figures(compile_for(chip_of(topology), lowered, quick=quick), hlo)
 
 
 def painting(config, chip: str, hlo: Path, *, quick: bool) -> dict:
