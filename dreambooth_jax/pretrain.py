@@ -61,6 +61,11 @@ def pretrain(config: ConfigDict) -> None:
     }
     if config.vocabulary not in vocabularies:
         raise ValueError(f"vocabulary = {config.vocabulary!r}: expected one of {', '.join(vocabularies)}")
+    for name, part in config.items():
+        if isinstance(part, ConfigDict) and not (part.get("start", "?") or part.steps):
+            raise ValueError(
+                f"{name}.start = '' and {name}.steps = 0 would write random weights: name a base, or train some steps"
+            )
     runtime.start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jax.set_mesh(make_mesh())  # attention splits its batch over it

@@ -15,7 +15,7 @@ from dreambooth_jax.adapters.factors import FORMS
 from dreambooth_jax.adapters.lora import TARGETS
 from dreambooth_jax.diffusion.optimizer import LR_SCHEDULES, OPTIMIZERS
 from dreambooth_jax.diffusion.sampler import SAMPLERS
-from dreambooth_jax.models.unet import REMAT
+from dreambooth_jax.models.remat import REMAT
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import one_line_errors
 from dreambooth_jax.runs.config import FIELDS, ConfigError, absolute_paths, check_config

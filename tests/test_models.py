@@ -15,6 +15,7 @@ from dreambooth_jax.families.pipeline import describe_base, load_pipeline
 from dreambooth_jax.files.safetensors import read_model
 from dreambooth_jax.models import clip_text, unet, vae
 from dreambooth_jax.models.params import count, functional, under_prefix
+from dreambooth_jax.models.remat import REMAT
 from dreambooth_jax.models.spec import UnsupportedConfig
 from dreambooth_jax.ops import convolve
 
@@ -251,7 +252,7 @@ def test_remat_stores_less(sd15):
     spec, shapes = sd15.pipeline.models.specs["unet"], sd15.pipeline.models.functions["unet"].shapes
     x, t, context = map(jnp.asarray, (normal(2, 16, 16, 4), np.float32([3, 700]), normal(2, 7, 32)))
     stored = {}
-    for remat in unet.REMAT:
+    for remat in REMAT:
         apply = functional(lambda rngs, r=remat: unet.UNet2DConditionModel(spec, remat=r, rngs=rngs)).apply
         backward = jax.eval_shape(lambda p, apply=apply: jax.vjp(lambda q: apply(q, x, t, context), p)[1], shapes)
         stored[remat] = [residual.size for residual in jax.tree.leaves(backward)]

@@ -175,6 +175,14 @@ def test_an_unknown_vocabulary_is_refused_before_anything_is_fetched(tmp_path):
         pretrain.pretrain(config)
 
 
+@pytest.mark.parametrize("part", ["vae", "clip", "vit", "unet"])
+def test_a_part_with_neither_start_nor_steps_is_refused(part, tmp_path):
+    config = config_file.load(str(ROOT / "configs" / "tiny_base.py"))
+    config[part].update(start="", steps=0)
+    with pytest.raises(ValueError, match=rf"{part}.start = '' and {part}.steps = 0 would write random weights"):
+        pretrain.pretrain(config)
+
+
 @pytest.mark.parametrize("preset", ["", ":gpu", ":more"])
 def test_the_steps_of_the_base_fit_their_models(preset, monkeypatch, tmp_path):
     """At full size and in the preset's dtype, traced and not run."""

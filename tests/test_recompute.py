@@ -1,20 +1,27 @@
 """Recomputed gradients are the gradients, and only what must be kept is kept."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from support.tiny_unet import UNET, normal
 
 from dreambooth_jax.devices import chips, tpu
+from dreambooth_jax.devices.sharding import make_mesh, placed_shapes, unshard
 from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.diffusion.step import init_state, kept, make_step, recomputed, run_steps
+from dreambooth_jax.families.pipeline import describe_base
+from dreambooth_jax.models.layers import Linear
 from dreambooth_jax.models.params import functional
-from dreambooth_jax.models.unet import REMAT, UNet2DConditionModel
+from dreambooth_jax.models.remat import REMAT
+from dreambooth_jax.models.unet import UNet2DConditionModel
 from dreambooth_jax.ops import recompute
 from dreambooth_jax.ops.barriers import after
 from dreambooth_jax.ops.convolve import convolve
@@ -98,3 +105,51 @@ def test_on_a_tpu_wide_gradients_are_not_kept(monkeypatch):
     whole, second, merged = temporaries
     assert layers * width**2 * 2 < whole < layers * width**2 * 4  # bfloat16, as the layers compute them
     assert second < whole / 2 and merged > 0.9 * whole
+
+
+@pytest.mark.parametrize("remat", ["elementwise", "layers"])
+def test_whole_parameters_are_not_kept(remat):
+    """By the TPU compiler: parameters that eight devices share are whole while their layer is computed, no longer."""
+    width, depth = 2048, 8
+    layer = REMAT[remat](Linear.__call__)
+    model = functional(lambda rngs: Chain(width, depth, rngs))
+    mesh = make_mesh(1, 8, tpu.devices_of("v5e:2x4"))
+    params = placed_shapes(mesh, model.shapes)
+
+    def temporaries(later):
+        def loss(params):
+            return model.apply(unshard(mesh, params, jnp.bfloat16, later=later), layer, jnp.ones((8, width))).sum()
+
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(jax.grad(loss), out_shardings={n: x.sharding for n, x in params.items()}).lower(params)
+        return tpu.compile_for(chips.CHIPS["v5e"], lowered, quick=True).temporaries
+
+    whole = depth * width**2 * 2
+    assert temporaries("") > 0.8 * whole
+    assert temporaries("layers") < 0.5 * whole
+
+
+class Chain(nnx.Module):
+    def __init__(self, width, depth, rngs):
+        self.layers = nnx.List([Linear(width, width, dtype=jnp.bfloat16, rngs=rngs) for _ in range(depth)])
+
+    def __call__(self, layer, x):
+        for linear in self.layers:
+            x = jnp.tanh(layer(linear, x))
+        return x
+
+
+def test_every_kernel_of_a_layer_is_left_to_it():
+    """Of the UNets' kernels the pipeline leaves to the layers all but those of their ends and of the embeddings."""
+    for base in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "DeepFloyd/IF-I-M-v1.0"):
+        pipeline = describe_base(base, remat="layers")
+        left = {name for name in pipeline.shapes if not re.match(pipeline.later, name)}
+        of_unet = {name.split(".")[1] for name in left if name.startswith("unet.")}
+        assert of_unet <= {
+            "conv_in",
+            "time_embedding",
+            "add_embedding",
+            "encoder_hid_proj",
+            "conv_norm_out",
+            "conv_out",
+        }

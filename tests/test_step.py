@@ -23,6 +23,8 @@ from dreambooth_jax.diffusion.examples import EncodedExamples, TrainingData, dra
 from dreambooth_jax.diffusion.optimizer import make_optimizer
 from dreambooth_jax.diffusion.schedulers import process_from_scheduler
 from dreambooth_jax.diffusion.step import TrainState, init_state, make_step, run_steps
+from dreambooth_jax.families.pipeline import build_pipeline
+from dreambooth_jax.models.remat import LAYERS
 
 PROCESS = process_from_scheduler({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
 KEY = jax.random.key(3)
@@ -89,27 +91,26 @@ def real(sd15):
     multiplier = lambda name: TEXT_RATE if name.startswith("text_encoder.") else 1.0  # noqa: E731
     optimizer = make_optimizer("adamw", optax.constant_schedule(RATE), multiplier=multiplier)
 
-    def run(mesh):
+    def run(mesh, remat="nothing"):
+        of_remat = build_pipeline(pipeline.folder, pipeline.models.configs, remat=remat)
         placement = batch_sharding(mesh, 2 * BATCH)
         step = make_step(
-            pipeline.denoise_tokens,
+            of_remat.denoise_tokens,
             optimizer,
             pipeline.process,
             batch_size=BATCH,
             prior_weight=0.7,
             snr_gamma=5.0,
             constrain=lambda batch: jax.lax.with_sharding_constraint(batch, placement),
-            combine=lambda frozen, trainable: unshard(mesh, frozen | trainable),
+            combine=lambda frozen, trainable: unshard(mesh, frozen | trainable, later=of_remat.later),
         )
         placed = {n: jax.device_put(v, param_sharding(mesh, n, v.shape)) for n, v in trainable.items()}
         shardings = state_shardings(mesh, placed, jax.eval_shape(lambda p: init_state(p, optimizer), placed))
         state = jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(placed)
         rest = jax.device_put(({}, data, KEY, jnp.int32(1)), replicated(mesh))
-        compiled = (
-            jax.jit(run_steps(step, 1), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-            .lower(state, *rest)
-            .compile()
-        )
+        jitted = jax.jit(run_steps(step, 1), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+        with jax.set_mesh(mesh):
+            compiled = jitted.lower(state, *rest).compile()
         losses = []
         for _ in range(STEPS):  # a compiled program takes only what it was compiled for: no second compile hides here
             state, metrics = compiled(state, *rest)
@@ -160,13 +161,16 @@ def test_five_steps_of_adamw(sd15, real, on_one_device):
 
 
 @pytest.mark.slow
-def test_eight_devices_and_one_train_alike(real, on_one_device):
+@pytest.mark.parametrize("remat", ["nothing", "layers"])
+def test_eight_devices_and_one_train_alike(real, on_one_device, remat):
     """Two examples of each half on eight devices: some compute the same, and nothing changes. What the devices exchange
-    is parameters and their gradients, not activations."""
+    is parameters and their gradients, not activations; parameters of recomputed layers twice."""
     mesh = make_mesh(2, 4)
-    state, losses, program = real[0](mesh)
+    state, losses, program = real[0](mesh, remat)
     split = [name for name, value in state.trainable.items() if not value.is_fully_replicated]
-    assert len(split) > 50 and len(re.findall(r"f32\[\S* all-gather(-start)?\(", program)) == len(split)
+    twice = [name for name in split if re.match(rf"unet\.{LAYERS}", name)] if remat == "layers" else []
+    gathers = len(re.findall(r"f32\[\S* all-gather(-start)?\(", program))
+    assert len(split) > 50 and gathers == len(split) + len(twice)
     np.testing.assert_allclose(losses, on_one_device[1], rtol=1e-5)
     kernel = state.trainable["unet.mid_block.resnets.0.conv1.kernel"]
     moments = [

@@ -12,7 +12,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
@@ -66,7 +66,7 @@ RULES: Rules = (
 )
 
 
-def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:
+def param_sharding(mesh: Mesh | AbstractMesh, name: str, shape: tuple[int, ...], rules: Rules = RULES) -> NamedSharding:
     """Sharding of the parameter `name` of `shape`, by the first rule whose regex is found in the name."""
     rule = next(rule for pattern, rule in rules if re.search(pattern, name))
     return NamedSharding(mesh, rule(shape, mesh.shape["fsdp"]))
@@ -94,7 +94,11 @@ def state_shardings(mesh: Mesh, params: Mapping[str, Shape], tree: PyTree, rules
 
 
 def unshard(
-    mesh: Mesh, params: dict[str, jax.Array], dtype: DTypeLike | Mapping[str, DTypeLike] | None = None
+    mesh: Mesh,
+    params: dict[str, jax.Array],
+    dtype: DTypeLike | Mapping[str, DTypeLike] | None = None,
+    *,
+    later: str = "",
 ) -> dict[str, jax.Array]:
     """Makes parameters whole before a computation uses them, inside a jitted function.
 
@@ -108,6 +112,8 @@ def unshard(
         dtype: dtype of the computation, or name -> dtype. Sharded parameters are cast before the all-gather, which
             halves its traffic; not so whole numbers, which are smaller. Replicated ones are not: the cast copy would be
             kept for the backward pass.
+        later: regex of the beginnings of names whose parameters are cast alone: the layers that use them make them
+            whole (`made_whole`); "" for none.
     """
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(params, dtype)
     if in_a_part():
@@ -117,9 +123,22 @@ def unshard(
     def whole(name: str, x: jax.Array) -> jax.Array:
         rounded = x.astype(dtypes.get(name) or x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
         rounded = jax.lax.with_sharding_constraint(rounded, homes[name])  # the cast comes before the all-gather
-        return _gathered(rounded, homes[name])
+        return rounded if later and re.match(later, name) else _gathered(rounded, homes[name])
 
     return {name: x if homes[name].is_fully_replicated else whole(name, x) for name, x in params.items()}
+
+
+def divides_params() -> bool:
+    """Whether the function that is traced, under `jax.set_mesh`, has parameters divided over several devices."""
+    return jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1 and not in_a_part()
+
+
+def made_whole(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters that `unshard` left to this layer, made whole under `jax.set_mesh`; names may lack their beginnings.
+    Those that are whole stay so."""
+    mesh = jax.sharding.get_abstract_mesh()
+    homes = {name: param_sharding(mesh, name, x.shape) for name, x in params.items()}
+    return {name: x if homes[name].is_fully_replicated else _gathered(x, homes[name]) for name, x in params.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -134,7 +153,7 @@ _gathered.defvjp(
 )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 

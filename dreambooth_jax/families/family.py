@@ -33,6 +33,7 @@ class Part(NamedTuple):
         idle: spec -> regex of parameters that no result depends on: stored, never trained; "" for none.
         decoder: modules of a CODEC that decode in the dtype of the computation, which its `module` is then given as
             `decoder_dtype`; all else of a CODEC computes in float32.
+        layers: regex of the parameters that a denoiser's layers make whole under `remat` (models.remat); "" for none.
     """
 
     spec: Callable[[Mapping[str, Any]], Any]
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     role: str
     idle: Callable[[Any], str] = lambda spec: ""
     decoder: tuple[str, ...] = ()
+    layers: str = ""
 
 
 class Models(NamedTuple):

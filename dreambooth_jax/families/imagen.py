@@ -21,10 +21,11 @@ from dreambooth_jax.families.family import DENOISER, NOISE_LEVEL, TEXT, Cond, Im
 from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
 from dreambooth_jax.models.params import Params
 from dreambooth_jax.models.pixel_unet import PixelUNet, PixelUNetSpec
+from dreambooth_jax.models.remat import LAYERS
 from dreambooth_jax.models.t5 import T5EncoderModel, T5Spec
 from dreambooth_jax.ops.pixels import from_bytes, to_unit
 
-UNET = Part(PixelUNetSpec.from_config, PixelUNet, "diffusion_pytorch_model.safetensors", DENOISER)
+UNET = Part(PixelUNetSpec.from_config, PixelUNet, "diffusion_pytorch_model.safetensors", DENOISER, layers=LAYERS)
 TEXT_ENCODER = Part(T5Spec.from_config, T5EncoderModel, "model.safetensors", TEXT)
 NOISING = "image_noising_scheduler"
 UPSCALE = "_upscale"  # in model_index.json: side of a stage's pictures over that of the stage before

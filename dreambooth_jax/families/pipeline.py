@@ -52,6 +52,7 @@ class Pipeline:
         process: noise levels, prediction and times.
         tokenizers: folder -> tokenizer; empty where only shapes are described.
         dtypes: part, or PART.MODULE of a module with another one -> dtype of its computation.
+        later: regex of the parameters that the layers they belong to make whole (see `unshard`); "" for none.
         single_file: LDM file of all weights, where they are not in the folder.
     """
 
@@ -61,6 +62,7 @@ class Pipeline:
     process: Process
     tokenizers: Mapping[str, Tokenizer]
     dtypes: Mapping[str, DTypeLike]
+    later: str = ""
     single_file: Path | None = None
 
     @property
@@ -249,7 +251,9 @@ def build_pipeline(
     models = Models(configs, specs, functions)
     if found := family.problems(models):
         raise UnsupportedConfig(f"{folder}: {'; '.join(found)}")
-    return Pipeline(folder, family, models, family.process(configs), {}, dtypes)
+    layers = [rf"{name}\.{part.layers}" for name, part in family.parts.items() if part.layers and remat != "nothing"]
+    later = "|".join(layers)
+    return Pipeline(folder, family, models, family.process(configs), {}, dtypes, later)
 
 
 def _functional(part: Part, spec: Any, *, dtype: DTypeLike, remat: str) -> Functional:

@@ -14,12 +14,13 @@ from dreambooth_jax.families.family import CODEC, DENOISER, TEXT, Cond, Family, 
 from dreambooth_jax.files.tokenizer import Tokenizer, padded_ids
 from dreambooth_jax.models.clip_text import CLIPTextModel, CLIPTextSpec
 from dreambooth_jax.models.params import Params
+from dreambooth_jax.models.remat import LAYERS
 from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 from dreambooth_jax.models.vae import AutoencoderKL, VAESpec
 from dreambooth_jax.ops.pixels import from_bytes, to_unit
 
 DIFFUSERS_FILE, TRANSFORMERS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
-UNET = Part(UNetSpec.from_config, UNet2DConditionModel, DIFFUSERS_FILE, DENOISER)
+UNET = Part(UNetSpec.from_config, UNet2DConditionModel, DIFFUSERS_FILE, DENOISER, layers=LAYERS)
 VAE = Part(VAESpec.from_config, AutoencoderKL, DIFFUSERS_FILE, CODEC)
 TEXT_ENCODER = Part(CLIPTextSpec.from_config, CLIPTextModel, TRANSFORMERS_FILE, TEXT)
 

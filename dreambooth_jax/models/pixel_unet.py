@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Real
 
 from dreambooth_jax.models.layers import Conv, GroupNorm, Image, LayerNorm, Linear, Setting
+from dreambooth_jax.models.remat import REMAT
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
-from dreambooth_jax.models.unet import REMAT, timestep_embedding
+from dreambooth_jax.models.unet import timestep_embedding
 from dreambooth_jax.ops.attention import attention
 from dreambooth_jax.ops.channels import spread
 

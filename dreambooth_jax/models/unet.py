@@ -2,15 +2,13 @@
 of SDXL (arXiv 2307.01952, section 2)."""
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.core import Primitive, primitives
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Real
 
@@ -25,8 +23,8 @@ from dreambooth_jax.models.layers import (
     Setting,
     Upsample2D,
 )
+from dreambooth_jax.models.remat import REMAT
 from dreambooth_jax.models.spec import not_among, not_per_block, per_block, read_spec
-from dreambooth_jax.ops import flash
 from dreambooth_jax.ops.attention import attention
 
 Tokens = Float[Array, "b l c"]
@@ -279,26 +277,6 @@ class MidBlock(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
 
 
-def _is_worth_its_room(primitive: Primitive, *factors: jax.core.ShapedArray, **params: Any) -> bool:
-    """Whether to save this value for the backward pass: a matrix product or a convolution, except products larger than
-    both of their factors (GEGLU's, scores of attention)."""
-    if primitive is not primitives.dot_general_p:
-        return primitive is primitives.conv_general_dilated_p
-    product = jax.eval_shape(functools.partial(primitive.bind, **params), *factors)
-    return product.size <= max(factor.size for factor in factors)
-
-
-_DEAR = jax.checkpoint_policies.save_from_both_policies(
-    _is_worth_its_room, jax.checkpoint_policies.save_only_these_names(flash.RESIDUALS)
-)
-# Recomputed results -> transformation of a layer's function.
-REMAT: dict[str, Callable[..., Callable]] = {
-    "nothing": lambda layer, **_: layer,
-    "elementwise": functools.partial(nnx.remat, policy=_DEAR),
-    "layers": nnx.remat,  # everything within a layer
-}
-
-
 OUTER = 1  # layers of the way up that are computed anew where deep features of another step are given
 
 
@@ -451,7 +429,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def _way_down(self, x: Image, temb: Float[Array, "b t"], context: Float[Array, "b l e"]) -> Iterator[Image]:
         """Yields the features of the way down, the outermost first; those that are not asked for are not computed."""
-        layer = REMAT[self.remat](Stage.layer, static_argnums=1)
+        layer, halved = REMAT[self.remat](Stage.layer, static_argnums=1), REMAT[self.remat](Downsample2D.__call__)
         x = self.conv_in(x)
         yield x
         for block in self.down_blocks:
@@ -459,19 +437,19 @@ class UNet2DConditionModel(nnx.Module):
                 x = layer(block, index, x, temb, context)
                 yield x
             if block.downsamplers:
-                x = block.downsamplers[0](x)
+                x = halved(block.downsamplers[0], x)
                 yield x
 
     def _way_up(
         self, x: Image, skips: Sequence[Image], temb: Float[Array, "b t"], context: Float[Array, "b l e"], *, first: int
     ) -> Image:
         """As many layers of the way up as there are `skips`, from number `first` on; the last skip joins the first."""
-        layer = REMAT[self.remat](Stage.layer, static_argnums=1)
+        layer, doubled = REMAT[self.remat](Stage.layer, static_argnums=1), REMAT[self.remat](Upsample2D.__call__)
         layers = [(block, index) for block in self.up_blocks for index in range(len(block.resnets))]
         for (block, index), skip in zip(layers[first:], reversed(skips), strict=False):
             x = layer(block, index, jnp.concatenate([x, skip], -1), temb, context)
             if block.upsamplers and index == len(block.resnets) - 1:
-                x = block.upsamplers[0](x)
+                x = doubled(block.upsamplers[0], x)
         return x
 
     def _added(self, pooled: Float[Array, "b p"], sizes: Float[Array, "b s"]) -> Float[Array, "b e"]:

@@ -343,7 +343,10 @@ def training_step(
     def combine(frozen: Any, trainable: Params) -> Params:
         if mapped:
             frozen, trainable = frozen[0], rescaled(trainable, frozen[1])
-        return unshard(mesh, job.method.combine(frozen, trainable), dtype)
+        return unshard(mesh, job.method.combine(frozen, trainable), dtype, later=pipeline.later)
+
+    def of_frozen(frozen: Any) -> Params:
+        return unshard(mesh, frozen[0] if mapped else frozen, dtype, later=pipeline.later)
 
     def step(state: TrainState, frozen: Any, data: TrainingData, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         numbers = data.numbers or numbers_of(config)
@@ -359,7 +362,7 @@ def training_step(
             hold=recomputed if recomputes else kept,
             ema_decay=numbers.ema_decay if config.ema_decay else None,
             example_shape=pipeline.example_shape(*size),
-            base=(lambda frozen: unshard(mesh, frozen[0] if mapped else frozen, dtype)) if of_base else None,
+            base=of_frozen if of_base else None,
             paired=pairs_prior(config),
             dropout=numbers.caption_dropout if config.caption_dropout else None,
             augment=make_augment(low, size[0], config.sr_noise) if low else None,
