@@ -30,6 +30,8 @@ SLICES = {
     256: "v5e:16x16",
 }
 GIB = 2**30
+# Mode -> devices that share one copy of the weights, of so many chips.
+MODES = {"data-parallel": lambda chips: 1, "fsdp": lambda chips: chips, "fsdp of 8": lambda chips: 8}
 
 
 def row(found: Plan) -> dict:
@@ -66,15 +68,17 @@ def main() -> None:
     parser.add_argument("--base", default="sd15", help="of configs/dog.py")
     parser.add_argument("--images", type=int, default=4, help="subject images per chip; as many class images join them")
     parser.add_argument("--chips", type=int, nargs="+", default=list(SLICES), choices=list(SLICES))
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     options = parser.parse_args()
     log = Path("runs") / f"scaling_{options.base}_{options.images}.jsonl"
     config = runpy.run_path(str(ROOT / "configs" / "dog.py"))["get_config"](options.base)
     config.update(train_text_encoder=False, moment_dtype="bfloat16", remat="layers")
     print("| chips | mode | peak GiB | computation ms | received GB | exchange ms | efficiency |\n|" + "---|" * 7)
     for chips in options.chips:
-        modes = {"data-parallel": 1, "fsdp": chips} | ({"fsdp of 8": 8} if chips > 8 else {})
-        for mode, fsdp in modes.items():
-            config.update(batch_size=options.images * chips, mesh_data=-1, mesh_fsdp=fsdp)
+        for mode in options.modes:
+            if mode == "fsdp of 8" and chips <= 8:
+                continue
+            config.update(batch_size=options.images * chips, mesh_data=-1, mesh_fsdp=MODES[mode](chips))
             compiled = functools.partial(plan, config, SLICES[chips], class_images=False)
             print(line(kept(log, f"{chips} | {mode}", lambda compiled=compiled: row(compiled()))), flush=True)
 

@@ -33,7 +33,7 @@ class Part(NamedTuple):
         idle: spec -> regex of parameters that no result depends on: stored, never trained; "" for none.
         decoder: modules of a CODEC that decode in the dtype of the computation, which its `module` is then given as
             `decoder_dtype`; all else of a CODEC computes in float32.
-        layers: regex of the parameters that a denoiser's layers make whole under `remat` (models.remat); "" for none.
+        layers: regex of the parameters that layers make whole with remat = "layers" (models.remat); "" for none.
     """
 
     spec: Callable[[Mapping[str, Any]], Any]

@@ -251,7 +251,7 @@ def build_pipeline(
     models = Models(configs, specs, functions)
     if found := family.problems(models):
         raise UnsupportedConfig(f"{folder}: {'; '.join(found)}")
-    layers = [rf"{name}\.{part.layers}" for name, part in family.parts.items() if part.layers and remat != "nothing"]
+    layers = [rf"{name}\.{part.layers}" for name, part in family.parts.items() if part.layers and remat == "layers"]
     later = "|".join(layers)
     return Pipeline(folder, family, models, family.process(configs), {}, dtypes, later)
 

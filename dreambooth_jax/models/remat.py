@@ -54,6 +54,6 @@ def _whole(module: nnx.Module, args: tuple[Any, ...]) -> nnx.Module:
 # Recomputed results -> transformation of a layer's function.
 REMAT: dict[str, Callable[..., Layer]] = {
     "nothing": lambda layer, **_: layer,
-    "elementwise": functools.partial(_recompute, policy=_DEAR),
-    "layers": _recompute,  # everything within a layer
+    "elementwise": functools.partial(nnx.remat, policy=_DEAR),
+    "layers": _recompute,  # everything within a layer, its whole parameters too
 }
