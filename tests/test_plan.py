@@ -30,7 +30,8 @@ from dreambooth_jax.models.params import functional
 from dreambooth_jax.models.unet import FeedForward
 from dreambooth_jax.runs import config_file, protocol_cost, protocol_plan, together
 from dreambooth_jax.runs import slices as plan
-from dreambooth_jax.runs.config import ConfigError
+from dreambooth_jax.runs.config import ConfigError, check_config
+from dreambooth_jax.runs.effects import check_effects
 from dreambooth_jax.runs.job import (
     argument_shapes,
     data_shapes,
@@ -115,6 +116,38 @@ def test_remedies_are_compiled_until_one_fits(config, planned, monkeypatch):
     names = [name for name, _ in plan.advise(config, "v5e:2x4")]
     assert tried == [("layers", 4, "float32"), ("layers", -1, "float32"), ("layers", -1, "bfloat16")]
     assert names[-1] == "remat=layers, mesh_fsdp=-1, mesh_data=1, moment_dtype=bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("fields", "last"),
+    [
+        ({}, "frozen_dtype=int8"),
+        ({"optimizer": "muon"}, "frozen_dtype=int8"),
+        ({"optimizer": "adafactor"}, "frozen_dtype=int8"),
+        ({"method": "lora"}, "frozen_dtype=int8"),
+        ({"method": "lokr", "optimizer": "muon"}, "frozen_dtype=int8"),
+        ({"method": "inversion"}, "frozen_dtype=int8"),
+    ],
+)
+def test_every_remedy_is_a_run_of_its_own(config, planned, fields, last, monkeypatch):
+    """None is a setting without effect, an impossible run, or a method that trains more."""
+    seen = []
+
+    def fake(changed, topology, class_images):
+        check_config(changed)
+        seen.append(changed)
+        return plan.Plan(topology, 1, chips.CHIPS["v5e"], 0, 0, 0, None, 1, None, 0.0)
+
+    monkeypatch.setattr(plan, "plan", fake)
+    start = ConfigDict(dict(config) | fields | {"mesh_fsdp": 1})
+    names = [name for name, _ in plan.advise(start, "v5e:1x1")]
+    assert names[-1].endswith(last) and len(names) == len(seen) == len({changed.to_json() for changed in seen})
+    for changed in seen:
+        check_effects(changed, start)
+    if "method" in fields:
+        assert {changed.method for changed in seen} == {fields["method"]}
+    if fields.get("optimizer") == "muon":
+        assert not any(changed.moment_dtype == "int8" for changed in seen)
 
 
 def test_a_lora_of_stable_diffusion_holds_little():
@@ -249,7 +282,7 @@ def test_unknown_slices_are_refused(topology):
     ],
 )
 def test_what_is_missing_is_read_from_the_compilers_message(message, gib):
-    assert tpu.OutOfMemory(message).missing == pytest.approx(gib * 2**30, rel=1e-6)
+    assert tpu.missing_bytes(message) == pytest.approx(gib * 2**30, rel=1e-6)
 
 
 def test_a_plan_prints_itself_alone_and_leaves_no_programs(micro, tmp_path):

@@ -75,22 +75,24 @@ def for_absent_devices() -> Iterator[None]:
 
 
 class OutOfMemory(Exception):
-    """The program does not fit. `missing`: bytes that it needs beyond the device's, from the compiler's message."""
+    """The program does not fit. `missing`: bytes that it needs beyond the device's."""
 
-    def __init__(self, message: str):
+    def __init__(self, message: str, missing: int):
         super().__init__(message)
-        exceeded = re.search(rf"Exceeded hbm capacity by {_SIZE}", message)
-        needed = re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message)
-        if exceeded:
-            self.missing = _size(*exceeded.groups())
-        elif needed:
-            number, unit, have, have_unit = needed.groups()
-            self.missing = _size(number, unit) - _size(have, have_unit)
-        else:
-            self.missing = 0
+        self.missing = missing
 
 
 _SIZE = r"([\d.]+)([KMGT])"
+
+
+def missing_bytes(message: str) -> int:
+    """What a device lacks for a program by the compiler's error; 0 if it does not say."""
+    if exceeded := re.search(rf"Exceeded hbm capacity by {_SIZE}", message):
+        return _size(*exceeded.groups())
+    if needed := re.search(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", message):
+        number, unit, have, have_unit = needed.groups()
+        return _size(number, unit) - _size(have, have_unit)
+    return 0
 
 
 def _size(number: str, unit: str) -> int:
@@ -162,20 +164,25 @@ def compile_for(chip: Chip, lowered: jax.stages.Lowered, *, quick: bool = False)
             compiled = lowered.compile(compiler_options.planning(quick=quick))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
-            raise OutOfMemory(str(error)) from error
+            raise OutOfMemory(str(error), missing_bytes(str(error))) from error
         raise
     seconds = time.monotonic() - started
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     exchanged, kernels = hlo.collectives(text), hlo.attention_flops(text)
     flops, kernel_seconds = cost["flops"] + kernels, kernels / chip.flops
-    return Cost(
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes
+    peak = (
+        memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        + memory.generated_code_size_in_bytes
+    )
+    if peak > chip.hbm:  # with its whole effort the compiler may let that pass: 19.0 of 15.75 GiB for IF-I-XL on v5e
+        raise OutOfMemory(f"the program needs {peak} bytes of {chip.hbm}", peak - chip.hbm)
+    return Cost(
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=peak,
         flops=flops,
         bytes=cost["bytes accessed"],
         collectives=exchanged,

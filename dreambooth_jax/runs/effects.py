@@ -79,6 +79,11 @@ IDLE = (
 )
 
 
+def idle_fields(config: ConfigDict) -> set[str]:
+    """The fields that have no effect in this run."""
+    return {name for rule in IDLE if rule.when(config) for name in rule.fields}
+
+
 def check_effects(config: ConfigDict, preset: ConfigDict) -> None:
     """Compares a config with its preset.
 

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -28,7 +28,8 @@ from dreambooth_jax.devices.tpu import (
 )
 from dreambooth_jax.families.frozen_text import PROMPTS, lower_encoding, with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.runs.config import absolute_paths
+from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config
+from dreambooth_jax.runs.effects import idle_fields
 from dreambooth_jax.runs.job import (
     Job,
     argument_shapes,
@@ -47,14 +48,15 @@ GIB = 2**30
 Compiled = TypeVar("Compiled")
 # Tried in this order, each on top of the ones before: what costs least comes first.
 REMEDIES = (
-    ("remat=layers", {"remat": "layers"}),
-    ("mesh_fsdp=-1, mesh_data=1", {"mesh_fsdp": -1, "mesh_data": 1}),
-    ("moment_dtype=bfloat16", {"moment_dtype": "bfloat16"}),
-    ("second_moment_dtype=bfloat16", {"second_moment_dtype": "bfloat16"}),
-    ("moment_dtype=int8, second_moment_dtype=int8", {"moment_dtype": "int8", "second_moment_dtype": "int8"}),
-    ("train_text_encoder=False", {"train_text_encoder": False}),
-    ("optimizer=adafactor", {"optimizer": "adafactor"}),
-    ("method=lora", {"method": "lora"}),
+    {"remat": "layers"},
+    {"mesh_fsdp": -1, "mesh_data": 1},
+    {"moment_dtype": "bfloat16"},
+    {"second_moment_dtype": "bfloat16"},
+    {"moment_dtype": "int8", "second_moment_dtype": "int8"},
+    {"train_text_encoder": False},
+    {"optimizer": "adafactor"},
+    {"method": "lora"},
+    {"frozen_dtype": "int8"},
 )
 SWEEP_TOPOLOGIES = ("v5e:1x1", "v5e:2x4", "v5e:16x16", "v6e:1x1", "v6e:2x4", "v5p:2x2x1", "v4:2x2x1")
 
@@ -240,18 +242,36 @@ def painting_cost(job: Job, chip: Chip, *, quick: bool = True) -> tuple[Cost, fl
 
 def advise(config: ConfigDict, topology: str) -> Iterator[tuple[str, Plan]]:
     """Yields (changes, plan), each compiled, until one fits; the changes add up."""
-    changed, names = ConfigDict(dict(config)), []
-    for name, fields in REMEDIES:
-        if all(changed[field] == value for field, value in fields.items()):
+    applied: dict[str, Any] = {}
+    for remedy in REMEDIES:
+        if "mesh_fsdp" in remedy and len(devices_of(topology)) == 1:
             continue
-        if "mesh_fsdp" in fields and len(devices_of(topology)) == 1:
+        fields = applied | remedy
+        idle = idle_fields(_changed(config, fields))  # by a remedy that came later
+        fields = {name: value for name, value in fields.items() if name not in idle}
+        if not _is_remedy(_changed(config, fields), _changed(config, applied)):
             continue
-        changed.update(fields)
-        names.append(name)
-        tried = plan(changed, topology, class_images=False)
-        yield ", ".join(names), tried
+        applied = fields
+        tried = plan(_changed(config, applied), topology, class_images=False)
+        yield ", ".join(f"{name}={value}" for name, value in applied.items()), tried
         if tried.fits:
             return
+
+
+def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    return ConfigDict(dict(config) | dict(fields))
+
+
+def _is_remedy(changed: ConfigDict, config: ConfigDict) -> bool:
+    """Whether `changed` is another run than `config`, and a possible one. Other methods than full fine-tuning train few
+    parameters already."""
+    if dict(changed) == dict(config) or (changed.method != config.method and config.method != "full"):
+        return False
+    try:
+        check_config(changed)
+    except ConfigError:
+        return False
+    return True
 
 
 def describe(plan: Plan, config: ConfigDict) -> str:
