@@ -8,7 +8,8 @@ three more channels and the level of the noise on it as a second time.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -293,9 +294,14 @@ class Stage(nnx.Module):
         self.downsamplers = nnx.List([ResnetBlock2D(channels, channels, resize=halve, **resized)]) if down else None
         self.upsamplers = nnx.List([ResnetBlock2D(channels, channels, resize=double, **resized)]) if up else None
 
-    def layer(self, index: int, x: Image, temb: Array, text: Tokens) -> Image:
-        x = self.resnets[index](x, temb)
-        return self.attentions[index](x, text) if self.attentions else x
+    def layers(self) -> Iterator[tuple[ResnetBlock2D, AddedKVAttention | None]]:
+        """Arguments of `layer`."""
+        return zip(self.resnets, self.attentions or itertools.repeat(None), strict=False)
+
+
+def layer(resnet: ResnetBlock2D, attention: AddedKVAttention | None, x: Image, temb: Array, text: Tokens) -> Image:
+    x = resnet(x, temb)
+    return x if attention is None else attention(x, text)
 
 
 class MidBlock(nnx.Module):
@@ -413,7 +419,7 @@ class PixelUNet(nnx.Module):
         if (level is None) != (self.class_embedding is None):
             raise ValueError(f"class_embed_type = {spec.class_embed_type!r}: noise level {level}")
         recompute = REMAT[self.remat]
-        layer, mid = recompute(Stage.layer, static_argnums=1), recompute(MidBlock.__call__)
+        compute, mid = recompute(layer), recompute(MidBlock.__call__)
         resize = recompute(ResnetBlock2D.__call__)
         text = text.astype(self.dtype)
         temb = self.embedding(jnp.broadcast_to(t, x.shape[:1]), text, level)
@@ -422,16 +428,16 @@ class PixelUNet(nnx.Module):
         x = self.conv_in(x.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
-            for index in range(len(block.resnets)):
-                x = layer(block, index, x, temb, text)
+            for modules in block.layers():
+                x = compute(*modules, x, temb, text)
                 skips.append(x)
             if block.downsamplers:
                 x = resize(block.downsamplers[0], x, temb)
                 skips.append(x)
         x = mid(self.mid_block, x, temb, text)
         for block in self.up_blocks:
-            for index in range(len(block.resnets)):
-                x = layer(block, index, jnp.concatenate([x, skips.pop()], -1), temb, text)
+            for modules in block.layers():
+                x = compute(*modules, jnp.concatenate([x, skips.pop()], -1), temb, text)
             if block.upsamplers:
                 x = resize(block.upsamplers[0], x, temb)
         return self.conv_out(ACTIVATIONS[spec.act_fn](self.conv_norm_out(x)))

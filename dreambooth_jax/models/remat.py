@@ -31,29 +31,33 @@ _DEAR = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def _recompute(layer: Layer, **options: Any) -> Layer:
-    """`nnx.remat` of `layer`, a function of a module. Parameters are made whole inside it, so that the backward pass
-    keeps the devices' shares (FSDP, arXiv 2304.11277, section 3.2): whole, the 4.3 billion of IF-I-XL take 8 GiB."""
+def _recompute(layer: Layer) -> Layer:
+    """`nnx.remat` of `layer`, a function of modules and arrays. Parameters are made whole inside it, so that the
+    backward pass keeps the devices' shares (FSDP, arXiv 2304.11277, section 3.2): whole, those of IF-I-XL take 8 GiB.
+    Modules should be the layer's alone: a parameter that it does not use gets a gradient of zeros."""
 
     @functools.wraps(layer)
-    def on_whole_params(module: nnx.Module, *args: Any) -> Any:
-        return layer(_whole(module, args) if divides_params() else module, *args)
+    def on_whole_params(*args: Any) -> Any:
+        if not divides_params():
+            return layer(*args)
+        arrays = [x for x in args if isinstance(x, jax.Array)]
+        return layer(*(_whole(x, arrays) if isinstance(x, nnx.Module) else x for x in args))
 
-    return nnx.remat(on_whole_params, **options)
+    return nnx.remat(on_whole_params)
 
 
-def _whole(module: nnx.Module, args: tuple[Any, ...]) -> nnx.Module:
-    """The module with whole parameters, once the layer's `args` are known: the compiler would gather them far ahead."""
+def _whole(module: nnx.Module, arrays: list[jax.Array]) -> nnx.Module:
+    """The module with whole parameters, once `arrays` are known: the compiler would gather parameters far ahead."""
     graph, state = nnx.split(module)
     paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
     shares = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
-    values = made_whole(after(shares, [x for x in args if isinstance(x, jax.Array)]))
+    values = made_whole(after(shares, arrays))
     return nnx.merge(graph, nnx.from_flat_state([(path, values[name]) for name, path in paths.items()]))
 
 
 # Recomputed results -> transformation of a layer's function.
 REMAT: dict[str, Callable[..., Layer]] = {
-    "nothing": lambda layer, **_: layer,
+    "nothing": lambda layer: layer,
     "elementwise": functools.partial(nnx.remat, policy=_DEAR),
     "layers": _recompute,  # everything within a layer, its whole parameters too
 }

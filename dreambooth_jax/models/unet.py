@@ -263,9 +263,20 @@ class Stage(nnx.Module):
         self.downsamplers = nnx.List([Downsample2D(channels, padding=1, **kw)]) if down else None
         self.upsamplers = nnx.List([Upsample2D(channels, **kw)]) if up else None
 
-    def layer(self, index: int, x: Image, temb: Float[Array, "b t"], context: Float[Array, "b k e"]) -> Image:
-        x = self.resnets[index](x, temb)
-        return self.attentions[index](x, context) if self.attentions else x
+    def layers(self) -> Iterator[tuple[ResnetBlock2D, Transformer2DModel | None]]:
+        """Arguments of `layer`."""
+        return zip(self.resnets, self.attentions or itertools.repeat(None), strict=False)
+
+
+def layer(
+    resnet: ResnetBlock2D,
+    attention: Transformer2DModel | None,
+    x: Image,
+    temb: Float[Array, "b t"],
+    context: Float[Array, "b k e"],
+) -> Image:
+    x = resnet(x, temb)
+    return x if attention is None else attention(x, context)
 
 
 class MidBlock(nnx.Module):
@@ -429,12 +440,12 @@ class UNet2DConditionModel(nnx.Module):
 
     def _way_down(self, x: Image, temb: Float[Array, "b t"], context: Float[Array, "b l e"]) -> Iterator[Image]:
         """Yields the features of the way down, the outermost first; those that are not asked for are not computed."""
-        layer, halved = REMAT[self.remat](Stage.layer, static_argnums=1), REMAT[self.remat](Downsample2D.__call__)
+        compute, halved = REMAT[self.remat](layer), REMAT[self.remat](Downsample2D.__call__)
         x = self.conv_in(x)
         yield x
         for block in self.down_blocks:
-            for index in range(len(block.resnets)):
-                x = layer(block, index, x, temb, context)
+            for modules in block.layers():
+                x = compute(*modules, x, temb, context)
                 yield x
             if block.downsamplers:
                 x = halved(block.downsamplers[0], x)
@@ -444,11 +455,11 @@ class UNet2DConditionModel(nnx.Module):
         self, x: Image, skips: Sequence[Image], temb: Float[Array, "b t"], context: Float[Array, "b l e"], *, first: int
     ) -> Image:
         """As many layers of the way up as there are `skips`, from number `first` on; the last skip joins the first."""
-        layer, doubled = REMAT[self.remat](Stage.layer, static_argnums=1), REMAT[self.remat](Upsample2D.__call__)
-        layers = [(block, index) for block in self.up_blocks for index in range(len(block.resnets))]
-        for (block, index), skip in zip(layers[first:], reversed(skips), strict=False):
-            x = layer(block, index, jnp.concatenate([x, skip], -1), temb, context)
-            if block.upsamplers and index == len(block.resnets) - 1:
+        compute, doubled = REMAT[self.remat](layer), REMAT[self.remat](Upsample2D.__call__)
+        layers = [(block, modules) for block in self.up_blocks for modules in block.layers()]
+        for (block, modules), skip in zip(layers[first:], reversed(skips), strict=False):
+            x = compute(*modules, jnp.concatenate([x, skip], -1), temb, context)
+            if block.upsamplers and modules[0] is block.resnets[-1]:
                 x = doubled(block.upsamplers[0], x)
         return x
 
