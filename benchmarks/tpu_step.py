@@ -20,7 +20,7 @@ from kept import kept
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.chips import CHIPS, chip_of
 from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.devices.tpu import Cost, compile_for, devices_of
+from dreambooth_jax.devices.tpu import Cost, OutOfMemory, compile_for, devices_of
 from dreambooth_jax.families.frozen_text import with_cached_text
 from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.runs.job import argument_shapes, lower_steps, make_job, training_size
@@ -101,7 +101,10 @@ def training(config, topology: str, hlo: Path, *, quick: bool) -> dict:
     job = make_job(config, with_cached_text(pipeline, mesh), mesh)
     size = training_size(job.config)
     lowered = lower_steps(job, *argument_shapes(job, 5, size), size)
-    return figures(compile_for(chip_of(topology), lowered, quick=quick), hlo)
+    try:
+        return figures(compile_for(chip_of(topology), lowered, quick=quick), hlo)
+    except OutOfMemory as error:
+        return {"missing": error.missing}
 
 
 def painting(config, chip: str, hlo: Path, *, quick: bool) -> dict:

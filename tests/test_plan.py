@@ -285,6 +285,19 @@ def test_what_is_missing_is_read_from_the_compilers_message(message, gib):
     assert tpu.missing_bytes(message) == pytest.approx(gib * 2**30, rel=1e-6)
 
 
+def test_a_peak_above_the_memory_does_not_fit():
+    """Whatever the compiler, which knows the chip's own memory, lets pass."""
+    place = SingleDeviceSharding(tpu.devices_of("v5e:1x1")[0])
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=place)
+    lowered = jax.jit(lambda x: x @ x).lower(x)
+    chip = chips.CHIPS["v5e"]
+    peak = tpu.compile_for(chip, lowered, quick=True).peak
+    assert peak > 2 * 4 * 1024**2
+    with pytest.raises(tpu.OutOfMemory) as raised:
+        tpu.compile_for(dataclasses.replace(chip, hbm=peak - 1000), lowered, quick=True)
+    assert raised.value.missing == 1000
+
+
 def test_a_plan_prints_itself_alone_and_leaves_no_programs(micro, tmp_path):
     """Neither complaints of libtpu about a machine without TPU, nor programs that no later plan could read again."""
     command = [sys.executable, "-m", "dreambooth_jax.plan", "--config", "configs/dog.py", "--topology", "v5e:1x1"]
