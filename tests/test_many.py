@@ -41,7 +41,7 @@ from dreambooth_jax.files.lora_read import read_adapter
 from dreambooth_jax.runs import many
 from dreambooth_jax.runs.config import ConfigError, check_config
 from dreambooth_jax.runs.fingerprints import check_same
-from dreambooth_jax.runs.job import fresh_state, initial, lower_steps, make_job, numbers_of
+from dreambooth_jax.runs.job import fresh_state, held, initial, lower_steps, make_job, numbers_of, read_shapes
 from dreambooth_jax.runs.lanes import lower_many, many_shapes, subjects_a_device
 from dreambooth_jax.runs.many import examples_of, plan_text
 from dreambooth_jax.runs.setup import begin
@@ -67,14 +67,15 @@ def examples(count, seed, text, pipeline):
 
 
 @pytest.mark.slow
-def test_lane_k_is_the_run_of_subject_k(micro, tmp_path):
+@pytest.mark.parametrize("frozen_dtype", ["", "int8"])
+def test_lane_k_is_the_run_of_subject_k(micro, tmp_path, frozen_dtype):
     pipeline = load_pipeline(micro)
     mesh = make_mesh(1, 1, jax.devices()[:1])
     job, *solo = (
-        make_job(config_of(tmp_path, base=micro, **FIELDS | own), pipeline, mesh)
+        make_job(config_of(tmp_path, base=micro, frozen_dtype=frozen_dtype, **FIELDS | own), pipeline, mesh)
         for own in ({}, *({"learning_rate": a, "lora_rank": r} for a, r in zip(RATES, RANKS, strict=True)))
     )
-    params = read_params(pipeline)
+    params = held(job, read_params(pipeline, mesh, read_shapes(job)))
     starts = [begin(one, params)[0] for one in solo]
     shapes, (_, frozen, _) = jax.eval_shape(lambda x: x, starts[0]), begin(job, params)
     captions = ("a sks dog", "a ktn dog")
