@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 from ml_collections import ConfigDict
 
-from dreambooth_jax.evaluation.choices import BACKBONES, CLIP, DINO, JUDGES, PROMPTS, TRANSFORMS
-from dreambooth_jax.files.hub import EMBEDDED
+from dreambooth_jax.evaluation.choices import BACKBONES, CLIP, DINO, JUDGES, PROMPTS, TRANSFORMS, judges_itself
 from dreambooth_jax.runs import config_file
 from dreambooth_jax.runs.command import finite, one_line_errors
 from dreambooth_jax.runs.flags import fill, refuse
@@ -115,23 +114,18 @@ def settle(options: argparse.Namespace, config: ConfigDict | None) -> None:
         if config.subjects:
             idle = ("prompts", "class_count", "max_prompt_loss", "max_copy", "lpips", "backbone")
             refuse(options, idle, "for a run of many subjects, which are compared with one another")
-        if embedded(options.judge or DEFAULTS["judge"], config.base):
+        if judges_itself(options.judge or DEFAULTS["judge"], config.base):
             refuse(options, _PUBLISHED, "with the models beside the embedded base: give --judge published")
         if not options.lpips:
             refuse(options, ["backbone"], "without --lpips FOLDER")
     fill(options, DEFAULTS)
 
 
-def embedded(judge: str, base: str) -> bool:
-    """Whether the models beside the embedded base judge a run of `base`."""
-    return judge == "embedded" or (judge == "auto" and base in EMBEDDED)
-
-
 def make_judge(options: argparse.Namespace | ConfigDict, base: str, mesh: "Mesh") -> "Judge":
     """The judge that the options or the protocol name for a run of `base`."""
     from dreambooth_jax.evaluation.judge import embedded_judge, published_judge
 
-    if embedded(options.judge, base):
+    if judges_itself(options.judge, base):
         return embedded_judge(mesh)
     return published_judge(
         mesh,

@@ -158,6 +158,12 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicated_shapes(mesh: Mesh, shapes: Tree) -> Tree:
+    """Shapes in any tree, each with the sharding `replicated`."""
+    place = replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
 def batch_axes(sizes: Mapping[str, int], batch: int) -> tuple[str, ...]:
     """The mesh axes over which a leading axis of size `batch` is split: both, one of them, or none, so that it divides.
 

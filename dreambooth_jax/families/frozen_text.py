@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dreambooth_jax.devices.sharding import placed_shapes, replicated
+from dreambooth_jax.devices.sharding import placed_shapes, replicated, replicated_shapes
 from dreambooth_jax.families.family import TEXT, Cond, Models
 from dreambooth_jax.families.pipeline import Pipeline, read_params
 from dreambooth_jax.files.tokenizer import Tokenizer
@@ -60,10 +60,7 @@ def lower_encoding(pipeline: Pipeline, mesh: Mesh) -> jax.stages.Lowered | None:
     if family.trains_text:
         return None
     text = {name: x for name, x in pipeline.frozen_shapes.items() if name.partition(".")[0] in family.names(TEXT)}
-    tokens = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-        family.token_shapes(pipeline.models, PROMPTS),
-    )
+    tokens = replicated_shapes(mesh, family.token_shapes(pipeline.models, PROMPTS))
     with jax.set_mesh(mesh):
         return _encoder(pipeline, mesh).lower(placed_shapes(mesh, text), tokens)
 

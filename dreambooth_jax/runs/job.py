@@ -22,7 +22,14 @@ from dreambooth_jax.adapters.method import Method, full
 from dreambooth_jax.adapters.quantised import quantised, quantised_shapes
 from dreambooth_jax.data.buckets import Size, bucket_sizes
 from dreambooth_jax.devices import compiler_options
-from dreambooth_jax.devices.sharding import batch_sharding, placed_shapes, replicated, state_shardings, unshard
+from dreambooth_jax.devices.sharding import (
+    batch_sharding,
+    placed_shapes,
+    replicated,
+    replicated_shapes,
+    state_shardings,
+    unshard,
+)
 from dreambooth_jax.diffusion.buckets import in_turns
 from dreambooth_jax.diffusion.examples import EncodedExamples, Numbers, TrainingData, room, with_room
 from dreambooth_jax.diffusion.low_resolution import make_augment
@@ -268,7 +275,7 @@ def data_shapes(
         shape((room(config.steps), columns), jnp.int32),
         jax.tree.map(lambda _: shape((), jnp.float32), numbers_of(config)),
     )
-    return jax.tree.map(functools.partial(_replicated_shape, job), data)
+    return replicated_shapes(job.mesh, data)
 
 
 def training_size(config: ConfigDict) -> Size:
@@ -295,11 +302,7 @@ def possible_sizes(job: Job) -> tuple[Size, ...]:
 
 def key_shape(job: Job) -> jax.ShapeDtypeStruct:
     """Shape of the run's key."""
-    return _replicated_shape(job, jax.eval_shape(lambda: jax.random.key(0)))
-
-
-def _replicated_shape(job: Job, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(job.mesh))
+    return replicated_shapes(job.mesh, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def lower_steps(
@@ -450,7 +453,7 @@ def lower_ends(job: Job, batch_size: int) -> jax.stages.Lowered:
 
 def _lower_on_mesh(job: Job, function: jax.stages.Wrapped, arguments: Any) -> jax.stages.Lowered:
     """Lowers (params, arguments) -> results, for parameters as the run holds them and replicated arguments."""
-    placed = jax.tree.map(functools.partial(_replicated_shape, job), arguments)
+    placed = replicated_shapes(job.mesh, arguments)
     trainable, frozen = split_shapes(job)
     with jax.set_mesh(job.mesh):
         return function.lower(trainable | frozen, placed)

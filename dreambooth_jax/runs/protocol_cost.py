@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dreambooth_jax.devices.chips import Chip
-from dreambooth_jax.devices.sharding import batch_sharding, replicated
+from dreambooth_jax.devices.sharding import batch_sharding, replicated_shapes
 from dreambooth_jax.devices.tpu import compile_for
+from dreambooth_jax.evaluation.choices import judges_itself
 from dreambooth_jax.evaluation.features import BATCH
-from dreambooth_jax.files.hub import EMBEDDED, EMBEDDED_FOLDER
+from dreambooth_jax.files.hub import EMBEDDED_FOLDER
 from dreambooth_jax.models.clip import CLIPModel, CLIPVisionSpec
 from dreambooth_jax.models.clip_text import CLIPTextSpec
 from dreambooth_jax.models.params import Functional, functional
@@ -80,7 +81,7 @@ def scoring_seconds(config: ConfigDict, mesh: Mesh, chip: Chip, *, quick: bool =
 
     Published judges are taken as the default ones, ViT-S/16 and CLIP ViT-B/32, or as `--dino` and `--clip` folders.
     """
-    if config.judge == "embedded" or (config.judge == "auto" and config.train.base in EMBEDDED):
+    if judges_itself(config.judge, config.train.base):
         dino, clip = EMBEDDED_FOLDER / "vit", EMBEDDED_FOLDER / "clip"
     else:
         dino, clip = Path(config.dino), Path(config.clip)
@@ -106,7 +107,7 @@ def _config(folder: Path) -> dict:
 
 def _seconds(model: Functional, size: int, method: str, mesh: Mesh, chip: Chip, quick: bool) -> float:
     """Seconds per picture of a batch of `BATCH`."""
-    params = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated(mesh)) for n, s in model.shapes.items()}
+    params = replicated_shapes(mesh, model.shapes)
     pixels = jax.ShapeDtypeStruct((BATCH, size, size, 3), jnp.float32, sharding=batch_sharding(mesh, BATCH))
     with jax.set_mesh(mesh):
         lowered = jax.jit(lambda params, x: model.apply(params, x, method=method)).lower(params, pixels)
