@@ -32,6 +32,22 @@ def test_collectives_are_read_from_the_compiled_text():
     }
 
 
+def test_a_collective_that_runs_beside_several_fusions_counts_once():
+    gather = "all-gather(f32[2,16]{1,0} %p), channel_id=15, replica_groups=[2,4]<=[8], dimensions={0}"
+    text = f"""
+    %async_collective_start {{
+      %ag.1 = f32[8,16]{{1,0}} {gather}
+    }}
+    %beside {{
+      %ag.2 = f32[8,16]{{1,0}} {gather}
+    }}
+    ENTRY %main {{
+      %ag.3 = f32[8,16]{{1,0}} {gather.replace("=15", "=16")}
+    }}
+    """
+    assert hlo.collectives(text) == {"all-gather": (2, 2 * 3 * 2 * 16 * 4)}
+
+
 def test_attention_kernels_are_counted():
     """Two products forward, five backward, of 2 b h q k d FLOPs each, on padded heads."""
     q, k = "bf16[2,8,1024,128]{3,2,1,0}", "bf16[2,8,256,128]{3,2,1,0}"

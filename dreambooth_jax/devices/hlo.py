@@ -36,6 +36,7 @@ _GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<first>[\d,]*)\}"
     r"|mesh\[(?P<mesh>[^\]]*)\](?:, device_ids=\([^{]*\))? \{(?P<axes>[^}]*)\})"
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 
 
@@ -44,9 +45,11 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
 
     With g devices in a group and a result of s bytes, a device receives (g - 1) / g s in an all-gather, (g - 1) s in a
     reduce-scatter, and 2 (g - 1) / g s in an all-reduce, which is both. TPUs print a reduce-scatter as a fusion of that
-    name, which holds an all-reduce and a slice.
+    name, which holds an all-reduce and a slice; and one collective in each of the fusions that it runs beside, with the
+    same channel.
     """
     found: dict[str, list[float]] = {}
+    channels: set[str] = set()
     fused = False
     for line in hlo.splitlines():
         if line.endswith("{"):
@@ -54,6 +57,10 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
         match = _COLLECTIVE.search(line)
         if not match:
             continue
+        if channel := _CHANNEL.search(match["rest"]):
+            if channel[1] in channels:
+                continue
+            channels.add(channel[1])
         sizes = [_bytes_of(kind, dims) for kind, dims in _ARRAY.findall(match["result"])]
         # A "-start" returns its operands beside its results; the larger half is what is exchanged.
         size = max(sizes, default=0) if match["start"] else sum(sizes)
