@@ -1,24 +1,21 @@
-"""The UNet on CPU: ours beside PyTorch diffusers', in one run, float32.
+"""The UNet on CPU: ours beside PyTorch diffusers', in one run, eager and at its best.
 
-    python benchmarks/step.py
+    pip install -e ".[test]" && python benchmarks/step.py     # a quarter of an hour; a C++ compiler for torch.compile
 
 A training step of a reduced one (forward, backward and AdamW; latents 32x32, channels 64-128-256-256, one layer per
 block, context 128, 8 heads, batch 4), then the forward pass of Stable Diffusion 1.5's (latents 64x64, batch 2).
+PyTorch's best is autocast to bfloat16, fused AdamW, channels last and torch.compile. Every way has a process of its
+own, whose largest memory (RSS) counts its compiling too.
 """
 
-import time
+import multiprocessing
+import platform
+import resource
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import torch
 from alternate import alternate
-from diffusers import UNet2DConditionModel as TorchUNet
-
-from dreambooth_jax.devices import runtime
-from dreambooth_jax.models.params import count, functional
-from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
 
 REDUCED = {
     "sample_size": 32,
@@ -31,26 +28,55 @@ REDUCED = {
 }
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 BATCH, ROUNDS = 4, 9
+Work = Callable[[], object]
 
 
-def torch_step():
-    model = TorchUNet(**REDUCED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+def torch_step(best: bool) -> Work:
+    import torch
+
+    unet = _torch_unet(REDUCED, best)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=best)
     x, target = torch.randn(BATCH, 4, 32, 32), torch.randn(BATCH, 4, 32, 32)
     t, context = torch.randint(0, 1000, (BATCH,)), torch.randn(BATCH, 77, 128)
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.nn.functional.mse_loss(model(x, t, context).sample, target).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=best):
+            predicted = unet(x, t, context).sample
+        torch.nn.functional.mse_loss(predicted.float(), target).backward()
         optimizer.step()
 
     return step
 
 
-def jax_step():
-    spec = UNetSpec.from_config(REDUCED)
-    unet = functional(lambda rngs: UNet2DConditionModel(spec, rngs=rngs))
-    params = unet.init(jax.random.key(0))
+def torch_forward(best: bool) -> Work:
+    import torch
+
+    unet = _torch_unet(SD15, best)
+    x, context = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
+
+    def forward() -> None:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=best):
+            unet(x, 500, context)
+
+    return forward
+
+
+def _torch_unet(config: dict, best: bool) -> Callable:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(**config)
+    return torch.compile(unet.to(memory_format=torch.channels_last)) if best else unet
+
+
+def jax_step(dtype: str) -> Work:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    unet, params = _jax_unet(REDUCED, dtype)
     optimizer = optax.adamw(1e-5)
     rng = np.random.default_rng(0)
     x, target = (jnp.asarray(rng.normal(size=(BATCH, 32, 32, 4)), jnp.float32) for _ in range(2))
@@ -61,45 +87,97 @@ def jax_step():
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    started = time.perf_counter()
     carried = [(params, optimizer.init(params))]
-    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*carried[0]).compile()
-    print(f"{count(params) / 1e6:.1f} M parameters; compiled in {time.perf_counter() - started:.1f} s")
+    jitted = jax.jit(update, donate_argnums=(0, 1))
 
     def step() -> None:
-        carried[0] = jax.block_until_ready(compiled(*carried[0]))
+        carried[0] = jax.block_until_ready(jitted(*carried[0]))
 
     return step
 
 
-def torch_forward():
-    model = TorchUNet(**SD15)
-    x, context = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
+def jax_forward(dtype: str) -> Work:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
 
-    def forward() -> None:
-        with torch.inference_mode():
-            model(x, 500, context)
-
-    return forward
-
-
-def jax_forward():
-    spec = UNetSpec.from_config(SD15)
-    unet = functional(lambda rngs: UNet2DConditionModel(spec, rngs=rngs))
-    shapes = jax.eval_shape(unet.init, jax.random.key(0))
-    params = {name: jnp.full(x.shape, 0.01, x.dtype) for name, x in shapes.items()}
+    unet, params = _jax_unet(SD15, dtype)
     rng = np.random.default_rng(0)
     x, context = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 64, 64, 4), (2, 77, 768)))
     predict = jax.jit(unet.apply)
     return lambda: jax.block_until_ready(predict(params, x, jnp.full(2, 500), context))
 
 
-def main() -> None:
+def _jax_unet(config: dict, dtype: str):
+    import jax
+
+    from dreambooth_jax.devices import runtime
+    from dreambooth_jax.models.params import functional
+    from dreambooth_jax.models.unet import UNet2DConditionModel, UNetSpec
+
     runtime.start()
+    spec = UNetSpec.from_config(config)
+    unet = functional(lambda rngs: UNet2DConditionModel(spec, dtype=dtype, rngs=rngs))
+    return unet, jax.jit(unet.init)(jax.random.key(0))
+
+
+WAYS = {
+    "PyTorch eager": (torch_step, torch_forward, False),
+    "PyTorch's best": (torch_step, torch_forward, True),
+    "ours, float32": (jax_step, jax_forward, "float32"),
+    "ours, bfloat16": (jax_step, jax_forward, "bfloat16"),
+}
+PAIRS = [
+    ("PyTorch eager", "ours, float32"),
+    ("PyTorch's best", "ours, bfloat16"),
+    ("PyTorch's best", "ours, float32"),
+]
+
+# Of a worker.
+_work: Work
+
+
+def _prepare(make: Callable[..., Work], setting: bool | str) -> None:
+    global _work
+    _work = make(setting)
+
+
+def _run() -> None:
+    _work()
+
+
+def _peak() -> float:
+    """GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def compare(which: int, rounds: int) -> None:
+    """Times every way's step (0) or forward pass (1), each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    workers = {name: ProcessPoolExecutor(1, context) for name in WAYS}
+    for name, (*makes, setting) in WAYS.items():
+        workers[name].submit(_prepare, makes[which], setting).result()
+    alternate({name: lambda w=w: w.submit(_run).result() for name, w in workers.items()}, rounds, PAIRS)
+    for name, worker in workers.items():
+        print(f"{name:18} peak RSS {worker.submit(_peak).result():.2f} GiB")
+        worker.shutdown()
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    facts = dict(line.replace("\t", "").split(": ", 1) for line in reversed(lines) if ": " in line)
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    has = [flag for flag in wanted if flag in facts.get("flags", "").split()]
+    family = f"family {facts.get('cpu family')}, model {facts.get('model')}"
+    return f"{facts.get('model name', platform.processor())}, {family}, {' '.join(has)}"
+
+
+def main() -> None:
+    print(processor())
     print("A training step of the reduced UNet")
-    alternate({"PyTorch eager": torch_step(), "dreambooth_jax": jax_step()}, ROUNDS)
+    compare(0, ROUNDS)
     print("\nThe forward pass of Stable Diffusion 1.5")
-    alternate({"PyTorch eager": torch_forward(), "dreambooth_jax": jax_forward()}, ROUNDS // 2)
+    compare(1, ROUNDS // 2)
 
 
 if __name__ == "__main__":

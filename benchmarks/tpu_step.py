@@ -1,5 +1,5 @@
 """Stable Diffusion 1.5 on one TPU chip, as its compiler sees it: the training step with its settings, and sampling.
-And the training steps of DeepFloyd IF and of the x4 upscaler on their slices.
+And the training steps of other models on their slices.
 
     pip install -e ".[plan]" && python benchmarks/tpu_step.py          # a quarter of an hour; --full: hours
     python benchmarks/tpu_step.py --full --only "v5e, (1+1)"           # some rows
@@ -14,17 +14,13 @@ import gzip
 import runpy
 from pathlib import Path
 
-import jax.numpy as jnp
 from kept import kept
 
 from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.chips import CHIPS, chip_of
-from dreambooth_jax.devices.sharding import make_mesh
-from dreambooth_jax.devices.tpu import Cost, OutOfMemory, compile_for, devices_of
-from dreambooth_jax.families.frozen_text import with_cached_text
-from dreambooth_jax.families.pipeline import describe_base
-from dreambooth_jax.runs.job import argument_shapes, lower_steps, make_job, training_size
-from dreambooth_jax.runs.slices import Plan, painting_cost, plan
+from dreambooth_jax.devices.tpu import Cost, OutOfMemory, compile_for
+from dreambooth_jax.runs.job import argument_shapes, lower_steps, training_size
+from dreambooth_jax.runs.slices import Plan, job_on, painting_cost, plan
 from dreambooth_jax.runs.stages import stage_configs
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +35,7 @@ SETTINGS = [
     (chip, images, fields)
     for chip, images, choices in (
         ("v5e", 1, ({}, ELEMENTWISE, LAYERS, LAYERS | NO_CLIPPING, MOMENT, MOMENT | SECOND, EIGHT, MUON)),
+        ("v5e", 1, (ELEMENTWISE | MOMENT | SECOND,)),
         ("v5e", 1, (TEXT, TEXT | ELEMENTWISE)),
         ("v5e", 1, (LORA, LORA | ELEMENTWISE, LORA | LAYERS, LORA | ELEMENTWISE | INT8)),
         ("v6e", 4, ({}, ELEMENTWISE, LAYERS, TEXT | ELEMENTWISE)),
@@ -55,8 +52,11 @@ UPSCALER = {
     "sr_crop": 256,
     "resolution": 1024,
 }
+BATCH = {"resolution": 512, "batch_size": 32, "train_text_encoder": False, "remat": "nothing"}
 # model, preset of configs/dog.py, stage, slice, what differs from the preset
-CASCADES = [
+OTHERS = [
+    ("Stable Diffusion 2.1", "sd21", 1, "v5p:1x1x1", BATCH),
+    ("Stable Diffusion 2.1", "sd21", 1, "v5p:1x1x1", BATCH | ELEMENTWISE),
     ("IF-I-M", "if", 1, "v5e:1x1", ELEMENTWISE),
     ("IF-I-M", "if", 1, "v5e:1x1", {"remat": "nothing"}),
     ("IF-I-XL", "if_xl,lora", 1, "v5e:1x1", ELEMENTWISE),
@@ -96,9 +96,7 @@ def figures(cost: Cost, hlo: Path) -> dict:
 
 def training(config, topology: str, hlo: Path, *, quick: bool) -> dict:
     """What is kept of a training step alone, on five photos."""
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices_of(topology))
-    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    job = make_job(config, with_cached_text(pipeline, mesh), mesh)
+    job = job_on(config, topology)
     size = training_size(job.config)
     lowered = lower_steps(job, *argument_shapes(job, 5, size), size)
     try:
@@ -109,9 +107,7 @@ def training(config, topology: str, hlo: Path, *, quick: bool) -> dict:
 
 def painting(config, chip: str, hlo: Path, *, quick: bool) -> dict:
     """What is kept of a batch of pictures; its time is that of all sampling steps."""
-    mesh = make_mesh(devices=devices_of(f"{chip}:1x1"))
-    job = make_job(config, describe_base(config.base, dtype=jnp.dtype(config.dtype)), mesh)
-    cost, seconds = painting_cost(job, CHIPS[chip], quick=quick)
+    cost, seconds = painting_cost(job_on(config, f"{chip}:1x1"), CHIPS[chip], quick=quick)
     passes = -(-config.sampling_steps // config.reuse_features)
     return figures(cost, hlo) | {"roofline": seconds, "kernels": cost.kernel_seconds * passes, "cycles": None}
 
@@ -162,7 +158,7 @@ def main() -> None:
             f"{chip}, painting {images}, {fields['sampling_steps']} steps of {fields['sampler']}{reuse}",
             lambda hlo, config=config, chip=chip: painting(config, chip, hlo, quick=not options.full),
         )
-    for model, preset, stage, topology, fields in CASCADES:
+    for model, preset, stage, topology, fields in OTHERS:
         config = stage_configs(get_config(preset))[stage - 1]
         config.update(fields)
         show(

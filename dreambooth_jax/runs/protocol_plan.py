@@ -3,17 +3,13 @@
 import argparse
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dreambooth_jax.devices.chips import Chip
 from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import devices_of
-from dreambooth_jax.families.frozen_text import with_cached_text
-from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.runs import protocol_cost, slices, together
 from dreambooth_jax.runs.config import check_config
-from dreambooth_jax.runs.job import make_job
 from dreambooth_jax.runs.slices import GIB, Plan
 from dreambooth_jax.runs.stages import stage_configs
 from dreambooth_jax.runs.together import Together
@@ -84,8 +80,7 @@ def _check_fits(found: Plan | Together, topology: str, excess: int, what: str, o
 
 
 def _part(train: ConfigDict, topology: str, found: Plan | Together, run: float, quick: bool) -> _Part:
-    mesh = make_mesh(train.mesh_data, train.mesh_fsdp, devices_of(topology))
-    job = make_job(train, with_cached_text(describe_base(train.base, dtype=jnp.dtype(train.dtype)), mesh), mesh)
+    job = slices.job_on(train, topology)
     batch = found.painting_seconds or slices.painting_cost(job, found.chip, quick=quick)[1]
     return _Part(
         run,

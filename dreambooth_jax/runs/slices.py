@@ -124,6 +124,17 @@ class Plan:
         return config.steps * self.cost.seconds + painting
 
 
+def job_on(config: ConfigDict, topology: str) -> Job:
+    """The job on a slice, from shapes alone.
+
+    Raises:
+        ValueError: unknown topology, or a mesh that does not cover it.
+    """
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices_of(topology))
+    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    return make_job(config, with_cached_text(pipeline, mesh), mesh)
+
+
 def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick: bool = True) -> Plan:
     """Compiles the run for a slice.
 
@@ -132,20 +143,16 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
         quick: with the compiler's least effort, see `compile_for`.
 
     Raises:
-        ValueError: unknown topology, or a mesh that does not cover it.
+        ValueError: see `job_on`.
     """
-    devices = devices_of(topology)
-    chip = chip_of(topology)
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
-    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    job = make_job(config, with_cached_text(pipeline, mesh), mesh)
+    chip, job = chip_of(topology), job_on(config, topology)
     counts, photos = count_examples(job)
     size = max(counts, key=math.prod)
     state, frozen, data, key = argument_shapes(job, counts[size], size)
     others = [data_shapes(job, n, config.num_class_images, other) for other, n in counts.items() if other != size]
     batches = painted_batches(job)
     paints = class_images and sum(batches) > 0
-    encoding = lower_encoding(pipeline, mesh)
+    encoding = lower_encoding(job.pipeline, job.mesh)
     lowered = lower_steps(job, state, frozen, data, key, size)
     with for_absent_devices(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
         painted = beside.submit(painting_costs, job, chip, quick=quick) if paints else None
@@ -155,7 +162,7 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     painting, seconds, class_seconds = costs or (None, 0.0, 0.0)
     return Plan(
         topology=topology,
-        devices=len(devices),
+        devices=job.mesh.size,
         chip=chip,
         parameters=shard_bytes(state.trainable) + shard_bytes(frozen),
         optimizer_state=shard_bytes(state.opt_state) + (shard_bytes(state.ema) if state.ema else 0),

@@ -11,25 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dreambooth_jax.data.sources import list_images
 from dreambooth_jax.devices.chips import Chip, chip_of
-from dreambooth_jax.devices.sharding import make_mesh
 from dreambooth_jax.devices.tpu import (
     Cost,
     OutOfMemory,
     compile_for,
-    devices_of,
     for_absent_devices,
     shard_bytes,
 )
-from dreambooth_jax.families.frozen_text import with_cached_text
-from dreambooth_jax.families.pipeline import describe_base
 from dreambooth_jax.runs import slices
 from dreambooth_jax.runs.config import absolute_paths, check_config
-from dreambooth_jax.runs.job import Job, make_job
+from dreambooth_jax.runs.job import Job
 from dreambooth_jax.runs.lanes import lower_many, many_shapes, subjects_a_device
 from dreambooth_jax.runs.slices import GIB, Plan
 from dreambooth_jax.runs.subjects import read_subjects
@@ -131,10 +126,8 @@ def together(config: ConfigDict, topology: str, count: int, *, quick: bool = Tru
         ValueError: unknown topology, or a mesh that does not cover it.
     """
     config, crowd = crowd_of(config, count)
-    devices, chip = devices_of(topology), chip_of(topology)
-    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices)
-    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
-    job = make_job(config, with_cached_text(pipeline, mesh), mesh)
+    chip, job = chip_of(topology), slices.job_on(config, topology)
+    mesh = job.mesh
     each = subjects_a_device(mesh, crowd.subjects)
     one = f"{topology.partition(':')[0]}:{'x'.join('1' * chip.axes)}"
     single = ConfigDict(dict(config) | {"mesh_data": -1, "mesh_fsdp": 1})
@@ -158,8 +151,8 @@ def together(config: ConfigDict, topology: str, count: int, *, quick: bool = Tru
             painting_missing = error.missing
     return Together(
         topology=topology,
-        devices=len(devices),
-        chips=len(devices) // chip.devices,
+        devices=mesh.size,
+        chips=mesh.size // chip.devices,
         chip=chip,
         crowd=crowd,
         each=each,
