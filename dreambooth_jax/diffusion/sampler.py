@@ -33,7 +33,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from dreambooth_jax.diffusion.loss import Predict
 from dreambooth_jax.diffusion.process import Nodes, Process
@@ -125,6 +125,7 @@ def make_sampler(
     split: Callable[[Array], tuple[Array, Array | None]] = lambda output: (output, None),
     reuse_features: int = 1,
     with_deep: PredictDeep | None = None,
+    shares_input: bool = False,
 ) -> Callable[..., Float[Array, "b ..."]]:
     """Builds `sample(params, noise, cond, uncond, guidance, keys=None) -> x0`, to be jitted by the caller.
 
@@ -138,6 +139,8 @@ def make_sampler(
             `cond`.
         reuse_features: the whole model runs at every so many-th step; 1: at every step.
         with_deep: `predict` that gives its deep features and takes those of an earlier step; for `reuse_features` > 1.
+        shares_input: whether `predict` takes a row of x_t for two rows of cond, negative prompt and prompt, and
+            computes once what does not depend on them.
 
     Arguments of the returned function:
         params: of `predict`.
@@ -146,7 +149,7 @@ def make_sampler(
         guidance: scale w of uncond + w (cond - uncond) (arXiv 2207.12598, equation 6 with w = 1 + w'); scalar.
         keys: one per image, [b], for samplers in `ANCESTRAL`: image j draws the noise of step i from
             fold_in(keys[j], i), so that it does not depend on its batch.
-    Both conditions go through the model in one batch of 2b.
+    Both conditions go through the model in one batch of 2b, those of a picture side by side.
 
     Raises:
         ValueError: see `sampler_table`; `reuse_features` is no number of steps, or above 1 without `with_deep`; or,
@@ -168,14 +171,16 @@ def make_sampler(
     ) -> Float[Array, "b ..."]:
         if sampler in ANCESTRAL and keys is None:
             raise ValueError(f"sampler = {sampler!r} draws noise at every step: expected keys, one per image")
-        both = cond if uncond is None else jax.tree.map(lambda *pair: jnp.concatenate(pair), uncond, cond)
+        both = cond if uncond is None else jax.tree.map(_side_by_side, uncond, cond)
 
         def guided(x: Float[Array, "b ..."], t: Float[Array, ""], deep: PyTree) -> tuple[Array, Array | None, PyTree]:
             if uncond is None:
                 output, deep = model(params, x, jnp.full(len(x), t), both, deep)
                 return *split(output.astype(jnp.float32)), deep
-            output, deep = model(params, jnp.concatenate([x, x]), jnp.full(2 * len(x), t), both, deep)
-            (without, _), (with_, f) = map(split, jnp.split(output.astype(jnp.float32), 2))
+            given = x if shares_input else jnp.repeat(x, 2, axis=0)
+            output, deep = model(params, given, jnp.full(len(given), t), both, deep)
+            pairs = output.astype(jnp.float32).reshape(len(x), 2, *output.shape[1:])
+            (without, _), (with_, f) = split(pairs[:, 0]), split(pairs[:, 1])
             return without + guidance * (with_ - without), f, deep
 
         def fresh(i: Int[Array, ""]) -> Float[Array, "b ..."]:
@@ -198,6 +203,13 @@ def make_sampler(
         return jax.lax.scan(body, (start, jnp.zeros_like(noise)), rows)[0][0]
 
     return sample
+
+
+def _side_by_side(
+    uncond: Shaped[Array | np.ndarray, "b *c"], cond: Shaped[Array | np.ndarray, "b *c"]
+) -> Shaped[Array, "r *c"]:
+    """The rows of both, in turns: devices that share a batch have both of a picture."""
+    return jnp.stack([uncond, cond], 1).reshape(-1, *cond.shape[1:])
 
 
 def _in_groups(table: Table, size: int) -> tuple[Array, Table]:

@@ -109,6 +109,8 @@ class Family(NamedTuple):
         with_deep: (models, params, x_t, t, conditions, deep features of an earlier step or None) -> (output of the
             denoiser, its deep features), the deep part left out where features are given; None for a denoiser that
             is not divided.
+        shares_input: whether `predict` and `with_deep` take several rows of conditions for a row of x_t, see
+            `make_sampler`.
         guidance: classifier-free guidance scale that pictures are usually painted with.
         of_example: (models, Pictures) -> conditions of the pictures.
         low_resolution: models -> how a super-resolution stage takes the picture of the stage before; None for others.
@@ -137,6 +139,7 @@ class Family(NamedTuple):
     predict: Callable[[Models, Params, Array, Array, Cond], Array]
     guidance: float
     with_deep: Callable[[Models, Params, Array, Array, Cond, Array | None], tuple[Array, Array]] | None = None
+    shares_input: bool = False
     of_example: Callable[[Models, Pictures], Cond] = lambda models, pictures: {}
     low_resolution: Callable[[Models], LowResolution | None] = lambda models: None
     negative: Callable[[Models, Cond, Array], Cond] = lambda models, cond, empty: cond

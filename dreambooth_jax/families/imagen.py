@@ -141,6 +141,7 @@ STAGE_I = sd.FAMILY._replace(
     encode_images=encode_images,
     decode=decode,
     with_deep=None,
+    shares_input=False,
     guidance=7.0,
     split=split,
     clip=clip,

@@ -134,5 +134,6 @@ FAMILY = Family(
     decode=decode,
     predict=predict,
     with_deep=with_deep,
+    shares_input=True,
     guidance=7.5,
 )

@@ -101,6 +101,7 @@ FAMILY = sd.FAMILY._replace(
     encode_text=encode_text,
     predict=predict,
     with_deep=with_deep,
+    shares_input=False,  # the pooled text joins the embedding of time
     guidance=5.0,
     of_example=of_example,
     negative=negative,

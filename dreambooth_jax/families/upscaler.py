@@ -41,8 +41,10 @@ def predict(models: Models, params: Params, xt: Array, t: Array, cond: Cond) -> 
 def with_deep(
     models: Models, params: Params, xt: Array, t: Array, cond: Cond, deep: Array | None
 ) -> tuple[Array, Array]:
-    x = jnp.concatenate([xt, cond["low"].astype(xt.dtype)], -1)
-    return models.apply("unet", params, deep, x, t, cond["states"], cond["level"], method="with_deep")
+    texts = len(cond["low"]) // len(xt)  # of a picture, whose other conditions are the same
+    low, level = (cond[name][::texts] for name in ("low", "level"))
+    x = jnp.concatenate([xt, low.astype(xt.dtype)], -1)
+    return models.apply("unet", params, deep, x, t, cond["states"], level, method="with_deep")
 
 
 def low_resolution(models: Models) -> LowResolution:

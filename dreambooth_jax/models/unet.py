@@ -144,6 +144,12 @@ def timestep_embedding(
     return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], -1)
 
 
+def repeat_rows(x: Float[Array, "b *c"], others: Float[Array, "r *d"]) -> Float[Array, "r *c"]:
+    """Every row of `x` for as many rows of `others`, one after the other, as there are for each."""
+    times = len(others) // len(x)
+    return x if times == 1 else jnp.repeat(x, times, axis=0)
+
+
 class TimestepEmbedding(nnx.Module):
     def __init__(self, dim: int, out: int, **kw: Unpack[Setting]):
         self.linear_1 = Linear(dim, out, **kw)
@@ -205,9 +211,10 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(channels, 1e-5, **kw)
         self.ff = FeedForward(channels, **kw)
 
-    def __call__(self, x: Tokens, context: Float[Array, "b k e"]) -> Tokens:
+    def __call__(self, x: Tokens, context: Float[Array, "r k e"]) -> Float[Array, "r l c"]:
+        x = repeat_rows(x, context) if self.only_cross else x
         normed = self.norm1(x)
-        x = x + self.attn1(normed, context if self.only_cross else normed)
+        x = repeat_rows(x + self.attn1(normed, context if self.only_cross else normed), context)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -235,10 +242,11 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project(channels, channels, **kw)
 
-    def __call__(self, x: Image, context: Float[Array, "b k e"]) -> Image:
+    def __call__(self, x: Image, context: Float[Array, "r k e"]) -> Float[Array, "r h w c"]:
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
+        x = repeat_rows(x, context)
         return x + self.proj_out(tokens.reshape(x.shape))
 
 
@@ -272,10 +280,11 @@ def layer(
     resnet: ResnetBlock2D,
     attention: Transformer2DModel | None,
     x: Image,
-    temb: Float[Array, "b t"],
-    context: Float[Array, "b k e"],
-) -> Image:
-    x = resnet(x, temb)
+    temb: Float[Array, "_b t"],
+    context: Float[Array, "r k e"],
+) -> Float[Array, "_r h w c"]:
+    """Of x's rows; where there is attention, of the context's."""
+    x = resnet(x, repeat_rows(temb, x))
     return x if attention is None else attention(x, context)
 
 
@@ -284,8 +293,9 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([ResnetBlock2D(channels, channels, **resnet, **kw) for _ in range(2)])
         self.attentions = nnx.List([Transformer2DModel(channels, **transformer, **kw)])
 
-    def __call__(self, x: Image, temb: Float[Array, "b t"], context: Float[Array, "b k e"]) -> Image:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
+    def __call__(self, x: Image, temb: Float[Array, "_b t"], context: Float[Array, "r k e"]) -> Float[Array, "r h w c"]:
+        x = layer(self.resnets[0], self.attentions[0], x, temb, context)
+        return layer(self.resnets[1], None, x, temb, context)
 
 
 OUTER = 1  # layers of the way up that are computed anew where deep features of another step are given
@@ -362,17 +372,18 @@ class UNet2DConditionModel(nnx.Module):
         self,
         x: Float[Array, "b h w in"],
         t: Real[Array, "b"] | Real[Array, ""],
-        context: Float[Array, "b l e"],
+        context: Float[Array, "r l e"],
         level: Int[Array, "b"] | None = None,
         pooled: Float[Array, "b p"] | None = None,
         sizes: Float[Array, "b s"] | None = None,
-    ) -> Float[Array, "b h w out"]:
-        """The prediction, like `x`.
+    ) -> Float[Array, "r h w out"]:
+        """The prediction, like `x`, for every text.
 
         Args:
             x: noisy latents.
             t: timesteps in [0, T), whole or fractional.
-            context: text states.
+            context: text states; several for a row of `x` follow one another. What lies before the first
+                cross-attention is then computed once for all of them.
             level: timestep of the noise on the low-resolution picture; None without `spec.num_class_embeds`.
             pooled, sizes: text embedding and size numbers that join the embedding of time, with
                 `spec.addition_embed_type` "text_time".
@@ -384,14 +395,14 @@ class UNet2DConditionModel(nnx.Module):
 
     def with_deep(
         self,
-        deep: Image | None,
+        deep: Float[Array, "r _h _w c"] | None,
         x: Float[Array, "b h w in"],
         t: Real[Array, "b"] | Real[Array, ""],
-        context: Float[Array, "b l e"],
+        context: Float[Array, "r l e"],
         level: Int[Array, "b"] | None = None,
         pooled: Float[Array, "b p"] | None = None,
         sizes: Float[Array, "b s"] | None = None,
-    ) -> tuple[Float[Array, "b h w out"], Image]:
+    ) -> tuple[Float[Array, "r h w out"], Float[Array, "r _h _w c"]]:
         """The prediction, and the deep features: those that enter the last `OUTER` layers of the way up.
 
         Args:
@@ -438,7 +449,7 @@ class UNet2DConditionModel(nnx.Module):
             temb = temb + self._added(pooled, sizes)
         return temb
 
-    def _way_down(self, x: Image, temb: Float[Array, "b t"], context: Float[Array, "b l e"]) -> Iterator[Image]:
+    def _way_down(self, x: Image, temb: Float[Array, "b t"], context: Float[Array, "r l e"]) -> Iterator[Array]:
         """Yields the features of the way down, the outermost first; those that are not asked for are not computed."""
         compute, halved = REMAT[self.remat](layer), REMAT[self.remat](Downsample2D.__call__)
         x = self.conv_in(x)
@@ -452,13 +463,19 @@ class UNet2DConditionModel(nnx.Module):
                 yield x
 
     def _way_up(
-        self, x: Image, skips: Sequence[Image], temb: Float[Array, "b t"], context: Float[Array, "b l e"], *, first: int
-    ) -> Image:
+        self,
+        x: Image,
+        skips: Sequence[Array],
+        temb: Float[Array, "_b t"],
+        context: Float[Array, "_r l e"],
+        *,
+        first: int,
+    ) -> Array:
         """As many layers of the way up as there are `skips`, from number `first` on; the last skip joins the first."""
         compute, doubled = REMAT[self.remat](layer), REMAT[self.remat](Upsample2D.__call__)
         layers = [(block, modules) for block in self.up_blocks for modules in block.layers()]
         for (block, modules), skip in zip(layers[first:], reversed(skips), strict=False):
-            x = compute(*modules, jnp.concatenate([x, skip], -1), temb, context)
+            x = compute(*modules, jnp.concatenate([x, repeat_rows(skip, x)], -1), temb, context)
             if block.upsamplers and modules[0] is block.resnets[-1]:
                 x = doubled(block.upsamplers[0], x)
         return x

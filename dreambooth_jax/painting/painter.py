@@ -85,6 +85,7 @@ def make_paint_batch(
         split=(lambda output: (pipeline.split(output)[0], None)) if trained else pipeline.split,
         reuse_features=reuse_features,
         with_deep=pipeline.with_deep,
+        shares_input=pipeline.family.shares_input,
     )
     condition = picture_conditions(pipeline, resolution, sr_noise, noise_level)
     shape = pipeline.example_shape(resolution)
