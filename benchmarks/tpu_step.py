@@ -20,7 +20,7 @@ from dreambooth_jax.devices import runtime
 from dreambooth_jax.devices.chips import CHIPS, chip_of
 from dreambooth_jax.devices.tpu import Cost, OutOfMemory, compile_for
 from dreambooth_jax.runs.job import argument_shapes, lower_steps, training_size
-from dreambooth_jax.runs.slices import Plan, job_on, painting_cost, plan
+from dreambooth_jax.runs.slices import Plan, described, job_on, painting_cost, plan
 from dreambooth_jax.runs.stages import stage_configs
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def figures(cost: Cost, hlo: Path) -> dict:
 
 def training(config, topology: str, hlo: Path, *, quick: bool) -> dict:
     """What is kept of a training step alone, on five photos."""
-    job = job_on(config, topology)
+    job = job_on(config, described(config), topology)
     size = training_size(job.config)
     lowered = lower_steps(job, *argument_shapes(job, 5, size), size)
     try:
@@ -107,7 +107,7 @@ def training(config, topology: str, hlo: Path, *, quick: bool) -> dict:
 
 def painting(config, chip: str, hlo: Path, *, quick: bool) -> dict:
     """What is kept of a batch of pictures; its time is that of all sampling steps."""
-    cost, seconds = painting_cost(job_on(config, f"{chip}:1x1"), CHIPS[chip], quick=quick)
+    cost, seconds = painting_cost(job_on(config, described(config), f"{chip}:1x1"), CHIPS[chip], quick=quick)
     passes = -(-config.sampling_steps // config.reuse_features)
     return figures(cost, hlo) | {"roofline": seconds, "kernels": cost.kernel_seconds * passes, "cycles": None}
 

@@ -80,7 +80,7 @@ def _check_fits(found: Plan | Together, topology: str, excess: int, what: str, o
 
 
 def _part(train: ConfigDict, topology: str, found: Plan | Together, run: float, quick: bool) -> _Part:
-    job = slices.job_on(train, topology)
+    job = slices.job_on(train, slices.described(train), topology)
     batch = found.painting_seconds or slices.painting_cost(job, found.chip, quick=quick)[1]
     return _Part(
         run,

@@ -27,7 +27,7 @@ from dreambooth_jax.devices.tpu import (
     shard_bytes,
 )
 from dreambooth_jax.families.frozen_text import PROMPTS, lower_encoding, with_cached_text
-from dreambooth_jax.families.pipeline import describe_base
+from dreambooth_jax.families.pipeline import Pipeline, describe_base
 from dreambooth_jax.runs.config import ConfigError, absolute_paths, check_config
 from dreambooth_jax.runs.effects import idle_fields
 from dreambooth_jax.runs.job import (
@@ -124,14 +124,21 @@ class Plan:
         return config.steps * self.cost.seconds + painting
 
 
-def job_on(config: ConfigDict, topology: str) -> Job:
-    """The job on a slice, from shapes alone.
+def described(config: ConfigDict) -> Pipeline:
+    """The base of a run from shapes alone, with the text encoder that a job may leave out."""
+    return describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
+
+
+def job_on(config: ConfigDict, pipeline: Pipeline, topology: str) -> Job:
+    """The job on a slice.
+
+    Args:
+        pipeline: `described(config)`.
 
     Raises:
         ValueError: unknown topology, or a mesh that does not cover it.
     """
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, devices_of(topology))
-    pipeline = describe_base(config.base, dtype=jnp.dtype(config.dtype), remat=config.remat)
     return make_job(config, with_cached_text(pipeline, mesh), mesh)
 
 
@@ -145,14 +152,15 @@ def plan(config: ConfigDict, topology: str, *, class_images: bool = True, quick:
     Raises:
         ValueError: see `job_on`.
     """
-    chip, job = chip_of(topology), job_on(config, topology)
+    chip, pipeline = chip_of(topology), described(config)
+    job = job_on(config, pipeline, topology)
     counts, photos = count_examples(job)
     size = max(counts, key=math.prod)
     state, frozen, data, key = argument_shapes(job, counts[size], size)
     others = [data_shapes(job, n, config.num_class_images, other) for other, n in counts.items() if other != size]
     batches = painted_batches(job)
     paints = class_images and sum(batches) > 0
-    encoding = lower_encoding(job.pipeline, job.mesh)
+    encoding = lower_encoding(pipeline, job.mesh)
     lowered = lower_steps(job, state, frozen, data, key, size)
     with for_absent_devices(), ThreadPoolExecutor(1) as beside:  # the compiler uses one core for a program
         painted = beside.submit(painting_costs, job, chip, quick=quick) if paints else None

@@ -126,7 +126,7 @@ def together(config: ConfigDict, topology: str, count: int, *, quick: bool = Tru
         ValueError: unknown topology, or a mesh that does not cover it.
     """
     config, crowd = crowd_of(config, count)
-    chip, job = chip_of(topology), slices.job_on(config, topology)
+    chip, job = chip_of(topology), slices.job_on(config, slices.described(config), topology)
     mesh = job.mesh
     each = subjects_a_device(mesh, crowd.subjects)
     one = f"{topology.partition(':')[0]}:{'x'.join('1' * chip.axes)}"
