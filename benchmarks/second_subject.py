@@ -29,6 +29,7 @@ RUNS = {
         "class_noun": "cat",
         "identifier": "ktn",
         "views": 2,
+        "flip": True,
         "num_class_images": 90,
         "learning_rate": 1e-4,
         "prior_weight": 0.5,

@@ -3,15 +3,15 @@
     pip install -e ".[test]" && python benchmarks/step.py     # a quarter of an hour; a C++ compiler for torch.compile
 
 A training step of a reduced one (forward, backward and AdamW; latents 32x32, channels 64-128-256-256, one layer per
-block, context 128, 8 heads, batch 4), then the forward pass of Stable Diffusion 1.5's (latents 64x64, batch 2).
-PyTorch's best is autocast to bfloat16, fused AdamW, channels last and torch.compile. Every way has a process of its
+block, context 128, 8 heads, batch 4), then the forward pass of Stable Diffusion 1.5 beside the eager one (latents 64x64,
+batch 2). PyTorch's best is autocast to bfloat16, fused AdamW, channels last and torch.compile. Every way has a process of its
 own, whose largest memory (RSS) counts its compiling too.
 """
 
 import multiprocessing
 import platform
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -49,14 +49,14 @@ def torch_step(best: bool) -> Work:
     return step
 
 
-def torch_forward(best: bool) -> Work:
+def torch_forward() -> Work:
     import torch
 
-    unet = _torch_unet(SD15, best)
+    unet = _torch_unet(SD15, best=False)
     x, context = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
 
     def forward() -> None:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=best):
+        with torch.inference_mode():
             unet(x, 500, context)
 
     return forward
@@ -96,12 +96,12 @@ def jax_step(dtype: str) -> Work:
     return step
 
 
-def jax_forward(dtype: str) -> Work:
+def jax_forward() -> Work:
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    unet, params = _jax_unet(SD15, dtype)
+    unet, params = _jax_unet(SD15, "float32")
     rng = np.random.default_rng(0)
     x, context = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 64, 64, 4), (2, 77, 768)))
     predict = jax.jit(unet.apply)
@@ -121,25 +121,22 @@ def _jax_unet(config: dict, dtype: str):
     return unet, jax.jit(unet.init)(jax.random.key(0))
 
 
-WAYS = {
-    "PyTorch eager": (torch_step, torch_forward, False),
-    "PyTorch's best": (torch_step, torch_forward, True),
-    "ours, float32": (jax_step, jax_forward, "float32"),
-    "ours, bfloat16": (jax_step, jax_forward, "bfloat16"),
+EAGER, BEST, FLOAT32, BFLOAT16 = "PyTorch eager", "PyTorch's best", "ours, float32", "ours, bfloat16"
+STEPS = {
+    EAGER: (torch_step, False),
+    BEST: (torch_step, True),
+    FLOAT32: (jax_step, "float32"),
+    BFLOAT16: (jax_step, "bfloat16"),
 }
-PAIRS = [
-    ("PyTorch eager", "ours, float32"),
-    ("PyTorch's best", "ours, bfloat16"),
-    ("PyTorch's best", "ours, float32"),
-]
+FORWARDS = {EAGER: (torch_forward,), FLOAT32: (jax_forward,)}
 
 # Of a worker.
 _work: Work
 
 
-def _prepare(make: Callable[..., Work], setting: bool | str) -> None:
+def _prepare(make: Callable[..., Work], *setting: bool | str) -> None:
     global _work
-    _work = make(setting)
+    _work = make(*setting)
 
 
 def _run() -> None:
@@ -151,13 +148,13 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def compare(which: int, rounds: int) -> None:
-    """Times every way's step (0) or forward pass (1), each in a process of its own."""
+def compare(ways: Mapping[str, tuple], pairs: list, rounds: int) -> None:
+    """Times every way, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    workers = {name: ProcessPoolExecutor(1, context) for name in WAYS}
-    for name, (*makes, setting) in WAYS.items():
-        workers[name].submit(_prepare, makes[which], setting).result()
-    alternate({name: lambda w=w: w.submit(_run).result() for name, w in workers.items()}, rounds, PAIRS)
+    workers = {name: ProcessPoolExecutor(1, context) for name in ways}
+    for name, made in ways.items():
+        workers[name].submit(_prepare, *made).result()
+    alternate({name: lambda w=w: w.submit(_run).result() for name, w in workers.items()}, rounds, pairs)
     for name, worker in workers.items():
         print(f"{name:18} peak RSS {worker.submit(_peak).result():.2f} GiB")
         worker.shutdown()
@@ -175,9 +172,9 @@ def processor() -> str:
 def main() -> None:
     print(processor())
     print("A training step of the reduced UNet")
-    compare(0, ROUNDS)
+    compare(STEPS, [(EAGER, FLOAT32), (BEST, BFLOAT16), (BEST, FLOAT32)], ROUNDS)
     print("\nThe forward pass of Stable Diffusion 1.5")
-    compare(1, ROUNDS // 2)
+    compare(FORWARDS, [(EAGER, FLOAT32)], ROUNDS // 2)
 
 
 if __name__ == "__main__":
