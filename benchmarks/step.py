@@ -3,9 +3,9 @@
     pip install -e ".[test]" && python benchmarks/step.py     # a quarter of an hour; a C++ compiler for torch.compile
 
 A training step of a reduced one (forward, backward and AdamW; latents 32x32, channels 64-128-256-256, one layer per
-block, context 128, 8 heads, batch 4), then the forward pass of Stable Diffusion 1.5 beside the eager one (latents 64x64,
-batch 2). PyTorch's best is autocast to bfloat16, fused AdamW, channels last and torch.compile. Every way has a process of its
-own, whose largest memory (RSS) counts its compiling too.
+block, context 128, 8 heads, batch 4), then the forward pass of Stable Diffusion 1.5 beside the eager one (latents
+64x64, batch 2). PyTorch's best is autocast to bfloat16, fused AdamW, channels last and torch.compile. Every way has a
+process of its own, whose largest memory (RSS) counts its compiling too.
 """
 
 import multiprocessing
