@@ -21,6 +21,8 @@ UNETS = {
     },
     "attention in the middle only": UNET_15
     | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2},
+    "no attention": UNET_15
+    | {"down_block_types": ("DownBlock2D",) * 2, "mid_block_type": None, "up_block_types": ("UpBlock2D",) * 2},
     "text alone, two layers": UNET_21 | {"only_cross_attention": True, "transformer_layers_per_block": 2},
 }
 
@@ -37,8 +39,15 @@ def test_every_text_has_the_prediction_that_it_has_alone(name, remat):
     each = apply(None, jnp.repeat(x, 3, axis=0), jnp.repeat(t, 3))
     np.testing.assert_allclose(out, each[0], atol=1e-5)
     np.testing.assert_allclose(deep, each[1], atol=1e-4)
-    assert np.abs(out[0] - out[1]).max() > 1e-3 * np.abs(out).max()
+    assert name == "no attention" or np.abs(out[0] - out[1]).max() > 1e-3 * np.abs(out).max()
     np.testing.assert_allclose(apply(deep, x, t)[0], out, atol=1e-5)
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_texts_that_no_input_has_are_refused(texts, sd15):
+    x, states = jnp.zeros((2, 16, 16, 4)), jnp.zeros((texts, 7, 32))
+    with pytest.raises(ValueError, match=f"{texts} texts for 2 noisy inputs"):
+        sd15.pipeline.output(sd15.params, x, jnp.zeros(2), {"states": states})
 
 
 @pytest.mark.parametrize("reuse", [1, 2])

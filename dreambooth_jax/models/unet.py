@@ -389,7 +389,8 @@ class UNet2DConditionModel(nnx.Module):
                 `spec.addition_embed_type` "text_time".
 
         Raises:
-            ValueError: height or width is no multiple of `spec.downscale`, or `level` is absent.
+            ValueError: height or width is no multiple of `spec.downscale`, the number of texts none of that of inputs,
+                or `level` is absent.
         """
         return self.with_deep(None, x, t, context, level, pooled, sizes)[0]
 
@@ -415,6 +416,8 @@ class UNet2DConditionModel(nnx.Module):
             raise ValueError(f"num_class_embeds = {self.spec.num_class_embeds}: noise level {level}")
         if x.shape[1] % self.spec.downscale or x.shape[2] % self.spec.downscale:
             raise ValueError(f"latents of {x.shape[1]}x{x.shape[2]}: both must be multiples of {self.spec.downscale}")
+        if len(context) % len(x):
+            raise ValueError(f"{len(context)} texts for {len(x)} noisy inputs: expected as many for each")
         temb = self._embedded_time(jnp.broadcast_to(t, x.shape[:1]), level, pooled, sizes)
         context = context.astype(self.dtype)
         way_down = self._way_down(x.astype(self.dtype), temb, context)
@@ -423,7 +426,7 @@ class UNet2DConditionModel(nnx.Module):
             inner = skips[-1]
             if self.mid_block is not None:
                 inner = REMAT[self.remat](MidBlock.__call__)(self.mid_block, inner, temb, context)
-            deep = self._way_up(inner, skips[OUTER:], temb, context, first=0)
+            deep = repeat_rows(self._way_up(inner, skips[OUTER:], temb, context, first=0), context)
             skips = skips[:OUTER]
         else:
             skips = list(itertools.islice(way_down, OUTER))
