@@ -56,7 +56,6 @@ BATCH = {"resolution": 512, "batch_size": 32, "train_text_encoder": False, "rema
 # model, preset of configs/dog.py, stage, slice, what differs from the preset
 OTHERS = [
     ("Stable Diffusion 2.1", "sd21", 1, "v5p:1x1x1", BATCH),
-    ("Stable Diffusion 2.1", "sd21", 1, "v5p:1x1x1", BATCH | ELEMENTWISE),
     ("IF-I-M", "if", 1, "v5e:1x1", ELEMENTWISE),
     ("IF-I-M", "if", 1, "v5e:1x1", {"remat": "nothing"}),
     ("IF-I-XL", "if_xl,lora", 1, "v5e:1x1", ELEMENTWISE),

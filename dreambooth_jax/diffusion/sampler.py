@@ -208,7 +208,7 @@ def make_sampler(
 def _side_by_side(
     uncond: Shaped[Array | np.ndarray, "b *c"], cond: Shaped[Array | np.ndarray, "b *c"]
 ) -> Shaped[Array, "r *c"]:
-    """The rows of both, in turns: devices that share a batch have both of a picture."""
+    """The rows of both in turns, so that a device that holds a picture holds both of its conditions."""
     return jnp.stack([uncond, cond], 1).reshape(-1, *cond.shape[1:])
 
 

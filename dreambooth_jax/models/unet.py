@@ -145,7 +145,7 @@ def timestep_embedding(
 
 
 def repeat_rows(x: Float[Array, "b *c"], others: Float[Array, "r *d"]) -> Float[Array, "r *c"]:
-    """Every row of `x` for as many rows of `others`, one after the other, as there are for each."""
+    """The rows of `x`, each repeated r / b times in a row, so that there are as many as of `others`."""
     times = len(others) // len(x)
     return x if times == 1 else jnp.repeat(x, times, axis=0)
 
@@ -283,7 +283,7 @@ def layer(
     temb: Float[Array, "_b t"],
     context: Float[Array, "r k e"],
 ) -> Float[Array, "_r h w c"]:
-    """Of x's rows; where there is attention, of the context's."""
+    """The layer's result: a row for every row of `context` where there is attention, else for every row of `x`."""
     x = resnet(x, repeat_rows(temb, x))
     return x if attention is None else attention(x, context)
 
@@ -389,8 +389,8 @@ class UNet2DConditionModel(nnx.Module):
                 `spec.addition_embed_type` "text_time".
 
         Raises:
-            ValueError: height or width is no multiple of `spec.downscale`, the number of texts none of that of inputs,
-                or `level` is absent.
+            ValueError: height or width is no multiple of `spec.downscale`; the number of texts is no multiple of the
+                number of inputs; or `level` is absent.
         """
         return self.with_deep(None, x, t, context, level, pooled, sizes)[0]
 
@@ -417,7 +417,7 @@ class UNet2DConditionModel(nnx.Module):
         if x.shape[1] % self.spec.downscale or x.shape[2] % self.spec.downscale:
             raise ValueError(f"latents of {x.shape[1]}x{x.shape[2]}: both must be multiples of {self.spec.downscale}")
         if len(context) % len(x):
-            raise ValueError(f"{len(context)} texts for {len(x)} noisy inputs: expected as many for each")
+            raise ValueError(f"{len(context)} texts for {len(x)} noisy inputs: expected equally many for every input")
         temb = self._embedded_time(jnp.broadcast_to(t, x.shape[:1]), level, pooled, sizes)
         context = context.astype(self.dtype)
         way_down = self._way_down(x.astype(self.dtype), temb, context)
